@@ -1,0 +1,358 @@
+"""The configuration of a run: one YAML file, checked as a whole before anything starts.
+
+Every default stands on its field and nowhere else; an unknown key is an error. `--set ppo.kl_coef=0.1` overrides
+one value. The resolved configuration is saved beside the results.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cai_ray.errors import InputError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PromptSource(Section):
+    path: str
+    """A JSONL or parquet file, or a folder of parquet files (any URI)."""
+    kind: Literal["red_team", "helpful"] | None = None
+    """What its prompts are; needed where the rows have no `kind` of their own."""
+    column: str | None = None
+    """The column that holds messages or text; by default the first of messages, prompt, text, chosen."""
+    limit: int | None = Field(default=None, gt=0)
+    """Use the first so many rows only."""
+
+
+class Comparisons(Section):
+    path: str
+    """JSONL or parquet with `chosen` and `rejected`: transcripts, or answers to the row's `messages`."""
+    target: float = Field(default=1.0, gt=0.5, le=1.0)
+    """The label's probability for the chosen answer, where the row has no `target` of its own."""
+    about: Literal["helpful", "harmless"] = "helpful"
+    """What the people judged; the report counts human harmlessness labels, of which the method needs none."""
+    limit: int | None = Field(default=None, gt=0)
+
+
+class RayConfig(Section):
+    address: str | None = None
+    """A running cluster (`auto`, ray://…); by default one is started here, or the job's own is joined."""
+    cpus: int | None = Field(default=None, gt=0)
+    """Logical CPUs of a cluster started here; by default 16, since Ray's bookkeeping actors want one each."""
+
+
+class EngineConfig(Section):
+    kind: Literal["vllm", "scripted"] = "vllm"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Context in tokens, prompt and answer; by default the model's own."""
+    max_num_seqs: int = Field(default=64, gt=0)
+    """Sequences the engine runs at once; also bounds the rows in flight per actor."""
+    min_actors: int = Field(default=1, gt=0)
+    max_actors: int = Field(default=1, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0)
+    cpus_per_actor: float = Field(default=1, gt=0)
+    kv_cache_mb: int = Field(default=256, gt=0)
+    """KV cache on CPU; on a GPU it is what the card has left."""
+    block_size: int | None = None
+    """Tokens in a block of the prefix cache; short prompts want short blocks."""
+    extra: dict[str, Any] = {}
+    """Further arguments of vLLM's engine, as they are."""
+
+
+class LoraConfig(Section):
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32, gt=0)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TrainConfig(Section):
+    """What every training stage shares."""
+
+    workers: int = Field(default=1, gt=0)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    learning_rate: float = Field(default=1e-5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    micro_batch_tokens: int = Field(default=16384, gt=0)
+    """Most tokens, padding counted, in one forward pass of one rank."""
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory (ZeRO-Offload; stages 1 to 3)."""
+    lora: LoraConfig | None = None
+    checkpoint_every: int = Field(default=0, ge=0)
+    """Optimizer (PPO: rollout) steps between checkpoints; 0: at each epoch's end (PPO: every 10 steps)."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+
+
+class ReviseConfig(Section):
+    rounds: int = Field(default=4, ge=1)
+    draw: Literal["with_replacement", "without_replacement"] = "with_replacement"
+    temperature: float = Field(default=1.0, ge=0)
+    """Of the first response. Critiques and revisions use `revision_temperature`."""
+    revision_temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=512, gt=0)
+    critique_max_tokens: int = Field(default=512, gt=0)
+    helpful_samples: int = Field(default=1, ge=0)
+    """Samples per helpfulness prompt; no critique, they keep the policy helpful."""
+    limit: int | None = Field(default=None, gt=0)
+
+
+class SftConfig(TrainConfig):
+    init: str = "base"
+    """`base` (the run's helpful model), or a model folder or id."""
+    revisions: Literal["final", "all", "up_to_n"] = "final"
+    up_to: int = Field(default=1, ge=1)
+    """With `up_to_n`: the revisions of the first so many rounds."""
+    helpful_per_revision: float = Field(default=1.0, ge=0)
+    """At most so many helpfulness samples per revision."""
+    epochs: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    """Rows per optimizer step, over all workers."""
+
+
+class CompareConfig(Section):
+    samples: int = Field(default=2, ge=2)
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=512, gt=0)
+    prompts: tuple[PromptSource, ...] = ()
+    """By default the run's prompts."""
+    limit: int | None = Field(default=None, gt=0)
+
+
+class LabelConfig(Section):
+    model: str = "base"
+    """The feedback model: `base`, `sl`, or a model folder or id."""
+    principles: Literal["all"] | int = 1
+    """How many principles vote on a comparison: the paper draws one."""
+    both_orders: bool = True
+    combine: Literal["mean", "log_odds"] = "mean"
+    clamp: tuple[float, float] | None = None
+    """Bounds of the combined probability, applied after normalising."""
+    dev: str | None = None
+    """Comparisons with a gold preference on development prompts: they measure the labels, and train nothing."""
+    dev_limit: int = Field(default=300, gt=0)
+
+    @field_validator("principles")
+    @classmethod
+    def _at_least_one(cls, value: Literal["all"] | int) -> Literal["all"] | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("at least one principle must vote; use 1, more, or `all`")
+        return value
+
+
+class RmConfig(TrainConfig):
+    init: str = "sl"
+    """`sl`, `base`, or a model folder or id."""
+    human: tuple[Comparisons, ...] = ()
+    """Human helpfulness comparisons, merged with the AI labels."""
+    epochs: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    """Comparisons per optimizer step, over all workers."""
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    min_margin: float = Field(default=0.0, ge=0, lt=0.5)
+    """AI labels nearer to one half than this are left out."""
+    shuffle_labels: bool = False
+    """A control: flip each AI label with probability one half."""
+
+
+class PpoConfig(TrainConfig):
+    prompts: tuple[PromptSource, ...] = ()
+    """By default the run's prompts."""
+    steps: int = Field(default=1000, gt=0)
+    value_warmup_steps: int = Field(default=0, ge=0)
+    """Further steps at the start in which only the value model is trained."""
+    rollout_batch: int = Field(default=256, gt=0)
+    """Prompts per step, over all workers."""
+    minibatch: int = Field(default=128, gt=0)
+    epochs: int = Field(default=2, gt=0)
+    value_learning_rate: float | None = Field(default=None, gt=0)
+    value_init: Literal["rm", "policy"] = "rm"
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=512, gt=0)
+    kl_coef: float = Field(default=0.05, ge=0)
+    clip: float = Field(default=0.2, gt=0)
+    value_clip: float = Field(default=0.2, gt=0)
+    value_coef: float = Field(default=1.0, gt=0)
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
+    reward_clip: float = Field(default=10.0, gt=0)
+    missing_eos_reward: float | None = None
+    """Replaces the score of a response that hit the length limit; by default the value after it does."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """Largest weight of a token by the ratio of the trainer's probability to the engine's."""
+    whiten: Literal["none", "center", "whiten"] = "whiten"
+    max_logprob_gap: float = Field(default=0.1, gt=0)
+    """Mean absolute difference between the engine's and the trainer's log-probabilities that stops the run."""
+    rollout_engines: int = Field(default=1, gt=0)
+    deadline_s: float = Field(default=600, gt=0)
+    """An engine that does not answer within it is replaced."""
+    save_rollouts: int = Field(default=8, ge=0)
+    """Rollouts kept for reading, per step."""
+
+
+class EvaluateConfig(Section):
+    prompts: tuple[PromptSource, ...] = ()
+    judge: Literal["model", "town"] = "model"
+    """Who says what is harmful: the feedback model by the constitution, or the embedded world's exact judge."""
+    temperature: float = Field(default=1.0, ge=0)
+    max_tokens: int = Field(default=512, gt=0)
+    best_of: int = Field(default=0, ge=0)
+    """A control: best of so many SL-CAI samples by the reward model; 0 leaves it out."""
+    limit: int | None = Field(default=None, gt=0)
+
+
+class CheckConfig(Section):
+    """What `--check` cannot see from where it runs."""
+
+    gpus: int | None = Field(default=None, gt=0)
+    """GPUs of the cluster; by default those of this machine, where it has any."""
+    gpu_gib: float | None = Field(default=None, gt=0)
+    """Memory of one GPU as torch reports it (an 80 GB card has 79); by default that of this machine's."""
+    model: dict[str, Any] | None = None
+    """Fields of the model's config.json, for an id that is not in the cache of this machine."""
+
+
+class RunConfig(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    out: str = "runs/{name}"
+    """The run directory, any URI; {name} is the run's name."""
+    seed: int = 0
+    model: str
+    """The helpful model to train: a Hugging Face folder or id."""
+    constitution: str
+    templates: str = "general"
+    prompts: tuple[PromptSource, ...] = Field(min_length=1)
+    ray: RayConfig = RayConfig()
+    engine: EngineConfig = EngineConfig()
+    revise: ReviseConfig = ReviseConfig()
+    sft: SftConfig = SftConfig()
+    compare: CompareConfig = CompareConfig()
+    label: LabelConfig = LabelConfig()
+    rm: RmConfig = RmConfig()
+    ppo: PpoConfig = PpoConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    check: CheckConfig = CheckConfig()
+    max_error_rate: float = Field(default=0.05, ge=0, le=1)
+    """A generation stage ends with an error when a larger share of its rows failed."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> RunConfig:
+        for section, key, value, workers in (
+            ("sft", "batch_size", self.sft.batch_size, self.sft.workers),
+            ("rm", "batch_size", self.rm.batch_size, self.rm.workers),
+            ("ppo", "rollout_batch", self.ppo.rollout_batch, self.ppo.workers),
+            ("ppo", "minibatch", self.ppo.minibatch, self.ppo.workers),
+        ):
+            if value % workers:
+                near = max(workers, value - value % workers)
+                raise ValueError(
+                    f"{section}.{key}={value} is not divisible by {workers} workers; use {near} or {near + workers}"
+                )
+        if self.ppo.rollout_batch % self.ppo.minibatch:
+            raise ValueError(
+                f"ppo.rollout_batch={self.ppo.rollout_batch} is not a multiple of ppo.minibatch={self.ppo.minibatch}"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None, **top: Any) -> RunConfig:
+    """Reads a configuration; relative paths in it stay relative to the working directory.
+
+    Args:
+        overrides: `a.b=value` items, values read as YAML.
+        top: top-level values that win over both (the command line's own options); None is ignored.
+
+    Raises:
+        InputError: the file is missing or unreadable, a key is unknown, or a value is out of range.
+    """
+    path = find(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())}); give a YAML file") from e
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a mapping of settings is needed")
+    for item in overrides or []:
+        _override(data, item)
+    data.update({k: v for k, v in top.items() if v is not None})
+    return validate(data, str(path))
+
+
+def validate(data: dict[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(x) for x in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{where}: unknown key {key!r}; {_nearest(first['loc'])}") from e
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        raise InputError(f"{where}: {f'{key}: ' if key else ''}{message}{got}") from e
+
+
+def find(path: str | Path) -> Path:
+    """A path as given, or the name of a configuration that ships with the package."""
+    given = Path(path)
+    if given.exists():
+        return given
+    shipped = Path(__file__).parent / "configs"
+    for candidate in (shipped / given.name, shipped / f"{given.name}.yaml"):
+        if len(given.parts) == 1 and candidate.exists():
+            return candidate
+    raise InputError(f"{given}: no such file; give a configuration in YAML (see jobs/configs)")
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {item}: write it as key=value, for example ppo.kl_coef=0.1")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {item}: {parent!r} has no settings of its own")
+        node = child
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise InputError(f"--set {item}: the value is no YAML") from e
+    # YAML 1.1 reads 1e-4 as text: people mean a number.
+    if isinstance(parsed, str):
+        with suppress(ValueError):
+            parsed = float(parsed)
+    node[last] = parsed
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    """Names the known key that is most like an unknown one."""
+    from difflib import get_close_matches
+
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return "remove it"
+    close = get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
+    return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(model.model_fields)

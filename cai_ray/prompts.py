@@ -1,0 +1,307 @@
+"""Prompts are data. A template set says what is asked; a renderer turns it into token ids.
+
+Text from users and models can never become structure. The model's own chat template is rendered once per
+sequence of roles, with a private mark where each message's content belongs; the literal text between the marks
+is encoded with the full tokenizer, and the contents are encoded by a copy of it that knows no special token.
+So the ids outside the contents depend on the roles alone, whatever the contents say, and a conversation that
+grows keeps its prefix. It is also fast: what the literal parts encode to is cached.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cai_ray.constitution import Principle
+from cai_ray.errors import InputError, RowError
+
+
+class Piece(NamedTuple):
+    """Part of a message: `literal` text comes from a template set and may hold special tokens."""
+
+    text: str
+    literal: bool
+
+
+class Message(TypedDict):
+    role: str
+    content: str | list[Piece]
+
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Private-use characters mark where a content belongs while the chat template is rendered. A content never
+# meets the template, so that a content which holds the mark is harmless.
+_MARK = re.compile("\ue000([0-9]+)\ue001")
+
+
+class Renderer:
+    """Renders messages to token ids through a model's chat template.
+
+    Args:
+        model: a model folder or Hugging Face id, or a tokenizer already loaded with transformers.
+        chat_template: a Jinja template for models that have none of their own.
+    """
+
+    def __init__(self, model: Any, chat_template: str | None = None):
+        self.tokenizer = load_tokenizer(model) if isinstance(model, str | Path) else model
+        self.template = chat_template or self.tokenizer.chat_template
+        if not self.template:
+            raise InputError(
+                f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template; name one with "
+                "`chat_template` in the template set"
+            )
+        self._plain = _without_added_tokens(self.tokenizer)
+        self._control = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
+        self._content_ids = lru_cache(maxsize=65536)(self._encode_content)
+        self._skeleton = lru_cache(maxsize=256)(self._encode_skeleton)
+        self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
+        self.end_id = self._end_id()
+        pad = self.tokenizer.pad_token_id
+        self.pad_id: int = self.end_id if pad is None else pad
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Ids up to where the model writes. A last message from the assistant is continued, not answered."""
+        goes_on = messages[-1]["role"] == "assistant"
+        parts, _ = self._render(messages, generation=not goes_on)
+        return [i for part in parts for i in part]
+
+    def dialogue_ids(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Ids of a conversation that ends with the assistant's message, and a mask of what it wrote.
+
+        The mask is 1 on the last message's content and on the token that ends the turn: what a policy
+        emits, and what SFT and reward models are trained on.
+        """
+        if messages[-1]["role"] != "assistant":
+            raise ValueError("the last message of a dialogue must be the assistant's")
+        parts, _ = self._render(messages, generation=False)
+        prompt = [i for part in parts[:-1] for i in part]
+        answer = [*parts[-1], self.end_id]
+        return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+    def option_ids(self, options: Sequence[str]) -> list[int]:
+        """The token id of each option, as the model would write it at the answer position.
+
+        Raises:
+            InputError: an option is not exactly one token, or two options are the same token.
+        """
+        ids = []
+        for option in options:
+            encoded = self._literal_ids(option)
+            if len(encoded) != 1:
+                raise InputError(
+                    f"option {option!r} is {len(encoded)} tokens for {self.tokenizer.name_or_path}; "
+                    "set `options` in the template set to texts that are one token each"
+                )
+            ids.append(encoded[0])
+        if len(set(ids)) != len(ids):
+            raise InputError(f"options {list(options)} are the same token; choose options that differ")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _render(self, messages: Messages, generation: bool) -> tuple[list[list[int]], list[int]]:
+        """Token ids part by part, up to the last content (or the generation prompt), and what follows."""
+        literals = self._skeleton(tuple(m["role"] for m in messages), generation)
+        parts: list[list[int]] = []
+        for literal, message in zip(literals, [m["content"] for m in messages], strict=False):
+            parts.append(literal)
+            parts.append(self._message_ids(message))
+        tail = literals[-1]
+        if generation:
+            parts.append(tail)
+        return parts, tail
+
+    def _message_ids(self, content: str | list[Piece]) -> list[int]:
+        if isinstance(content, str):
+            return self._content_ids(content)
+        ids: list[int] = []
+        for piece in content:
+            ids += (self._literal_ids if piece.literal else self._content_ids)(piece.text)
+        return ids
+
+    def _encode_literal(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _encode_content(self, text: str) -> list[int]:
+        try:
+            ids = self._plain.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as e:
+            raise RowError("text is not valid Unicode (a lone surrogate)") from e
+        if not self._control.isdisjoint(ids):
+            raise RowError("text encodes to a control token of this tokenizer")
+        return ids
+
+    def _encode_skeleton(self, roles: tuple[str, ...], generation: bool) -> list[list[int]]:
+        """The template's own ids before each content and after the last one."""
+        marked = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                marked, chat_template=self.template, tokenize=False, add_generation_prompt=generation
+            )
+        except Exception as e:  # Jinja raises whatever the template's author chose
+            raise RowError(f"the chat template refuses the roles {list(roles)}: {e}") from e
+        pieces = _MARK.split(text)
+        if [int(i) for i in pieces[1::2]] != list(range(len(roles))):
+            raise RowError(f"the chat template drops or repeats a message of {list(roles)}")
+        return [self._literal_ids(piece) for piece in pieces[0::2]]
+
+    def _end_id(self) -> int:
+        """The token that ends an assistant's turn: the first one after its content in the chat template."""
+        tail = self._skeleton(("user", "assistant"), False)[-1]
+        end = tail[0] if tail and tail[0] in self._control else self.tokenizer.eos_token_id
+        if end is None:
+            raise InputError(f"model {self.tokenizer.name_or_path}: no token ends a turn; set eos_token")
+        return end
+
+
+class TemplateSet(BaseModel):
+    """What is asked of the model at each step; one YAML file per family of models.
+
+    Each step is a list of messages; the item `conversation` stands for the row's own turns. In a content,
+    `{name}` is replaced once, as data: nothing inside a replacement is looked at again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    chat_template: str | None = None
+    transcript: dict[Literal["user", "assistant", "system"], str]
+    """How a turn looks when the conversation is quoted inside one message."""
+    answer: tuple[dict[str, str] | Literal["conversation"], ...]
+    critique: tuple[dict[str, str] | Literal["conversation"], ...]
+    revision: tuple[dict[str, str] | Literal["conversation"], ...]
+    feedback: tuple[dict[str, str] | Literal["conversation"], ...]
+    options: tuple[str, str]
+
+    def answer_messages(self, conversation: Messages) -> list[Message]:
+        return self._fill(self.answer, conversation, {})
+
+    def critique_messages(self, conversation: Messages, response: str, principle: Principle) -> list[Message]:
+        return self._fill(
+            self.critique,
+            conversation,
+            {"response": response, "critique_request": principle.critique_request},
+        )
+
+    def revision_messages(
+        self, conversation: Messages, response: str, principle: Principle, critique: str
+    ) -> list[Message]:
+        fields = {
+            "response": response,
+            "critique": critique,
+            "critique_request": principle.critique_request,
+            "revision_request": principle.revision_request,
+        }
+        return self._fill(self.revision, conversation, fields)
+
+    def feedback_messages(
+        self, conversation: Messages, response_a: str, response_b: str, principle: Principle
+    ) -> list[Message]:
+        fields = {"response_a": response_a, "response_b": response_b, "comparison": principle.comparison}
+        return self._fill(self.feedback, conversation, fields)
+
+    def _fill(self, step: Sequence[Any], conversation: Messages, fields: dict[str, str]) -> list[Message]:
+        messages: list[Message] = []
+        for item in step:
+            if item == "conversation":
+                messages += [Message(role=m["role"], content=m["content"]) for m in conversation]
+            else:
+                messages.append(
+                    Message(role=item["role"], content=self._pieces(item["content"], conversation, fields))
+                )
+        return messages
+
+    def _pieces(self, text: str, conversation: Messages, fields: dict[str, str]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for i, part in enumerate(_FIELD.split(text)):
+            if i % 2 == 0:
+                pieces.append(Piece(part, True))
+            elif part == "transcript":
+                for m in conversation:
+                    before, _, after = self.transcript[m["role"]].partition("{content}")
+                    pieces += [Piece(before, True), Piece(m["content"], False), Piece(after, True)]
+            else:
+                pieces.append(Piece(fields[part], False))
+        return [p for p in pieces if p.text]
+
+
+_FIELD = re.compile(
+    r"\{(transcript|response|response_a|response_b|critique|critique_request|revision_request|comparison)\}"
+)
+
+
+def plain_messages(messages: Messages) -> list[dict[str, str]]:
+    """Messages with their pieces joined: for display, records, and engines that render by themselves."""
+    return [
+        {
+            "role": m["role"],
+            "content": c if isinstance(c := m["content"], str) else "".join(p.text for p in c),
+        }
+        for m in messages
+    ]
+
+
+def load_templates(name: str | Path) -> TemplateSet:
+    """Reads a template set by path, or by the name of one that ships with the package.
+
+    Raises:
+        InputError: it is missing or not well-formed.
+    """
+    shipped = Path(__file__).parent / "templates"
+    path = Path(name)
+    if not path.exists():
+        path = shipped / f"{name}.yaml"
+    if not path.exists():
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+        raise InputError(f"template set {name}: no such file; give a path, or one of: {names}")
+    try:
+        return TemplateSet.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"template set {path}: cannot be read ({' '.join(str(e).split())})") from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise InputError(
+            f"template set {path}: {where}: {first['msg']}; see cai_ray/templates/general.yaml"
+        ) from e
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """Raises InputError where the folder or id holds no tokenizer."""
+    from transformers import AutoTokenizer
+
+    path = Path(model)
+    if path.exists() and not any(
+        (path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        raise InputError(f"model {model}: the folder has no tokenizer; save one there with save_pretrained()")
+    if not path.exists() and str(model).startswith((".", "/", "~")):
+        raise InputError(f"model {model}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {model}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from e
+
+
+def _without_added_tokens(tokenizer: Any) -> Any:
+    """A copy of the tokenizer in which no text is special."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"model {tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is needed, so that text can be "
+            "encoded without special tokens"
+        )
+    data = json.loads(backend.to_str())
+    data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(data))

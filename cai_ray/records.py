@@ -1,0 +1,141 @@
+"""The records: rows of parquet datasets, with ids derived from what they are about.
+
+A derived id makes a row's identity independent of the order of processing: the same prompt, in whatever block
+or attempt, is the same row. DESIGN.md's table lists the columns; `SCHEMAS` is the same in Arrow's terms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pyarrow as pa
+
+_text = pa.string()
+MESSAGES = pa.list_(pa.struct([("role", _text), ("content", _text)]))
+USAGE = pa.struct([("prompt", pa.int64()), ("cached", pa.int64()), ("generated", pa.int64())])
+STEP = pa.struct(
+    [(n, _text) for n in ("principle_id", "critique_request", "critique", "revision_request", "revision")]
+)
+VOTE = pa.struct(
+    [
+        ("principle_id", _text),
+        ("logprob_a", pa.float64()),
+        ("logprob_b", pa.float64()),
+        ("logprob_a_swapped", pa.float64()),
+        ("logprob_b_swapped", pa.float64()),
+        ("p_a", pa.float64()),
+        ("reasoning", _text),
+    ]
+)
+
+PROMPT = [
+    ("id", _text),
+    ("messages", MESSAGES),
+    ("kind", _text),
+    ("family", _text),
+    ("split", _text),
+    ("source", _text),
+]
+COMPARISON = [
+    ("id", _text),
+    ("prompt_id", _text),
+    ("messages", MESSAGES),
+    ("response_a", _text),
+    ("response_b", _text),
+    ("model", _text),
+    ("temperature", pa.float64()),
+    ("source", _text),
+    ("kind", _text),
+    ("family", _text),
+    ("usage", USAGE),
+    ("error", _text),
+]
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "prompts": pa.schema(PROMPT),
+    "revisions": pa.schema(
+        [
+            ("id", _text),
+            ("prompt_id", _text),
+            ("messages", MESSAGES),
+            ("kind", _text),
+            ("family", _text),
+            ("response", _text),
+            ("steps", pa.list_(STEP)),
+            ("revision", _text),
+            ("model", _text),
+            ("constitution_sha", _text),
+            ("usage", USAGE),
+            ("error", _text),
+        ]
+    ),
+    "sft": pa.schema([("id", _text), ("messages", MESSAGES), ("kind", _text), ("source_id", _text)]),
+    "comparisons": pa.schema(COMPARISON),
+    "labels": pa.schema(
+        [
+            *[c for c in COMPARISON if c[0] not in ("usage", "error")],
+            ("votes", pa.list_(VOTE)),
+            ("p_a", pa.float64()),
+            ("p_a_raw", pa.float64()),
+            ("slot_bias", pa.float64()),
+            ("feedback_model", _text),
+            ("constitution_sha", _text),
+            ("usage", USAGE),
+            ("error", _text),
+        ]
+    ),
+    "rollouts": pa.schema(
+        [
+            ("step", pa.int64()),
+            ("policy_version", pa.int64()),
+            ("id", _text),
+            ("messages", MESSAGES),
+            ("response", _text),
+            ("reward", pa.float64()),
+            ("kl_reference", pa.float64()),
+            ("length", pa.int64()),
+            ("truncated", pa.bool_()),
+        ]
+    ),
+    "judgements": pa.schema(
+        [
+            ("id", _text),
+            ("prompt_id", _text),
+            ("messages", MESSAGES),
+            ("kind", _text),
+            ("family", _text),
+            ("model", _text),
+            ("response", _text),
+            ("harmful", pa.bool_()),
+            ("helpful", pa.bool_()),
+            ("refused", pa.bool_()),
+            ("malformed", pa.bool_()),
+            ("insult", pa.bool_()),
+            ("principle_named", _text),
+            ("reward", pa.float64()),
+            ("usage", USAGE),
+            ("error", _text),
+        ]
+    ),
+}
+
+
+def derive_id(*parts: object) -> str:
+    """A stable id of 16 hex digits from what a row is about."""
+    text = json.dumps(parts, ensure_ascii=True, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A sampling seed from the run's seed, the row's id and the step: the same text whoever processes it, whenever."""
+    return int(derive_id(*parts)[:8], 16) & 0x7FFFFFFF
+
+
+def to_table(rows: list[dict[str, Any]], schema: str) -> pa.Table:
+    """Rows as an Arrow table of the named schema; columns a row lacks are null."""
+    fields = SCHEMAS[schema]
+    return pa.Table.from_pylist(
+        [{name: row.get(name) for name in fields.names} for row in rows], schema=fields
+    )

@@ -1,0 +1,219 @@
+"""A run directory of artifacts, on any file system that pyarrow knows (plain paths, file://, s3://, gs://).
+
+A stage's artifact is visible when its `manifest.json` is there, which is written last, and in one step. Whatever
+lies beside no manifest is a leftover of an attempt that was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from cai_ray.config import RunConfig
+from cai_ray.errors import InputError
+
+
+def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI or plain path, and the path on it.
+
+    Raises:
+        InputError: the scheme is unknown, or its credentials do not work.
+    """
+    text = str(uri)
+    if "://" not in text:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    try:
+        return pafs.FileSystem.from_uri(text)
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise InputError(
+            f"{text}: cannot be opened ({' '.join(str(e).split())}); use a path, s3:// or gs://"
+        ) from e
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def exists(uri: str | Path) -> bool:
+    fs, path = resolve(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_files(uri: str | Path, suffix: str = "", recursive: bool = False) -> list[str]:
+    """Paths of the files below a folder, sorted, without the scheme."""
+    fs, path = resolve(uri)
+    found = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    return sorted(f.path for f in found if f.type == pafs.FileType.File and f.path.endswith(suffix))
+
+
+def delete(uri: str | Path) -> None:
+    fs, path = resolve(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    fs, path = resolve(uri)
+    with fs.open_input_stream(path, compression=None) as f:
+        return f.read()
+
+
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    fs, path = resolve(uri)
+    fs.create_dir(os.path.dirname(path), recursive=True)
+    if not isinstance(fs, pafs.LocalFileSystem):  # object stores publish an object when it is closed
+        with fs.open_output_stream(path) as f:
+            f.write(data)
+        return
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(uri: str | Path) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str | Path, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def write_table(uri: str | Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "part") -> pa.Table:
+    """All `name`-*.parquet of a folder as one table, in the order of their ids."""
+    fs, _ = resolve(uri)
+    files = [f for f in list_files(uri, ".parquet") if os.path.basename(f).startswith(f"{name}-")]
+    if not files:
+        raise InputError(f"{uri}: holds no rows ({name}-*.parquet)")
+    # `partitioning=None`: a run may lie below a folder whose name looks like a partition ("seed=1").
+    table = pa.concat_tables(
+        [pq.read_table(f, filesystem=fs, columns=columns, partitioning=None) for f in files]
+    )
+    return table.sort_by("id") if "id" in table.column_names else table
+
+
+def upload_folder(local: str | Path, uri: str) -> None:
+    """Copies a local folder to a URI; a no-op where both are the same place."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem) and os.path.abspath(local) == path:
+        return
+    fs.create_dir(path, recursive=True)
+    pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def local_folder(uri: str | Path) -> str:
+    """A local path of a folder: itself where it is local, else a copy made once per content on this node."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    stamp = hashlib.sha256(repr([(i.path, i.size, i.mtime_ns) for i in infos]).encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"cai_ray-{os.getuid()}" / stamp
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        partial.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(
+            path, str(partial), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem()
+        )
+        try:
+            partial.rename(target)
+        except OSError:  # another process of this node was first
+            if not target.exists():
+                raise
+    return str(target)
+
+
+def folder_sha(uri: str | Path) -> str:
+    """Content hash of a model folder (weights, configuration, tokenizer)."""
+    fs, root = resolve(uri)
+    digest = hashlib.sha256()
+    for path in list_files(uri):
+        if path.endswith((".safetensors", ".json", ".jinja", ".model", ".bin", ".txt")):
+            digest.update(os.path.relpath(path, root).encode())
+            with fs.open_input_stream(path, compression=None) as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def model_sha(model: str) -> str:
+    """Content hash of a model folder; for an id of the hub, a hash of its name."""
+    return folder_sha(model) if exists(model) else hashlib.sha256(model.encode()).hexdigest()[:16]
+
+
+class Run:
+    """A run directory and its resolved configuration. Plain data: it travels to Ray workers as it is."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        out = config.out.format(name=config.name)
+        self.root = out if "://" in out else os.path.abspath(os.path.expanduser(out))
+
+    def path(self, *parts: str) -> str:
+        return join(self.root, *parts)
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """The stage's manifest, or None while the stage is not complete."""
+        uri = self.path(stage, "manifest.json")
+        return read_json(uri) if exists(uri) else None
+
+    def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
+        """A stage's rows, in the order of their ids."""
+        return read_tables(self.path(stage), columns, name).to_pylist()
+
+    def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
+        write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
+
+    def model(self, which: str) -> str:
+        """Path or id of a model by its role: `base`, `sl`, `rm`, `rl`, or a folder or id as it is."""
+        roles = {"base": self.config.model, "sl": self.path("sft", "model"), "rm": self.path("rm", "model")}
+        uri = {**roles, "rl": self.path("ppo", "model")}.get(which, which)
+        if uri == "town":  # the base model of the embedded world, which ships with the package
+            return str(Path(__file__).parent / "town" / "base")
+        # A name that is no folder is an id of the Hugging Face hub, which its library resolves and caches.
+        return local_folder(uri) if exists(uri) else uri
+
+    def write_metrics(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Replaces a stage's metrics.jsonl (object stores cannot append)."""
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        write_bytes(self.path(stage, "metrics.jsonl"), text.encode())
+
+
+def open_run(uri: str) -> Run:
+    """The run in a directory, as `run.json` describes it.
+
+    Raises:
+        InputError: the directory is no run.
+    """
+    path = join(uri, "run.json")
+    if not exists(path):
+        raise InputError(
+            f"{uri}: no run here (run.json is missing); give the directory that `cai-ray run` wrote"
+        )
+    config = RunConfig.model_validate(read_json(path)["config"])
+    return Run(config.model_copy(update={"out": uri}))
