@@ -1,0 +1,32 @@
+"""An engine for unit tests: answers come from functions, no model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cai_ray.engine import Completion, Sample, Sampling, Usage
+from cai_ray.prompts import Messages, plain_messages
+
+
+class ScriptedEngine:
+    """Args: `answer(messages, sampling) -> text`, `weigh(messages, options) -> log-probabilities`."""
+
+    def __init__(
+        self,
+        answer: Callable[[list[dict[str, str]], Sampling], str] = lambda messages, sampling: "fine",
+        weigh: Callable[[list[dict[str, str]], Sequence[str]], list[float]] = lambda m, options: (
+            [-0.7] * len(options)
+        ),
+    ):
+        self.answer = answer
+        self.weigh = weigh
+
+    async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
+        text = self.answer(plain_messages(messages), sampling)
+        return Completion(text, True, Usage(len(messages), 0, len(text.split())))
+
+    async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
+        return self.weigh(plain_messages(messages), options), Usage(len(messages), 0, 1)
+
+    async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
+        return Sample(list(ids), [0.0] * len(ids), True)

@@ -1,0 +1,141 @@
+"""The engine of real runs: vLLM's AsyncLLM in this process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cai_ray.config import EngineConfig
+from cai_ray.engine import Completion, Sample, Sampling, Usage
+from cai_ray.errors import InputError, RowError
+from cai_ray.prompts import Messages, Renderer, TemplateSet
+
+
+def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
+    """vLLM's arguments, shared by the generation engine, the rollout engine and the server."""
+    args: dict[str, Any] = {
+        "model": model,
+        "dtype": config.dtype if config.dtype != "auto" or gpu else "float32",
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel,
+        "disable_log_stats": True,
+        "trust_remote_code": False,
+        "enable_prefix_caching": True,
+    }
+    if config.max_model_len:
+        args["max_model_len"] = config.max_model_len
+    if config.block_size:
+        args["block_size"] = config.block_size
+    if not gpu:
+        # Compiling costs more than it saves on CPU. A seeded request whose prefill is chunked kills the CPU engine
+        # (0.29), so a prefill is never chunked; the batch must then hold the longest prompt.
+        context = config.max_model_len or model_context(model)
+        args |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": config.kv_cache_mb << 20,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, context),
+        }
+    return args | config.extra
+
+
+def model_context(model: str) -> int:
+    """Positions of a model, from its configuration."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {model}: its config.json cannot be loaded ({str(e).splitlines()[0]})") from e
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
+
+
+class VllmEngine:
+    """Renders by itself (cai_ray.prompts) and gives vLLM token ids.
+
+    Raises:
+        InputError: the model has no tokenizer or chat template.
+        RowError: from a call, a prompt that leaves no room in the context.
+    """
+
+    def __init__(self, model: str, templates: TemplateSet, config: EngineConfig, gpu: bool = False):
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.renderer = Renderer(model, templates.chat_template)
+        self.llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**engine_args(model, config, gpu), skip_tokenizer_init=True)
+        )
+        self.context: int = self.llm.model_config.max_model_len
+        self._params = SamplingParams
+        self._final = RequestOutputKind.FINAL_ONLY
+        self._numbers = itertools.count()
+        self._options: dict[tuple[str, ...], list[int]] = {}
+
+    async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
+        output, finished = await self._generate(self.renderer.prompt_ids(messages), sampling)
+        ids = output.outputs[0].token_ids
+        return Completion(self.renderer.decode(ids).strip(), finished, _usage(output))
+
+    async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
+        key = tuple(options)
+        if key not in self._options:
+            self._options[key] = self.renderer.option_ids(options)
+        ids = self._options[key]
+        # Both tokens are asked for by id: an option can never be missing from a list of the likeliest.
+        output = await self._request(
+            self.renderer.prompt_ids(messages), max_tokens=1, allowed_token_ids=ids, logprob_token_ids=ids
+        )
+        logprobs = output.outputs[0].logprobs[0]
+        return [logprobs[i].logprob for i in ids], _usage(output)
+
+    async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
+        output, finished = await self._generate(list(ids), sampling, logprobs=0)
+        out = output.outputs[0]
+        logprobs = [step[i].logprob for step, i in zip(out.logprobs, out.token_ids, strict=True)]
+        return Sample(list(out.token_ids), logprobs, finished)
+
+    def shutdown(self) -> None:
+        self.llm.shutdown()
+
+    async def _generate(self, ids: list[int], sampling: Sampling, **more: Any) -> tuple[Any, bool]:
+        room = self.context - len(ids)
+        output = await self._request(
+            ids,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            max_tokens=max(1, min(sampling.max_tokens, room)),
+            stop_token_ids=[self.renderer.end_id],
+            **more,
+        )
+        return output, output.outputs[0].finish_reason == "stop"
+
+    async def _request(self, ids: list[int], **params: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if len(ids) >= self.context:
+            raise RowError(f"prompt of {len(ids)} tokens does not fit the context of {self.context}")
+        request = self._params(detokenize=False, output_kind=self._final, **params)
+        output = None
+        try:
+            stream = self.llm.generate({"prompt_token_ids": ids}, request, f"r{next(self._numbers)}")
+            async for answer in stream:  # one, since only the final output is asked for
+                output = answer
+        except EngineDeadError:
+            # An exception would be retried on the same dead engine: ending the process makes Ray start another.
+            os._exit(1)
+        except ValueError as e:
+            raise RowError(f"refused by the engine: {e}") from e
+        if output is None:
+            raise RowError("the engine gave no output")
+        return output
+
+
+def _usage(output: Any) -> Usage:
+    return Usage(
+        len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)
+    )

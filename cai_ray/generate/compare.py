@@ -1,0 +1,79 @@
+"""Stage `compare`: samples of the SL-CAI policy, paired into comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from cai_ray.config import CompareConfig
+from cai_ray.engine import Engine, Sampling
+from cai_ray.generate.rows import map_rows
+from cai_ray.generate.sources import read_prompts
+from cai_ray.prompts import TemplateSet, load_templates
+from cai_ray.records import derive_id, derive_seed
+from cai_ray.storage import Run
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The chain of one comparison: samples number `first` and `second` of its prompt.
+
+    Each sample's seed depends on the prompt and its number alone, so a sample that stands in several comparisons
+    is the same text in each.
+    """
+
+    templates: TemplateSet
+    config: CompareConfig
+    seed: int
+    model: str
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        first, second = (int(n) for n in row["pair"].split("-"))
+        messages = self.templates.answer_messages(row["messages"])
+        a, b = [
+            await engine.chat(
+                messages,
+                Sampling(
+                    self.config.temperature,
+                    self.config.max_tokens,
+                    derive_seed(self.seed, row["prompt_id"], "sample", number),
+                ),
+            )
+            for number in (first, second)
+        ]
+        return {
+            **row,
+            "response_a": a.text,
+            "response_b": b.text,
+            "model": self.model,
+            "temperature": self.config.temperature,
+            "source": "ai",
+            "usage": (a.usage + b.usage)._asdict(),
+        }
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    """Every pair of a prompt's samples."""
+    config = run.config.compare
+    prompts = [
+        p
+        for p in read_prompts(config.prompts or run.config.prompts, run.config.seed)
+        if p["split"] == "train"
+    ]
+    return [
+        {
+            "id": derive_id("comparison", prompt["id"], a, b),
+            "prompt_id": prompt["id"],
+            **{k: prompt[k] for k in ("messages", "kind", "family")},
+            "pair": f"{a}-{b}",
+        }
+        for prompt in prompts[: config.limit]
+        for a, b in combinations(range(config.samples), 2)
+    ]
+
+
+def run(run: Run) -> dict[str, Any]:
+    config = run.config
+    chain = Compare(load_templates(config.templates), config.compare, config.seed, "sl")
+    return map_rows(run, "compare", rows(run), chain, model="sl", schema="comparisons")

@@ -1,0 +1,123 @@
+"""Stage `revise`: response, then critique and revision, round after round; and samples that keep it helpful.
+
+Bai et al. 2022 (arXiv 2212.08073), section 3. Each round draws one principle, asks the model to criticise its answer
+by it, then to revise; the revision takes the answer's place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cai_ray import constitution as constitutions
+from cai_ray.config import ReviseConfig
+from cai_ray.constitution import Constitution
+from cai_ray.engine import Completion, Engine, Sampling
+from cai_ray.errors import RowError
+from cai_ray.generate.draw import draw
+from cai_ray.generate.rows import map_rows
+from cai_ray.generate.sources import read_prompts
+from cai_ray.prompts import TemplateSet, load_templates
+from cai_ray.records import derive_id, derive_seed
+from cai_ray.storage import Run
+
+
+@dataclass(frozen=True)
+class Revise:
+    """The chain of one row: a red-team prompt is answered and revised, a helpfulness prompt only answered."""
+
+    constitution: Constitution
+    templates: TemplateSet
+    config: ReviseConfig
+    seed: int
+    model: str
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        config, conversation = self.config, row["messages"]
+        first = await engine.chat(
+            self.templates.answer_messages(conversation), self._sampling(row, "response", first=True)
+        )
+        usage = first.usage
+        out = {**row, "response": first.text, "model": self.model, "constitution_sha": self.constitution.sha}
+        if row["kind"] == "helpful":
+            if not first.text:
+                raise RowError("the response is empty")
+            return {**out, "steps": [], "revision": None, "usage": usage._asdict()}
+
+        current, steps = first.text, []
+        drawn = draw(
+            self.constitution.principles,
+            config.rounds,
+            seed=self.seed,
+            row_id=row["id"],
+            replacement=config.draw == "with_replacement",
+        )
+        for number, principle in enumerate(drawn):
+            if principle is None:  # a disabled principle's slot
+                continue
+            critique = await engine.chat(
+                self.templates.critique_messages(conversation, current, principle),
+                self._sampling(row, f"critique {number}"),
+            )
+            revision = await engine.chat(
+                self.templates.revision_messages(conversation, current, principle, critique.text),
+                self._sampling(row, f"revision {number}"),
+            )
+            usage = usage + critique.usage + revision.usage
+            current = _whole(revision)
+            steps.append(
+                {
+                    "principle_id": principle.id,
+                    "critique_request": principle.critique_request,
+                    "critique": critique.text,
+                    "revision_request": principle.revision_request,
+                    "revision": current,
+                }
+            )
+        return {**out, "steps": steps, "revision": current, "usage": usage._asdict()}
+
+    def _sampling(self, row: dict[str, Any], step: str, first: bool = False) -> Sampling:
+        config = self.config
+        return Sampling(
+            temperature=config.temperature if first else config.revision_temperature,
+            max_tokens=config.critique_max_tokens if step.startswith("critique") else config.max_tokens,
+            seed=derive_seed(self.seed, row["id"], step),
+        )
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    """One row per red-team prompt, `helpful_samples` per helpfulness prompt."""
+    config = run.config.revise
+    prompts = [p for p in read_prompts(run.config.prompts, run.config.seed) if p["split"] == "train"]
+    out = []
+    for prompt in prompts[: config.limit]:
+        samples = 1 if prompt["kind"] == "red_team" else config.helpful_samples
+        for number in range(samples):
+            out.append(
+                {
+                    "id": derive_id("revision", prompt["id"], number),
+                    "prompt_id": prompt["id"],
+                    **{k: prompt[k] for k in ("messages", "kind", "family")},
+                }
+            )
+    return out
+
+
+def run(run: Run) -> dict[str, Any]:
+    config = run.config
+    chain = Revise(
+        constitutions.load(config.constitution),
+        load_templates(config.templates),
+        config.revise,
+        config.seed,
+        config.model,
+    )
+    return map_rows(run, "revise", rows(run), chain, model="base", schema="revisions")
+
+
+def _whole(revision: Completion) -> str:
+    if not revision.text:
+        raise RowError("a revision is empty")
+    if not revision.finished:
+        raise RowError("a revision hit revise.max_tokens")
+    return revision.text

@@ -1,0 +1,225 @@
+"""Prompts and human comparisons from files in the formats people have.
+
+Rows may be JSON lines (also .gz), parquet, or a folder of parquet files. A conversation is a list of messages, a
+plain text, or a transcript of the form "\\n\\nHuman: … \\n\\nAssistant: …", of which every turn is kept. Sources
+whose path starts with `town:` are drawn from the embedded world.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cai_ray import storage
+from cai_ray.config import Comparisons, PromptSource
+from cai_ray.errors import InputError
+from cai_ray.records import derive_id
+
+_COLUMNS = ("messages", "prompt", "text", "chosen")
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_prompts(sources: Iterable[PromptSource], seed: int) -> list[dict[str, Any]]:
+    """Rows of schema `prompts`, each conversation once, in the order of the sources.
+
+    Raises:
+        InputError: a file is missing or unreadable, has no usable column, or its prompts have no kind.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        data = read_rows(source.path, seed)
+        column = source.column or next((c for c in _COLUMNS if data and c in data[0]), None)
+        if data and (column is None or column not in data[0]):
+            wanted = source.column or " or ".join(_COLUMNS)
+            raise InputError(
+                f"{source.path}: no column {wanted}; it has {', '.join(data[0])} (set `column` to the one with prompts)"
+            )
+        for number, row in enumerate(data[: source.limit], 1):
+            messages = _prompt(row.get(column or ""), source.path, number)
+            kind = source.kind or row.get("kind")
+            if kind not in ("red_team", "helpful"):
+                raise InputError(
+                    f"{source.path}: row {number} has kind {kind!r}; set `kind: red_team` or `helpful` on the source"
+                )
+            split = row.get("split") or "train"
+            identity = derive_id(messages, kind, split)
+            rows.setdefault(
+                identity,
+                {
+                    "id": identity,
+                    "messages": messages,
+                    "kind": kind,
+                    "family": row.get("family"),
+                    "split": split,
+                    "source": row.get("source") or source.path,
+                },
+            )
+    return list(rows.values())
+
+
+def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]:
+    """Human comparisons as rows: id, messages, response_a (the chosen one), response_b, p_a, source `human`."""
+    out = []
+    for number, row in enumerate(read_rows(source.path, seed)[: source.limit], 1):
+        where = f"{source.path}: row {number}"
+        if "chosen" not in row or "rejected" not in row:
+            raise InputError(f"{where} lacks `chosen` or `rejected`; it has {', '.join(row)}")
+        shared = row.get("messages") or row.get("prompt")
+        if shared is not None:
+            messages = to_messages(shared, where)
+            chosen, rejected = (_answer(row[k], where) for k in ("chosen", "rejected"))
+        else:
+            good, bad = (to_messages(row[k], where) for k in ("chosen", "rejected"))
+            if good[-1]["role"] != "assistant" or bad[-1]["role"] != "assistant" or good[:-1] != bad[:-1]:
+                raise InputError(
+                    f"{where}: `chosen` and `rejected` must share all turns but the assistant's last"
+                )
+            messages, chosen, rejected = good[:-1], good[-1]["content"], bad[-1]["content"]
+        target = float(row.get("target") or source.target)
+        if not 0.5 < target <= 1:
+            raise InputError(f"{where}: target {target} is not in (0.5, 1]")
+        out.append(
+            {
+                "id": derive_id("human", messages, chosen, rejected),
+                "messages": messages,
+                "response_a": chosen,
+                "response_b": rejected,
+                "p_a": target,
+                "source": "human",
+            }
+        )
+    return out
+
+
+def read_rows(path: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a JSONL or parquet source, lone surrogates replaced.
+
+    Raises:
+        InputError: it is missing, unreadable, empty, or of another format.
+    """
+    if path.startswith("town:"):
+        from cai_ray.town import data
+
+        return data.rows(path.removeprefix("town:"), seed)
+    if not storage.exists(path):
+        raise InputError(f"{path}: no such file; give JSONL or parquet")
+    try:
+        if path.endswith((".jsonl", ".json", ".jsonl.gz")):
+            raw = storage.read_bytes(path)
+            rows = _json_lines(gzip.decompress(raw) if path.endswith(".gz") else raw, path)
+        elif path.endswith(".parquet"):
+            fs, real = storage.resolve(path)
+            rows = pq.read_table(real, filesystem=fs, partitioning=None).to_pylist()
+        else:
+            files = storage.list_files(path, ".parquet")
+            if not files:
+                raise InputError(
+                    f"{path}: is neither JSONL (.jsonl, .jsonl.gz) nor parquet, nor a folder of parquet files"
+                )
+            fs, _ = storage.resolve(path)
+            rows = [r for f in files for r in pq.read_table(f, filesystem=fs, partitioning=None).to_pylist()]
+    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as e:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())})") from e
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
+
+
+def to_messages(value: Any, where: str) -> list[dict[str, str]]:
+    """A conversation from messages, a transcript or a plain text.
+
+    Raises:
+        InputError: it is none of the three.
+    """
+    if isinstance(value, str):
+        parts = _TURN.split(value)
+        if parts[0].strip() == "" and len(parts) > 1:
+            return _joined(zip(parts[1::2], parts[2::2], strict=True))
+        return [{"role": "user", "content": clean(value)}]
+    if isinstance(value, list) and value:
+        messages = []
+        for m in value:
+            if not isinstance(m, dict) or not isinstance(m.get("content"), str):
+                raise InputError(
+                    f"{where}: a message must be {{role, content}} with a text, got {str(m)[:80]!r}"
+                )
+            if m.get("role") not in ("system", "user", "assistant"):
+                raise InputError(f"{where}: role {m.get('role')!r} is none of system, user, assistant")
+            messages.append({"role": m["role"], "content": clean(m["content"])})
+        return messages
+    raise InputError(f"{where}: {str(value)[:80]!r} is no conversation; give messages or a text")
+
+
+def _joined(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Messages of a transcript. Published ones repeat a speaker now and then: that is one turn, and no text is lost."""
+    messages: list[dict[str, str]] = []
+    for who, text in turns:
+        role, content = _ROLES[who], clean(text.strip())
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}".strip()
+        else:
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def clean(text: str) -> str:
+    """Text that every tokenizer and file takes: lone surrogates become the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def normalised(messages: Iterable[dict[str, str]]) -> str:
+    """A conversation's text with case, width and spacing removed: what is compared to keep splits apart."""
+    text = "\n".join(m["content"] for m in messages)
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def check_disjoint(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]) -> None:
+    """Raises InputError where an evaluation prompt is also used for training (METHOD.md, item 10)."""
+    seen = {normalised(r["messages"]) for r in train}
+    for row in held:
+        if normalised(row["messages"]) in seen:
+            text = row["messages"][-1]["content"][:80]
+            raise InputError(
+                f"evaluation prompt {text!r} is also a training prompt; remove it from one of the two"
+            )
+
+
+def _prompt(value: Any, path: str, number: int) -> list[dict[str, str]]:
+    """A conversation up to where the assistant answers: a last assistant turn is left off."""
+    messages = to_messages(value, f"{path}: row {number}")
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise InputError(f"{path}: row {number} has no user turn to answer")
+    return messages
+
+
+def _answer(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return clean(value)
+    messages = to_messages(value, where)
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{where}: the last message of `chosen` and `rejected` must be the assistant's")
+    return messages[-1]["content"]
+
+
+def _json_lines(raw: bytes, path: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise InputError(f"{path}: line {number} is no JSON ({e.msg})") from e
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is no JSON object")
+            rows.append(row)
+    return rows
