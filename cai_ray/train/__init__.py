@@ -1,0 +1,1 @@
+"""Training: pure mathematics, models and batches below, one readable loop per stage above them."""

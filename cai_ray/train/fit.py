@@ -1,0 +1,401 @@
+"""Ray Train and DeepSpeed, in one place: the group of workers, the trained engine, checkpoints and metrics.
+
+A stage's loop is a function that runs on every rank; what it needs of a distributed system is here. `fit` starts
+the group and starts it again from the last checkpoint where a worker dies, or where the whole stage was killed
+and is run again: Ray Train finds the checkpoints by the run's name, which is a hash of everything that
+changes the result. Losses are world size x (sum over tokens) / (tokens of the global batch), since DeepSpeed
+averages gradients over ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cai_ray import storage
+from cai_ray.cluster import uses_gpu, worker_env
+from cai_ray.config import TrainConfig
+from cai_ray.errors import InputError, Stopped
+from cai_ray.records import derive_id, derive_seed
+from cai_ray.storage import Run
+from cai_ray.train import metrics
+from cai_ray.train.metrics import Log as Log
+from cai_ray.train.metrics import progress as progress
+from cai_ray.train.models import save_folder, state_items
+from cai_ray.train.ranks import device as device
+from cai_ray.train.ranks import global_sum as global_sum
+from cai_ray.train.ranks import global_sums as global_sums
+from cai_ray.train.ranks import rank as rank
+from cai_ray.train.ranks import to_device as to_device
+from cai_ray.train.ranks import world_size as world_size
+
+# A dead worker or node is replaced this often before the stage gives up.
+MAX_FAILURES = 2
+# How a stage is run, not what it yields: changing these goes on from the same checkpoints.
+_HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker"}
+_UPSTREAM = ("revise", "sft", "compare", "label", "rm")
+
+Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+# ---------------------------------------------------------------------------------------------- the driver's side
+
+
+def fit(
+    run: Run, stage: str, loop: Loop, cfg: TrainConfig, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Runs `loop` on every rank and returns what rank 0's returned.
+
+    Args:
+        loop: called with {"run": run, **extra}. It restores the last checkpoint by itself (`restore`).
+        extra: what the loop needs beside the run; large data as object references, and in `inputs` a hash of
+            it: a run on other data does not go on from these checkpoints.
+
+    Raises:
+        InputError: the cluster is too small, or a rank found an input at fault.
+        Stopped: a rank met a gate.
+    """
+    check_resources(run, cfg)
+    # What a worker cannot see is the driver's directory.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    gpu = uses_gpu(run.config)
+    name = f"{stage}-{derive_id(fingerprint(run, stage, cfg), (extra or {}).get('inputs'))}"
+    key = f"{name}-{time.time_ns()}"
+    trainer = _trainer_class(run)(
+        _on_each_rank,
+        train_loop_config={"run": run, **(extra or {}), "_loop": loop, "_key": key},
+        scaling_config=ScalingConfig(
+            num_workers=cfg.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cfg.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage_path(run.path(stage, "checkpoints")),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
+            worker_runtime_env={"env_vars": worker_env(run.config)},
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+    )
+    with metrics.progress_lines(key), _interruptible():
+        outcome = trainer.fit().return_value
+    if "fault" in outcome:
+        kind, text = outcome["fault"]
+        raise {"InputError": InputError, "Stopped": Stopped}[kind](text)
+    metrics.write_events(run, stage)
+    return outcome["result"] or {}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is an interruption here as everywhere. Ray Train's own handler exits with code 0, as if all were done,
+    and stays in place after training."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as e:
+        raise KeyboardInterrupt from e
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _trainer_class(run: Run) -> Any:
+    """TorchTrainer, without its helpers where the cluster is ours alone and ends with this process.
+
+    Three actors of 120 MB each wait for what cannot happen there: the preemption of a node, a controller that
+    dies and leaves a placement group behind, a dataset (we pass none). The second asks the dashboard, which such
+    a cluster does not have, and holds up the end of every run for 12 s.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if run.config.ray.address or os.environ.get("RAY_ADDRESS"):
+        return TorchTrainer
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+    class Lean(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            needless = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+
+    return Lean
+
+
+def check_resources(run: Run, cfg: TrainConfig) -> None:
+    """Ray Train waits for resources without a word, so whether they can come is asked before.
+
+    Raises:
+        InputError: the cluster, grown as far as it can grow, holds too few CPUs or GPUs.
+    """
+    import ray
+    from ray._private.state import state
+
+    have = dict(ray.cluster_resources())
+    for kind, most in (state.get_max_resources_from_cluster_config() or {}).items():  # an autoscaler's bounds
+        have[kind] = max(have.get(kind, 0), most)
+    need = {"CPU": cfg.workers * cfg.cpus_per_worker, "GPU": cfg.workers if uses_gpu(run.config) else 0}
+    for kind, wanted in need.items():
+        if wanted > have.get(kind, 0):
+            remedy = "fewer `workers`" if kind == "GPU" else "fewer `workers`, or a larger `ray.cpus`"
+            raise InputError(
+                f"workers={cfg.workers}: training needs {wanted:g} {kind}s, and the cluster has "
+                f"{have.get(kind, 0):g}; use {remedy}"
+            )
+
+
+def fingerprint(run: Run, stage: str, cfg: TrainConfig) -> str:
+    """A hash of what a stage's result depends on: a changed one starts anew beside the old checkpoints."""
+    before = _UPSTREAM[: _UPSTREAM.index(stage)] if stage in _UPSTREAM else _UPSTREAM
+    upstream = {s: m["id"] for s in before if (m := run.manifest(s))}
+    settings = cfg.model_dump(mode="json", exclude=_HOW)
+    model = storage.model_sha(run.model("base"))
+    return derive_id(stage, settings, run.config.seed, run.config.templates, model, upstream)
+
+
+def location(run: Run, which: str) -> str:
+    """A model's role, folder or id in a form that means the same on every node: no path relative to here."""
+    which = run.config.model if which == "base" else which
+    return os.path.abspath(which) if "://" not in which and os.path.isdir(which) else which
+
+
+def storage_path(uri: str) -> str:
+    """Ray takes URIs and absolute paths."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
+# ------------------------------------------------------------------------------------------------ on every rank
+
+
+def _on_each_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """The loop, with errors that are the user's to mend turned into an outcome: they are not tried again."""
+    loop, key = config.pop("_loop"), config.pop("_key")
+    if fault := metrics.get(key, "fault"):  # told by a rank of the attempt before
+        return {"fault": json.loads(fault)}
+    metrics.told_to(key)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    # What is drawn at random (an adapter's first weights) is the same on every rank and in every attempt.
+    torch.manual_seed(derive_seed(config["run"].config.seed, "fit"))
+    try:
+        return {"result": loop(config)}
+    except (InputError, Stopped) as e:
+        fault = json.dumps([type(e).__name__, str(e)]).encode()
+        if world_size() == 1:
+            return {"fault": json.loads(fault)}
+        metrics.put(key, "fault", fault)
+        raise  # the other ranks may wait for this one: the group ends, and the next one ends at once
+
+
+class Trained:
+    """A model under DeepSpeed. Called like the model; `module` is the model itself."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.engine.get_lr()[0])
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.engine.zero_optimization_stage())
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro-batch's gradient. `loss` is this rank's share times the world size (module docstring)."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clips, updates the weights, moves the schedule on; returns the gradient's norm before clipping."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+
+def distribute(
+    model: nn.Module, cfg: TrainConfig, total_steps: int, learning_rate: float | None = None
+) -> Trained:
+    """Puts a model under DeepSpeed with AdamW and the configured schedule over `total_steps` steps.
+
+    Every rank calls it alike. Parameters that need no gradient (a frozen base under an adapter) stay out of the
+    optimizer.
+    """
+    if device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+    from torch.optim.lr_scheduler import LambdaLR
+
+    # Compiled at the first start for 40 s otherwise, and of no use to training.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=cfg.learning_rate if learning_rate is None else learning_rate,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+    )
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, cfg, total_steps))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(cfg, sum(p.numel() for p in trainable)),
+        dist_init_required=False if dist.is_initialized() else None,
+    )
+    if cfg.zero_stage == 0:
+        # Stage 0 clips by itself and forgets the norm.
+        def clip() -> None:
+            engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), cfg.max_grad_norm)
+
+        engine.clip_fp32_gradients = clip
+    return Trained(engine)
+
+
+def deepspeed_config(cfg: TrainConfig, numel: int) -> dict[str, Any]:
+    """Any number of micro-batches per step: `Trained.step` is what ends an accumulation."""
+    # Buckets are buffers: the default of 5e8 numbers is 2 GB, also for a small model.
+    # DeepSpeed wants an even number.
+    bucket = int(min(5e8, -(-numel // 1024) * 1024))
+    zero: dict[str, Any] = {
+        "stage": cfg.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    zero["overlap_comm"] = False
+    if cfg.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = min(bucket, int(5e7))
+    if cfg.offload_optimizer and cfg.zero_stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device().type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": cfg.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": cfg.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def schedule(step: int, cfg: TrainConfig, total_steps: int) -> float:
+    """The factor on the learning rate at a step, counted from 0: never 0 at the first one (METHOD.md, item 34)."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
+    if cfg.schedule == "constant":
+        return 1.0
+    left = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+
+def gather(trained: Trained) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None:
+    """Makes parameters whole for a while under ZeRO-3; None where they always are."""
+    if trained.zero_stage < 3:
+        return None
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters
+
+
+def gathered_state(trained: Trained) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors one by one, adapters merged, a tied head included; every rank iterates to the end.
+
+    A tensor is good until the next one is asked for.
+    """
+    with torch.no_grad():
+        yield from state_items(trained.module, gather(trained))
+
+
+def save_model(trained: Trained, source: str, uri: str) -> None:
+    """Writes a Hugging Face folder with the tokenizer of `source`; every rank calls it, rank 0 writes."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in gathered_state(trained):
+        if rank() == 0:
+            state[name] = tensor.detach().to("cpu", copy=True)
+    if rank() == 0:
+        save_folder(trained.module, source, uri, state)
+    if world_size() > 1:
+        dist.barrier()
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step: int) -> None:
+    """Saves models, optimizers, schedules, random numbers and the loop's `state`, on every rank alike.
+
+    Each rank writes its share; Ray Train puts the shares together, and makes the checkpoint visible as a whole.
+
+    Args:
+        state: what the loop needs to go on, of this rank (anything that torch.save takes).
+    """
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as folder:
+        for tag, trained in engines.items():
+            (Path(folder) / tag).mkdir()
+            trained.engine.save_checkpoint(
+                folder, tag=tag, save_latest=False, exclude_frozen_parameters=_has_adapter(trained)
+            )
+        random = {"torch": torch.get_rng_state()}
+        if device().type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        own = {"state": state, "random": random, "step": step, "world_size": world_size()}
+        torch.save(own, Path(folder) / f"loop-{rank()}.pt")
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def restore(engines: Mapping[str, Trained]) -> dict[str, Any] | None:
+    """Loads the last checkpoint into the engines and returns the loop's state; None where there is none."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        own = torch.load(Path(folder) / f"loop-{rank()}.pt", weights_only=False, map_location="cpu")
+        for tag, trained in engines.items():
+            path, _ = trained.engine.load_checkpoint(
+                folder, tag=tag, load_module_strict=not _has_adapter(trained)
+            )
+            if path is None:
+                raise RuntimeError(f"checkpoint {checkpoint.path}: {tag} cannot be loaded")
+    torch.set_rng_state(own["random"]["torch"])
+    if "cuda" in own["random"]:
+        torch.cuda.set_rng_state(own["random"]["cuda"])
+    return own["state"]
+
+
+def _has_adapter(trained: Trained) -> bool:
+    return hasattr(trained.module, "get_base_model")

@@ -1,0 +1,202 @@
+"""The losses, as pure functions: tensors in, a scalar and a dict of sums out.
+
+Shapes: B rows, T tokens, V words of the vocabulary. A mask is 1 on the tokens that count (of a response, its
+end included), 0 elsewhere; what stands where it is 0 has no influence, not even as NaN. A loss is a sum over
+tokens divided by the number of tokens of the whole global batch, so that the gradient is the same however the
+batch is cut into micro-batches and ranks; metrics are sums, so that micro-batches and ranks may add them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Log-ratios are cut here before exp: e^20 is far outside any trust region, and finite in every dtype used.
+MAX_LOG_RATIO = 20.0
+# Logits widened to fp32 at once: 2^26 numbers are 256 MiB.
+CHUNK_NUMBERS = 1 << 26
+
+Metrics = dict[str, Tensor]
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] by chunks of rows, with nothing of size V kept in fp32.
+
+    Autograd on the plain expression would keep an fp32 copy of all logits for the backward pass; here the
+    gradient, (one_hot - softmax) / temperature, is made again from the logits and their log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        picked = torch.empty(targets.shape, dtype=wide, device=logits.device)
+        norms = torch.empty_like(picked)
+        for rows in _chunks(logits):
+            scaled = logits[rows].to(wide) / temperature
+            norms[rows] = torch.logsumexp(scaled, -1)
+            picked[rows] = scaled.gather(-1, targets[rows, None]).squeeze(-1)
+        ctx.save_for_backward(logits, targets, norms)
+        ctx.temperature = temperature
+        return picked - norms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, norms = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            upstream = grads[0][rows, None] / ctx.temperature
+            scaled = logits[rows].to(norms.dtype) / ctx.temperature
+            grad = torch.exp(scaled - norms[rows, None]).mul_(-upstream)
+            grad.scatter_add_(-1, targets[rows, None], upstream)
+            out[rows] = grad.to(out.dtype)
+        return out, None, None
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    size = max(1, CHUNK_NUMBERS // logits.shape[-1])
+    return [slice(i, i + size) for i in range(0, logits.shape[0], size)]
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token given those before it, computed from fp32 logits.
+
+    Args:
+        logits: (B, T, V), any float dtype; logits[:, t] predict token t + 1.
+        ids: (B, T).
+        temperature: what the tokens were sampled at.
+
+    Returns:
+        (B, T) float32: [:, t] is log p(ids[:, t] | ids[:, :t]); position 0, which nothing predicts, is 0.
+    """
+    rows, length, words = logits.shape
+    # All positions are taken, the last one with any target and dropped after: a slice would copy the logits.
+    targets = F.pad(ids[:, 1:], (0, 1)).reshape(-1)
+    flat: Tensor = _TargetLogprobs.apply(logits.reshape(rows * length, words), targets, temperature)  # type: ignore[no-untyped-call]
+    return F.pad(flat.view(rows, length)[:, :-1], (1, 0))
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor, global_tokens: float) -> Tensor:
+    """Negative log-likelihood over the masked tokens, (B, T), divided by the global batch's tokens."""
+    return -masked(logprobs, mask).sum() / global_tokens
+
+
+def soft_bradley_terry(r_a: Tensor, r_b: Tensor, p_a: Tensor) -> Tensor:
+    """Preference loss for soft labels, per row: -p logsigmoid(d) - (1 - p) logsigmoid(-d), d = r_a - r_b.
+
+    The cross-entropy between the label P(a preferred) = p_a and the Bradley-Terry model's sigmoid(d); Bai et
+    al. 2022 (arXiv 2212.08073), section 4.1, train on such labels. All (B,).
+    """
+    d = r_a - r_b
+    return -p_a * F.logsigmoid(d) - (1 - p_a) * F.logsigmoid(-d)
+
+
+def preference_metrics(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor) -> Metrics:
+    """Sums over rows, apart for AI (soft) and human (hard) labels: n, loss, accuracy, margin, as `ai/loss`.
+
+    Accuracy counts the rows where the model prefers the label's side; a tie on either side counts one half.
+    """
+    d, losses = (r_a - r_b).detach(), soft_bradley_terry(r_a, r_b, p_a).detach()
+    agreement = (torch.sign(d) * torch.sign(p_a - 0.5) + 1) / 2
+    out: Metrics = {}
+    for source, chosen in (("ai", ~human.bool()), ("human", human.bool())):
+        out[f"{source}/n"] = chosen.sum().to(d.dtype)
+        out[f"{source}/loss"] = losses[chosen].sum()
+        out[f"{source}/accuracy"] = agreement[chosen].sum()
+        out[f"{source}/margin"] = (d * torch.sign(p_a - 0.5))[chosen].sum()
+    return out
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    global_tokens: float,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped objective, -min(rho A, clip(rho, 1 - clip, 1 + clip) A), summed over tokens.
+
+    Schulman et al. 2017 (arXiv 1707.06347), equation 7. All tensors (B, T).
+
+    Args:
+        old_logprobs: of the policy that the update starts from, recomputed by the trainer.
+        weights: importance weights of the trainer against the engine; they carry no gradient.
+
+    Returns:
+        The loss over `global_tokens`, and sums over tokens: tokens, ratio, clipfrac (where the clipped branch
+        is the one that counts), approx_kl (k3 of old against new).
+    """
+    log_ratio = masked(logprobs - old_logprobs, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    gains = masked(advantages, mask)
+    free, cut = ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains
+    per_token = -torch.minimum(free, cut)
+    if weights is not None:
+        per_token = per_token * weights.detach()
+    loss = masked(per_token, mask).sum() / global_tokens
+    with torch.no_grad():
+        metrics = {
+            "tokens": mask.sum().to(ratio.dtype),
+            "ratio": masked(ratio, mask).sum(),
+            "clipfrac": masked((cut < free).to(ratio.dtype), mask).sum(),
+            "approx_kl": masked(ratio - 1 - log_ratio, mask).sum(),
+        }
+    return loss, metrics
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, global_tokens: float
+) -> tuple[Tensor, Metrics]:
+    """Half the squared error, the larger of that of v and that of old + clip(v - old, ±clip), summed.
+
+    The clip is on the change of the value, v - v_old (Huang et al. 2024, arXiv 2403.17031). All (B, T).
+
+    Returns:
+        The loss over `global_tokens`, and sums over tokens: value_clipfrac, value_error (squared, unclipped).
+    """
+    old = masked(old_values, mask)
+    change = masked(values, mask) - old
+    target = masked(returns, mask)
+    free = (old + change - target).square()
+    cut = (old + change.clamp(-clip, clip) - target).square()
+    loss = 0.5 * masked(torch.maximum(free, cut), mask).sum() / global_tokens
+    with torch.no_grad():
+        metrics = {
+            "value_clipfrac": masked((cut > free).to(free.dtype), mask).sum(),
+            "value_error": masked(free, mask).sum(),
+        }
+    return loss, metrics
+
+
+def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """log p - log q per token, sampled from p: unbiased, signed. The one for the reward; as a loss its
+    expected gradient is 0. Names as in Schulman, "Approximating KL divergence" (2020)."""
+    return logp - ref_logp
+
+
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """(log p - log q)² / 2 per token: biased, but as a loss its expected gradient is that of KL(p‖q)."""
+    return 0.5 * (logp - ref_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).square()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """q/p - 1 - log(q/p) per token: unbiased and never negative, for reports. As a loss its expected gradient
+    is that of KL(q‖p), the other direction."""
+    log_ratio = (ref_logp - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(p_trainer / p_engine, cap), per token, without gradient."""
+    log_ratio = (trainer_logprobs - engine_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp().clamp(max=cap)
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Values where the mask is set, 0 elsewhere: multiplying would let NaN and infinity through."""
+    return values.masked_fill(mask == 0, 0.0)

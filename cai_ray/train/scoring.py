@@ -1,0 +1,127 @@
+"""What PPO's four models say: log-probabilities, values and rewards of token sequences.
+
+Old log-probabilities are recomputed by the trainer, in the micro-batches of the update, so that the ratio is 1
+before the first step and differs from 1 by the update alone. The engine's are compared with them, and only weigh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cai_ray.config import PpoConfig
+from cai_ray.errors import Stopped
+from cai_ray.storage import Run
+from cai_ray.train.batches import micro_batches, pad
+from cai_ray.train.experience import Batch, Minibatch, Scores
+from cai_ray.train.fit import Trained, device, distribute, global_sum, to_device
+from cai_ray.train.losses import token_logprobs
+from cai_ray.train.models import (
+    RewardScale,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    load_value_model,
+    reward_scale,
+    sequence_logits,
+    sequence_values,
+)
+
+RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass
+class Models:
+    policy: Trained
+    value: Trained
+    reference: nn.Module | None
+    """None under LoRA: then it is the policy with its adapter off."""
+    reward: nn.Module
+    scale: RewardScale
+
+
+def load_models(run: Run, cfg: PpoConfig) -> Models:
+    sl, rm = run.model("sl"), run.model("rm")
+    updates = cfg.epochs * (cfg.rollout_batch // cfg.minibatch)
+    from_reward = cfg.value_init == "rm"
+    value = load_value_model(rm if from_reward else sl, cfg, from_reward)
+    # Values chase a policy that moves until the end: their learning rate stays.
+    steady = cfg.model_copy(update={"schedule": "constant"})
+    return Models(
+        policy=distribute(load_policy(sl, cfg), cfg, cfg.steps * updates),
+        value=distribute(
+            value, steady, (cfg.value_warmup_steps + cfg.steps) * updates, cfg.value_learning_rate
+        ),
+        reference=None if cfg.lora else load_reference(sl, cfg).to(device()),
+        reward=load_reward_model(rm, cfg, trainable=False).to(device()),
+        scale=reward_scale(rm),
+    )
+
+
+@torch.no_grad()
+def score(models: Models, batch: Batch, plan: list[Minibatch], cfg: PpoConfig, pad_id: int) -> Scores:
+    """Each rank scores its micro-batches; the sum of what the ranks found is the whole batch."""
+    found = torch.zeros(len(Scores._fields), *batch.mask.shape)
+    for minibatch in plan:
+        for group in minibatch.groups:
+            inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
+            columns = (
+                policy_logprobs(models.policy.engine, inputs, cfg.temperature),
+                reference_logprobs(models, inputs, cfg.temperature),
+                sequence_values(models.value.engine, inputs),
+                sequence_values(models.reward, inputs),
+            )
+            width = inputs["input_ids"].shape[1]
+            for i, column in enumerate(columns):
+                if group:
+                    found[i, group, :width] = column.float().cpu()
+    return Scores(*global_sum(found))
+
+
+def policy_logprobs(model: nn.Module, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+    return token_logprobs(sequence_logits(model, inputs), inputs["input_ids"], temperature)
+
+
+def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+    if models.reference is not None:
+        return policy_logprobs(models.reference, inputs, temperature)
+    with models.policy.module.disable_adapter():  # type: ignore[operator]
+        return policy_logprobs(models.policy.engine, inputs, temperature)
+
+
+@torch.no_grad()
+def probe(policy: Trained, probes: list[list[int]], cfg: PpoConfig, pad_id: int) -> list[Tensor]:
+    """Per probe, the log-probabilities of its tokens after the first, temperature 1. Every rank computes all."""
+    out: list[Tensor] = [torch.zeros(0)] * len(probes)
+    for group in micro_batches([len(ids) for ids in probes], cfg.micro_batch_tokens):
+        found = policy_logprobs(policy.engine, to_device(pad([probes[i] for i in group], pad_id)), 1.0).cpu()
+        for i, row in zip(group, found, strict=True):
+            out[i] = row[1 : len(probes[i])]
+    return out
+
+
+def logprob_gap(scores: Scores, batch: Batch, cfg: PpoConfig) -> float:
+    """Mean |engine - trainer| over sampled tokens.
+
+    Raises:
+        Stopped: it is above `ppo.max_logprob_gap`.
+    """
+    gaps = ((scores.logprobs - batch.engine_logprobs) * batch.mask).abs()
+    gap = float(gaps.sum() / batch.mask.sum())
+    if not gap <= cfg.max_logprob_gap:
+        raise Stopped(
+            f"engine and trainer differ by {gap:.3g} in mean log-probability, more than ppo.max_logprob_gap="
+            f"{cfg.max_logprob_gap:g}; see that both run in the same dtype"
+        )
+    return gap
+
+
+def check_ratio(new: Tensor, old: Tensor, mask: Tensor, cfg: PpoConfig) -> None:
+    """Before the first step of an update, the policy is the one that the old log-probabilities are of."""
+    worst = float(((new.detach() - old) * mask).abs().max())
+    if not worst <= RATIO_TOLERANCE[cfg.dtype]:
+        raise RuntimeError(
+            f"the ratio is not 1 at the first minibatch: log-probabilities differ by {worst:.3g}"
+        )

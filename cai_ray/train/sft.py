@@ -1,0 +1,163 @@
+"""Stage `sft`: the SL-CAI policy, trained on revisions mixed with samples on helpfulness prompts.
+
+Reads `revise`; writes what it trained on as records, the model and its metrics. The loss is the negative
+log-likelihood of the answers' tokens, ends included, over the tokens of the global batch. Every epoch has its
+own explicit shuffle, the same on every rank, so that each knows the whole batch and takes its share of it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cai_ray import storage
+from cai_ray.config import SftConfig, TrainConfig
+from cai_ray.errors import InputError
+from cai_ray.prompts import Renderer, load_templates
+from cai_ray.records import derive_id, to_table
+from cai_ray.storage import Run
+from cai_ray.train.batches import pad, rank_micro_batches
+from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
+from cai_ray.train.losses import sft_loss, token_logprobs
+
+if TYPE_CHECKING:
+    from cai_ray.train.fit import Trained
+
+
+def run(run: Run) -> dict[str, Any]:
+    import ray
+
+    from cai_ray.train import fit
+
+    cfg, templates = run.config.sft, load_templates(run.config.templates)
+    revised = run.rows("revise", ["id", "messages", "kind", "response", "steps", "revision", "error"])
+    records = to_records(revised, cfg, run.config.seed)
+    if not records:
+        raise InputError(f"{run.path('revise')}: no row can be trained on; look at its `error` column")
+    source = run.model(cfg.init)
+    renderer, limit = Renderer(source, templates.chat_template), context_length(source)
+    rendered = [
+        (r, render(renderer, templates, r["messages"][:-1], r["messages"][-1]["content"], limit))
+        for r in records
+    ]
+    kept = [(record, example) for record, example in rendered if example is not None]
+    if not kept:
+        raise InputError(f"sft: no row fits the context of {source} ({limit} tokens)")
+    data = pack(example for _, example in kept)
+    check_fits("sft", max(data.lengths), cfg.micro_batch_tokens)
+    run.write_rows("sft", to_table([record for record, _ in kept], "sft"))
+
+    extra = {"data": ray.put(data), "model": fit.location(run, cfg.init), "pad_id": renderer.pad_id}
+    extra["inputs"] = data.sha
+    result = fit.fit(run, "sft", loop, cfg, extra)
+    return {
+        "rows_in": len(revised),
+        "rows_out": len(kept),
+        "errors": sum(1 for row in revised if row["error"]),
+        "left_out_too_long": len(records) - len(kept),
+        "tokens": sum(data.lengths) * cfg.epochs,
+        "init_sha": storage.model_sha(source),
+        "model_sha": storage.folder_sha(run.path("sft", "model")),
+        **result,
+    }
+
+
+def to_records(rows: list[dict[str, Any]], cfg: SftConfig, seed: int) -> list[dict[str, Any]]:
+    """Rows of schema `sft` from rows of schema `revisions`; rows with an error are left out.
+
+    A revised row gives its last revision, every round's, or those of the first rounds; helpfulness samples are
+    drawn by their ids, at most `helpful_per_revision` times as many as the revisions.
+    """
+    good = [row for row in rows if not row["error"]]
+    revisions, helpful = [], []
+    for row in good:
+        if row["kind"] == "helpful":
+            helpful.append(_record(row, row["response"], "helpful", 0))
+            continue
+        # A row whose every slot was a disabled principle's has no steps: its response stood the test.
+        rounds = [step["revision"] for step in row["steps"] or []] or [row["revision"]]
+        chosen = {
+            "final": [len(rounds)],
+            "all": range(1, len(rounds) + 1),
+            "up_to_n": range(1, min(cfg.up_to, len(rounds)) + 1),
+        }[cfg.revisions]
+        revisions += [_record(row, rounds[n - 1], "revision", n) for n in chosen]
+    if revisions:
+        helpful.sort(key=lambda r: derive_id(seed, "helpful", r["id"]))
+        helpful = helpful[: round(cfg.helpful_per_revision * len(revisions))]
+    return sorted(revisions + helpful, key=lambda r: r["id"])
+
+
+def _record(row: dict[str, Any], response: str, kind: str, number: int) -> dict[str, Any]:
+    return {
+        "id": derive_id("sft", row["id"], number),
+        "messages": [*row["messages"], {"role": "assistant", "content": response}],
+        "kind": kind,
+        "source_id": row["id"],
+    }
+
+
+def loop(config: dict[str, Any]) -> dict[str, Any]:
+    """Trains on one rank of the group."""
+    import ray
+
+    from cai_ray.train import fit
+    from cai_ray.train.models import load_policy
+
+    run: Run = config["run"]
+    cfg, seed = run.config.sft, run.config.seed
+    data: Dialogues = ray.get(config["data"])
+    lengths = data.lengths
+    per_epoch = -(-len(data) // cfg.batch_size)
+    total = cfg.epochs * per_epoch
+    every = cfg.checkpoint_every or per_epoch
+
+    source = run.model(config["model"])
+    policy = fit.distribute(load_policy(source, cfg), cfg, total)
+    state = fit.restore({"policy": policy}) or {"step": 0, "rows": []}
+    log = fit.Log(run, "sft", total, state["rows"])
+    for step in range(state["step"], total):
+        started = time.perf_counter()
+        epoch, place = divmod(step, per_epoch)
+        order = shuffled(len(data), seed, "sft", epoch)
+        batch = order[place * cfg.batch_size : (place + 1) * cfg.batch_size]
+        rate = policy.lr
+        loss, norm = update(policy, data, batch, cfg, config["pad_id"])
+        log.add(
+            step + 1,
+            {
+                "sft/loss": loss,
+                "sft/epoch": epoch + 1,
+                "sft/grad_norm": norm,
+                "sft/learning_rate": rate,
+                "tokens/per_s": sum(lengths[i] for i in batch) / (time.perf_counter() - started),
+            },
+        )
+        if (step + 1) % every == 0 or step + 1 == total:
+            fit.save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
+    log.write()
+    fit.save_model(policy, source, run.path("sft", "model"))
+    last = log.rows[-per_epoch:]
+    return {"steps": total, "loss": sum(r["sft/loss"] for r in last) / len(last)}
+
+
+def update(
+    policy: Trained, data: Dialogues, batch: list[int], cfg: TrainConfig, pad_id: int
+) -> tuple[float, float]:
+    """One optimizer step on a global batch of rows; returns its loss and the gradient's norm."""
+    from cai_ray.train import fit
+    from cai_ray.train.models import sequence_logits
+
+    examples = [data[i] for i in batch]
+    tokens = sum(sum(example.mask) for example in examples)
+    total = torch.zeros((), dtype=torch.float64)
+    lengths = [len(example.ids) for example in examples]
+    for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, fit.rank(), fit.world_size()):
+        rows = fit.to_device(pad([examples[i] for i in group], pad_id))
+        logprobs = token_logprobs(sequence_logits(policy, rows), rows["input_ids"])
+        loss = sft_loss(logprobs, rows["loss_mask"], tokens)
+        policy.backward(loss * fit.world_size())
+        total += loss.detach().double().cpu()
+    return float(fit.global_sum(total)), policy.step()
