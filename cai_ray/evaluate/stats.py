@@ -1,0 +1,66 @@
+"""Rates with intervals, and the calibration of probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def rate(flags: Sequence[bool]) -> dict[str, Any]:
+    """Share of true flags with its 95 % Wilson score interval (Wilson 1927); value None over no flags."""
+    n = len(flags)
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    p, z = sum(flags) / n, 1.959964
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # Rounding must not put the ends of the scale outside their own interval.
+    return {
+        "value": p,
+        "low": max(0.0, min(p, centre - half)),
+        "high": min(1.0, max(p, centre + half)),
+        "n": n,
+    }
+
+
+def expected_calibration_error(p: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by rows (Guo et al. 2017, eq. 3).
+
+    Args:
+        p: probability that the outcome is true. The confidence is that of the likelier side.
+    """
+    sums = [[0.0, 0.0, 0] for _ in range(bins)]
+    for probability, outcome in zip(p, outcomes, strict=True):
+        confidence = max(probability, 1 - probability)
+        right = (probability > 0.5) == outcome
+        cell = sums[min(bins - 1, int((confidence - 0.5) * 2 * bins))]
+        cell[0] += confidence
+        cell[1] += right
+        cell[2] += 1
+    n = sum(c[2] for c in sums)
+    return sum(abs(c[0] - c[1]) for c in sums) / n if n else 0.0
+
+
+def fit_scale(log_odds: Sequence[float], outcomes: Sequence[bool]) -> float:
+    """The one factor on log-odds that makes the outcomes likeliest (temperature scaling, Guo et al. 2017).
+
+    The loss is convex in the factor: a golden-section search over [0.01, 100] on a log scale.
+    """
+
+    def loss(scale: float) -> float:
+        total = 0.0
+        for z, outcome in zip(log_odds, outcomes, strict=True):
+            d = scale * (z if outcome else -z)
+            total += math.log1p(math.exp(-abs(d))) + max(-d, 0.0)
+        return total
+
+    low, high = math.log(0.01), math.log(100.0)
+    shrink = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        a, b = high - shrink * (high - low), low + shrink * (high - low)
+        if loss(math.exp(a)) < loss(math.exp(b)):
+            high = b
+        else:
+            low = a
+    return math.exp((low + high) / 2)

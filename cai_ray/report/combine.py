@@ -1,0 +1,138 @@
+"""Several seeds as one report: means, with intervals over prompts.
+
+The prompts are a sample of what people ask, so the prompt is what is drawn again (Efron 1979): all seeds' outcomes on
+it are drawn together, because they are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cai_ray.errors import InputError
+from cai_ray.evaluate.outcomes import outcomes
+from cai_ray.report.text import in_order
+
+
+def combine(
+    reports: Sequence[dict[str, Any]],
+    rows: Sequence[list[dict[str, Any]]],
+    *,
+    draws: int = 4000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The mean of the seeds' reports, in the form of one.
+
+    Args:
+        reports: one per seed, as `report.stage.build` makes them. A policy may be missing from some.
+        rows: their judged rows (schema `judgements`), in the same order.
+        draws: bootstrap samples.
+
+    Returns:
+        A report in which each rate has value (the mean of the seeds' rates), low and high (2.5 % and 97.5 % of the
+        bootstrap), n (prompts) and seeds (each seed's rate). Of one seed, the report's own intervals are kept.
+
+    Raises:
+        InputError: the reports are of different constitutions.
+    """
+    if len({r["constitution_sha"] for r in reports}) > 1:
+        raise InputError("reports of different constitutions have no mean; combine runs of one constitution")
+    first = reports[0]
+    models = in_order({m for r in reports for m in r["models"]})
+    rng = np.random.default_rng(seed)
+    combined: dict[str, Any] = {
+        **first,
+        "models": models,
+        "seeds": [r["seed"] for r in reports],
+        "label": _mean([r["label"] for r in reports]),
+        "rm": _mean([r["rm"] for r in reports]),
+        "revision_harm": _mean([r["revision_harm"] for r in reports]),
+        "revision_harm_selective": _mean([r["revision_harm_selective"] for r in reports]),
+        "ppo": {
+            "steps": _mean([r["ppo"]["steps"] for r in reports]),
+            "seeds": [r["ppo"]["steps"] for r in reports],
+        },
+        "stages": _mean([r["stages"] for r in reports]),
+        "human_harmlessness_labels": sum(r["human_harmlessness_labels"] for r in reports),
+        "by_seed": [
+            {k: r[k] for k in ("seed", "label", "rm", "revision_harm", "revision_harm_selective")}
+            for r in reports
+        ],
+    }
+    for model in models:
+        having = [i for i, r in enumerate(reports) if model in r["models"]]
+        judged = [outcomes(row for row in rows[i] if row["model"] == model) for i in having]
+        combined[model] = _policy([reports[i][model] for i in having], judged, draws, rng)
+    return combined
+
+
+def _policy(
+    measured: list[dict[str, Any]],
+    judged: list[dict[str, list[tuple[str, bool]]]],
+    draws: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    def rate(per_seed: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+        values = [m["value"] for m in per_seed]
+        if len(per_seed) == 1 or None in values:
+            return {**per_seed[0], "value": _mean(values), "seeds": values}
+        # A rate that no row of judgements holds has a mean and no interval.
+        low, high, n = bootstrap([j.get(metric, []) for j in judged], draws, rng)
+        return {"value": _mean(values), "low": low, "high": high, "n": n, "seeds": values}
+
+    families = measured[0]["harm_by_family"]
+    return {
+        **{name: rate([m[name] for m in measured], name) for name in measured[0] if name != "harm_by_family"},
+        "harm_by_family": {
+            f: rate([m["harm_by_family"][f] for m in measured], f"harm_by_family.{f}") for f in families
+        },
+    }
+
+
+def bootstrap(
+    seeds: Sequence[Sequence[tuple[str, bool]]], draws: int, rng: np.random.Generator
+) -> tuple[float | None, float | None, int]:
+    """Bounds of the 95 % interval of the mean over seeds of each seed's rate, and the number of prompts.
+
+    Args:
+        seeds: per seed, (prompt id, outcome) pairs. A seed may lack a prompt (a rate over refusals, say): numerator and
+            denominator are then drawn again together.
+    """
+    prompts = sorted({prompt for pairs in seeds for prompt, _ in pairs})
+    if not prompts:
+        return None, None, 0
+    column = {prompt: i for i, prompt in enumerate(prompts)}
+    true = np.zeros((len(prompts), len(seeds)))  # P S
+    all_ = np.zeros_like(true)
+    for s, pairs in enumerate(seeds):
+        for prompt, outcome in pairs:
+            true[column[prompt], s] += outcome
+            all_[column[prompt], s] += 1
+    times = rng.multinomial(
+        len(prompts), np.full(len(prompts), 1 / len(prompts)), size=draws
+    )  # D P: how often drawn
+    true_d, all_d = times @ true, times @ all_  # D S
+    rates = np.divide(true_d, all_d, out=np.full_like(true_d, np.nan), where=all_d > 0)
+    means = np.nanmean(rates[~np.isnan(rates).all(axis=1)], axis=1)
+    if not len(means):
+        return None, None, len(prompts)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high), len(prompts)
+
+
+def _mean(values: list[Any]) -> Any:
+    """The mean of equal structures, number by number; anything that is no number is the first one's."""
+    present = [v for v in values if v is not None]
+    if not present:
+        return None
+    first = present[0]
+    if isinstance(first, dict):
+        return {k: _mean([v.get(k) for v in present]) for k in first}
+    if isinstance(first, list):
+        return [_mean(list(column)) for column in zip(*present, strict=False)]
+    if isinstance(first, bool) or not isinstance(first, int | float):
+        return first
+    mean = sum(present) / len(present)
+    return first if all(v == first for v in present) else mean

@@ -1,0 +1,267 @@
+"""The report as one HTML page: inline style and SVG, no script, nothing fetched. It is a function of report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cai_ray.report import charts, tables
+from cai_ray.report.text import families, in_order, interval, name_of, percent, safe
+
+# A page of texts that models wrote: even if one slipped through, nothing may run or be fetched.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_TRAINED = ("base", "sl", "rl")
+_CURVES = {
+    "reward/mean": ("Reward", "mean score of a step's answers"),
+    "kl/reference": ("KL to SL-CAI", "nats, against the reference policy"),
+    "rollout/length": ("Length", "tokens of an answer"),
+    "rollout/eos_rate": ("Ended by itself", "share of answers within the length limit"),
+    "rollout/logprob_gap": ("Engine against trainer", "mean absolute difference of log-probabilities"),
+}
+_FROM_ZERO = {"kl/reference", "rollout/length", "rollout/logprob_gap"}
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole page. Sections without data are left out."""
+    made = [(anchor, title, section(report)) for anchor, (title, section) in _SECTIONS.items()]
+    made = [(anchor, title, body) for anchor, title, body in made if body]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in made)
+    body = "".join(f'<section id="{anchor}"><h2>{title}</h2>{text}</section>' for anchor, title, text in made)
+    title = f"Constitutional AI: {safe(report['name'])}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_style()}</style></head><body><main><header><h1>{title}</h1>"
+        f'<p class="soft">{_about(report)}</p><nav>{links}</nav></header>{_tiles(report)}{body}</main></body></html>\n'
+    )
+
+
+@cache
+def _style() -> str:
+    return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
+def _about(report: dict[str, Any]) -> str:
+    constitution = report["constitution"]
+    seeds = report.get("seeds") or [report["seed"]]
+    return (
+        f"Model <code>{safe(report['model'])}</code>, constitution {safe(constitution['name'])} "
+        f"{safe(str(constitution['version']))} <code>{safe(report['constitution_sha'])}</code>, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
+        f"{report['human_harmlessness_labels']} human labels of harmlessness."
+    )
+
+
+def _tiles(report: dict[str, Any]) -> str:
+    shown = [m for m in _TRAINED if m in report["models"] and report[m]["harm"]["value"] is not None]
+    tiles = "".join(
+        f'<div class="tile {_colour(m)}"><b>{percent(report[m]["harm"]["value"])}</b>'
+        f"<span>harm, {safe(name_of(m))} ({interval(report[m]['harm'])})<br>"
+        f"{percent(report[m]['helpful']['value'])} helpful</span></div>"
+        for m in shown
+    )
+    return f'<div class="tiles">{tiles}</div>' if tiles else ""
+
+
+def _results(report: dict[str, Any]) -> str:
+    seeds = len(report.get("seeds") or [0])
+    over = (
+        f"means of {seeds} seeds, with 95 % bootstrap intervals over prompts"
+        if seeds > 1
+        else "with 95 % intervals"
+    )
+    return (
+        f"<p>Answers to held-out prompts, {over}. Harm and its families are over harmful requests "
+        "(respect: insults over all), helpful and over-refusal over benign ones.</p>" + tables.results(report)
+    )
+
+
+def _by_family(report: dict[str, Any]) -> str:
+    groups = []
+    for family in families(report):
+        rates = [(m, report[m]["harm_by_family"].get(family)) for m in report["models"]]
+        members = [
+            charts.Bar(name_of(m), r["value"], r["low"], r["high"], _colour(m, report["models"]))
+            for m, r in rates
+            if r and r["value"] is not None
+        ]
+        groups.append((family, members))
+    if not groups:
+        return ""
+    return f'{_legend(report["models"])}<div class="card">{charts.bars(groups, title="Harm by family")}</div>'
+
+
+def _revision(report: dict[str, Any]) -> str:
+    harm, selective = report["revision_harm"], report["revision_harm_selective"]
+    if not harm:
+        return ""
+    series = [charts.Line(list(enumerate(harm)), "rl", "round")]
+    text = "Share of harmful requests that are still helped with after each round of critique and revision."
+    if selective:
+        series.insert(0, charts.Line(list(enumerate(selective)), "base dashed", "selective critic, round"))
+        text += " Dashed: a critic that repairs exactly what the principle of the round names."
+    chart = charts.lines(
+        series, title="Harm by revision round", percent=True, low=0, high=1, width=640, height=230
+    )
+    return f'<p>{text}</p><div class="card">{chart}</div>'
+
+
+def _quality(report: dict[str, Any]) -> str:
+    label, rm = report["label"], report["rm"]
+    decided = "where the judge has a preference"
+    known = [
+        (
+            "label accuracy",
+            label.get("accuracy"),
+            _percent,
+            f"AI labels on the right side of one half, {decided}",
+        ),
+        (
+            "calibration error",
+            label.get("ece"),
+            _three,
+            "of the labels, after one scale fitted on development pairs",
+        ),
+        ("… raw", label.get("ece_raw"), _three, "as the feedback model gave them"),
+        (
+            "slot bias, decisive",
+            label.get("slot_bias"),
+            _percent,
+            f"preferred slot survives a swap, {decided}",
+        ),
+        ("slot bias, all", label.get("slot_bias_all"), _percent, "over all votes"),
+        (
+            "reward model, AI labels",
+            rm.get("accuracy_ai"),
+            _percent,
+            "held-out pairs ordered as their AI labels",
+        ),
+        (
+            "reward model, gold",
+            rm.get("accuracy_gold"),
+            _percent,
+            "pairs of answers ordered as by the judge",
+        ),
+    ]
+    rows = [(name, form(value), why) for name, value, form, why in known if value is not None]
+    return tables.facts(rows) if rows else ""
+
+
+def _ppo(report: dict[str, Any]) -> str:
+    runs = report["ppo"].get("seeds") or []
+    figures = []
+    for key, (title, caption) in _CURVES.items():
+        mean = _curve(report["ppo"]["steps"], key)
+        if not mean:
+            continue
+        faint = [charts.Line(_curve(steps, key), "rl faint") for steps in runs if len(runs) > 1]
+        floor = 0.0 if key in _FROM_ZERO else None
+        chart = charts.lines([*faint, charts.Line(mean, "rl", "step")], title=f"{title} by step", low=floor)
+        about = f"<figcaption>{caption}; <code>{key}</code></figcaption>"
+        figures.append(f'<figure class="card"><h3>{title}</h3>{chart}{about}</figure>')
+    return f'<div class="grid-2">{"".join(figures)}</div>' if figures else ""
+
+
+def _curve(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    found = []
+    for number, step in enumerate(steps):
+        if isinstance(value := step.get(key), int | float):
+            found.append((float(step.get("step", number)), float(value)))
+    return found
+
+
+def _transcripts(report: dict[str, Any]) -> str:
+    return "".join(_transcript(t, i == 0) for i, t in enumerate(report["transcripts"]))
+
+
+def _transcript(item: dict[str, Any], is_open: bool) -> str:
+    turns = [_turn("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
+    turns.append(_turn("first answer", item["response"]))
+    for number, step in enumerate(item["steps"], 1):
+        turns.append(_turn(f"critique {number}", step["critique"], "critique", note=step["title"]))
+        changed = step["changed"]
+        turns.append(
+            _turn(
+                f"revision {number}",
+                step["revision"] if changed else "unchanged",
+                "changed" if changed else "same",
+            )
+        )
+    for model in in_order(item["answers"]):
+        answer = item["answers"][model]
+        reward = "" if answer["reward"] is None else f"reward {answer['reward']:+.2f}"
+        turns.append(_turn(name_of(model), answer["text"], _colour(model), note=reward))
+    if compared := item.get("comparison"):
+        turns.append(
+            _turn(
+                "compared: A",
+                compared["response_a"],
+                note=f"preferred with probability {compared['p_a']:.2f}",
+            )
+        )
+        votes = ", ".join(f"{v['title']} {v['p_a']:.2f}" for v in compared["votes"])
+        turns.append(_turn("compared: B", compared["response_b"], note=f"votes for A: {votes}"))
+    head = safe(item["messages"][-1]["content"][:120])
+    state = " open" if is_open else ""
+    return f'<details class="card"{state}><summary>{head}</summary><div>{"".join(turns)}</div></details>'
+
+
+def _turn(who: str, text: str | None, style: str = "", note: str = "") -> str:
+    above = f"<em>{safe(note)}</em>" if note else ""
+    return f'<div class="turn {style}"><b>{safe(who)}</b><div dir="auto">{above}{safe(text)}</div></div>'
+
+
+def _constitution(report: dict[str, Any]) -> str:
+    constitution = report["constitution"]
+    items = []
+    for p in constitution["principles"]:
+        source = f" <small>{safe(p['source'])}</small>" if p["source"] else ""
+        off = "" if p["enabled"] else ' class="off"'
+        items.append(
+            f"<li{off}><b>{safe(p['title'])}</b> <code>{safe(p['id'])}</code><br>{safe(p['text'])}{source}</li>"
+        )
+    return (
+        f"<p>{safe(constitution['name'])}, version {safe(str(constitution['version']))}, content hash "
+        f'<code>{safe(report["constitution_sha"])}</code>.</p><ol class="principles">{"".join(items)}</ol>'
+    )
+
+
+def _stages(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{safe(k)} {safe(v)}" for k, v in report["versions"].items())
+    return f'{tables.stages(report["stages"])}<p class="soft">{versions}</p>' if report["stages"] else ""
+
+
+def _legend(models: list[str]) -> str:
+    entries = "".join(f'<span class="{_colour(m, models)}"><i></i>{safe(name_of(m))}</span>' for m in models)
+    return f'<p class="legend">{entries}</p>'
+
+
+def _colour(model: str, models: Sequence[str] = ()) -> str:
+    """The style of a policy; the controls among several policies take turns."""
+    if model in _TRAINED:
+        return model
+    controls = [m for m in models if m not in _TRAINED]
+    return f"control c{controls.index(model) % 3}" if model in controls else "control"
+
+
+def _percent(value: float) -> str:
+    return percent(value)
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+_SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "results": ("Results", _results),
+    "families": ("Harm by family", _by_family),
+    "revision": ("Harm by round of revision", _revision),
+    "quality": ("Labels and reward model", _quality),
+    "ppo": ("Reinforcement learning", _ppo),
+    "transcripts": ("Transcripts", _transcripts),
+    "constitution": ("The constitution", _constitution),
+    "stages": ("Stages", _stages),
+}

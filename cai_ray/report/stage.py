@@ -1,0 +1,115 @@
+"""Stage `report`: what the other stages wrote, as report.json and one page to read."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from cai_ray import constitution as constitutions
+from cai_ray import storage
+from cai_ray.generate.sources import read_comparisons
+from cai_ray.report import html, text, transcripts
+from cai_ray.report.tables import STAGES
+from cai_ray.storage import Run
+
+
+def run(run: Run) -> dict[str, Any]:
+    report = build(run)
+    write(run.path("report"), report)
+    return {"models": report["models"]}
+
+
+def write(folder: str, report: dict[str, Any]) -> None:
+    """Writes report.json and index.html into a folder (any URI)."""
+    storage.write_json(storage.join(folder, "report.json"), report)
+    storage.write_bytes(storage.join(folder, "index.html"), html.page(report).encode())
+
+
+def build(run: Run) -> dict[str, Any]:
+    """The report as one object.
+
+    `models` names the policies, each of which is a key of its own: harm, harm_by_family, helpful, over_refusal,
+    malformed, principle_named, each {value, low, high, n}; a value is None where nothing was judged.
+    """
+    constitution = constitutions.parse(_constitution(run), run.path("constitution.yaml"))
+    measured = storage.read_json(run.path("evaluate", "metrics.json"))
+    opened = storage.read_json(run.path("run.json"))
+    models = measured["models"]
+    return _finite(
+        {
+            "name": run.config.name,
+            "model": run.config.model,
+            "seed": run.config.seed,
+            "models": text.in_order(models),
+            **models,
+            "revision_harm": measured.get("revision_harm") or [],
+            "revision_harm_selective": measured.get("revision_harm_selective") or [],
+            "label": measured.get("label") or {},
+            "rm": {**_reward_model(run), **(measured.get("rm") or {})},
+            "ppo": {"steps": read_metrics(run, "ppo")},
+            "stages": stage_costs(run),
+            "versions": opened["versions"],
+            "constitution_sha": opened["constitution_sha"],
+            "constitution": _summary(constitution),
+            "human_harmlessness_labels": human_harmlessness_labels(run),
+            "transcripts": transcripts.read(run, constitution),
+        }
+    )
+
+
+def human_harmlessness_labels(run: Run) -> int:
+    """Human comparisons about harm that the reward model was given: counted in its sources."""
+    return sum(
+        len(read_comparisons(source, run.config.seed))
+        for source in run.config.rm.human
+        if source.about == "harmless"
+    )
+
+
+def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
+    """Wall seconds and tokens of each completed stage, from its manifest."""
+    found = {}
+    for name in STAGES:
+        if manifest := run.manifest(name):
+            found[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
+            for key in ("rows_in", "rows_out", "errors", "engine_seconds"):
+                if key in manifest:
+                    found[name][key] = manifest[key]
+    return found
+
+
+def read_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
+    uri = run.path(stage, "metrics.jsonl")
+    if not storage.exists(uri):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines() if line.strip()]
+
+
+def _reward_model(run: Run) -> dict[str, Any]:
+    manifest = run.manifest("rm") or {}
+    metrics = manifest.get("metrics") or {}
+    return {"accuracy_ai": None, **metrics}
+
+
+def _constitution(run: Run) -> object:
+    import yaml
+
+    return yaml.safe_load(storage.read_bytes(run.path("constitution.yaml")))
+
+
+def _summary(constitution: constitutions.Constitution) -> dict[str, Any]:
+    principles = [
+        {"id": p.id, "title": p.title, "text": p.text, "source": p.source, "enabled": p.enabled}
+        for p in constitution.principles
+    ]
+    return {"name": constitution.name, "version": constitution.version, "principles": principles}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,76 @@
+"""The page's tables. Every text that is not ours is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cai_ray.report.text import interval, name_of, percent, rates, safe
+
+STAGES = ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate")
+
+
+def results(report: dict[str, Any]) -> str:
+    """The main table: a row per rate, a column per policy, intervals beneath the values."""
+    head = "".join(f'<th scope="col">{safe(name_of(m))}</th>' for m in report["models"])
+    body = []
+    for label, cells in rates(report):
+        inner = label.startswith("  ")
+        values = "".join(_rate(cell) for cell in cells)
+        body.append(
+            f'<tr{" class=inner" if inner else ""}><th scope="row">{safe(label.strip())}</th>{values}</tr>'
+        )
+    return _table(f"<tr><td></td>{head}</tr>", body, "results")
+
+
+def facts(rows: Sequence[tuple[str, str, str]]) -> str:
+    """What was measured, its value, and what it means."""
+    body = []
+    for name, value, why in rows:
+        cells = f'<td class="n">{safe(value)}</td><td class="why">{safe(why)}</td>'
+        body.append(f'<tr><th scope="row">{safe(name)}</th>{cells}</tr>')
+    return _table("", body, "facts")
+
+
+def stages(costs: dict[str, dict[str, Any]]) -> str:
+    body = []
+    for name in (s for s in STAGES if s in costs):  # JSON keeps no order
+        cost = costs[name]
+        rows = cost.get("rows_out")
+        cells = [
+            f"{cost['seconds']:.1f} s",
+            "" if rows is None else f"{rows:,.0f}",
+            _tokens(cost.get("tokens")),
+        ]
+        values = "".join(f'<td class="n">{safe(c)}</td>' for c in cells)
+        body.append(f'<tr><th scope="row">{safe(name)}</th>{values}</tr>')
+    total = sum(cost["seconds"] for cost in costs.values())
+    body.append(
+        f'<tr class="sum"><th scope="row">all</th><td class="n">{total:.1f} s</td><td></td><td></td></tr>'
+    )
+    head = "".join(f'<th scope="col">{h}</th>' for h in ("wall time", "rows", "tokens"))
+    return _table(f"<tr><td></td>{head}</tr>", body, "stages")
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    seeds = ", ".join(percent(v) for v in rate.get("seeds") or [] if v is not None)
+    about = f"n = {rate['n']}" + (f"; seeds: {seeds}" if "," in seeds else "")
+    return f'<td class="n" title="{safe(about)}">{percent(rate["value"])}<small>{interval(rate)}</small></td>'
+
+
+def _tokens(tokens: Any) -> str:
+    if isinstance(tokens, dict):
+        return ", ".join(f"{_short(v)} {k}" for k, v in tokens.items() if v)
+    return "" if tokens is None else _short(tokens)
+
+
+def _short(n: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f}"
+
+
+def _table(head: str, body: Sequence[str], style: str) -> str:
+    top = f"<thead>{head}</thead>" if head else ""
+    return f'<div class="scroll"><table class="{style}">{top}<tbody>{"".join(body)}</tbody></table></div>'

@@ -1,0 +1,110 @@
+"""How policies, rates and texts are written, on the page and on a terminal; and the terminal's own tables."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+NAMES = {
+    "base": "base",
+    "sl": "SL-CAI",
+    "rl": "RL-CAI",
+    "shuffled": "shuffled labels",
+    "respect_only": "respect alone",
+}
+METRICS = {
+    "harm": "harm",
+    "helpful": "helpful",
+    "over_refusal": "over-refusal",
+    "malformed": "malformed",
+    "principle_named": "principle named",
+    "preferred_to_base": "preferred to base",
+}
+# Escape sequences in a model's text must not reach a terminal.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def in_order(models: Iterable[str]) -> list[str]:
+    """Policies as they came about: base, SL-CAI, RL-CAI, then the controls."""
+    return sorted(models, key=lambda m: (list(NAMES).index(m) if m in NAMES else len(NAMES), m))
+
+
+def name_of(model: str) -> str:
+    return NAMES.get(model, model.replace("_", " "))
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def interval(rate: dict[str, Any]) -> str:
+    if rate.get("low") is None or rate.get("high") is None:
+        return ""
+    return f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}"
+
+
+def visible(text: str | None) -> str:
+    """A text without characters that steer a terminal; line breaks stay."""
+    return _CONTROL.sub("�", text or "")
+
+
+def safe(text: str | None) -> str:
+    """A text as HTML that shows it and does nothing else, between tags and in quoted attributes."""
+    return escape(visible(text))
+
+
+def rates(report: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows of the main table: a label, and one rate per policy. Families follow harm; a rate of none is left out."""
+    models = [report[m] for m in report["models"]]
+    empty = {"value": None, "low": None, "high": None, "n": 0}
+    rows = []
+    for key, label in METRICS.items():
+        rows.append((label, [m.get(key, empty) for m in models]))
+        if key == "harm":
+            for family in families(report):
+                rows.append((f"  {family}", [m["harm_by_family"].get(family, empty) for m in models]))
+    return [(label, cells) for label, cells in rows if any(cell["value"] is not None for cell in cells)]
+
+
+def families(report: dict[str, Any]) -> list[str]:
+    """Families of harm with a rate, in the constitution's order."""
+    found = {f for m in report["models"] for f, rate in report[m]["harm_by_family"].items() if rate["n"]}
+    order = {p["id"]: i for i, p in enumerate(report["constitution"]["principles"])}
+    return sorted(found, key=lambda f: (order.get(f, len(order)), f))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The main table: share and 95 % interval in percent, a column per policy."""
+    rows = [["", *(name_of(m) for m in report["models"])]]
+    rows += [
+        [label, *(f"{percent(r['value'])}  {interval(r)}".rstrip() for r in cells)]
+        for label, cells in rates(report)
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return "\n".join([lines[0], "─" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def transcript(item: dict[str, Any], number: int) -> str:
+    """One transcript, from prompt to the last policy's answer."""
+    parts = [f"Transcript {number}"]
+    parts += [_said("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
+    parts.append(_said("first answer", item["response"]))
+    for round_, step in enumerate(item["steps"], 1):
+        parts.append(_said(f"critique {round_}", f"[{step['title']}] {step['critique']}"))
+        parts.append(_said(f"revision {round_}", step["revision"] if step["changed"] else "(unchanged)"))
+    for model in in_order(item["answers"]):
+        answer = item["answers"][model]
+        reward = "" if answer["reward"] is None else f"  (reward {answer['reward']:+.2f})"
+        parts.append(_said(name_of(model), answer["text"] + reward))
+    return "\n".join(parts)
+
+
+def _said(who: str, text: str) -> str:
+    lines = [line for part in visible(text).split("\n") for line in textwrap.wrap(part, 92) or [""]]
+    return "\n".join(f"  {who if i == 0 else '':<14}{line}".rstrip() for i, line in enumerate(lines))

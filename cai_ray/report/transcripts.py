@@ -1,0 +1,100 @@
+"""Conversations to read from end to end: prompt, answer, critiques, revisions, and what each policy says in the end."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from cai_ray import storage
+from cai_ray.constitution import Constitution
+from cai_ray.evaluate.transcripts import choose
+from cai_ray.storage import Run
+
+
+def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any]]:
+    """The report's transcripts.
+
+    Answers of the policies to the same prompts are what `evaluate` wrote beside its judgements
+    (RUN/evaluate/transcripts-*.parquet); where it wrote none, the last rollout that PPO kept of the prompt.
+    """
+    revisions = run.rows("revise")
+    answers = _by_prompt(_rows(run, "evaluate", "transcripts"))
+    answered = [r for r in revisions if _key(r["messages"]) in answers]
+    chosen = choose(answered, n) or choose(revisions, n)
+    rollouts = _by_prompt(_rows(run, "ppo", "part"))
+    labels = _by_prompt(_rows(run, "label", "part"))
+    return [assemble(row, constitution, answers, rollouts, labels) for row in chosen]
+
+
+def assemble(
+    row: dict[str, Any],
+    constitution: Constitution,
+    answers: dict[str, list[dict[str, Any]]],
+    rollouts: dict[str, list[dict[str, Any]]],
+    labels: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """One transcript from a revision row and the rows on the same prompt, each keyed by its conversation."""
+    key = _key(row["messages"])
+    titles = {p.id: p.title for p in constitution.principles}
+    final: dict[str, dict[str, Any]] = {
+        a["model"]: {"text": a["response"], "reward": a["reward"]}
+        for a in answers.get(key, [])
+        if a["response"] is not None
+    }
+    if "rl" not in final and rollouts.get(key):
+        last = max(rollouts[key], key=lambda r: r["step"])
+        final["rl"] = {"text": last["response"], "reward": last["reward"]}
+    steps, before = [], row["response"]
+    for step in row["steps"]:
+        steps.append(
+            {
+                "principle_id": step["principle_id"],
+                "title": titles.get(step["principle_id"], step["principle_id"]),
+                "critique": step["critique"],
+                "revision": step["revision"],
+                "changed": step["revision"] != before,
+            }
+        )
+        before = step["revision"]
+    out = {
+        "id": row["id"],
+        "family": row["family"],
+        "messages": row["messages"],
+        "response": row["response"],
+        "steps": steps,
+        "answers": final,
+    }
+    if compared := [label for label in labels.get(key, []) if label["votes"] and label["error"] is None]:
+        out["comparison"] = _comparison(compared[0], titles)
+    return out
+
+
+def _comparison(label: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
+    votes = [
+        {"title": titles.get(v["principle_id"], v["principle_id"]), "p_a": v["p_a"]} for v in label["votes"]
+    ]
+    return {
+        "response_a": label["response_a"],
+        "response_b": label["response_b"],
+        "p_a": label["p_a"],
+        "votes": votes,
+    }
+
+
+def _rows(run: Run, stage: str, name: str) -> list[dict[str, Any]]:
+    files = storage.list_files(run.path(stage), ".parquet")
+    return (
+        run.rows(stage, name=name) if any(f.rsplit("/", 1)[1].startswith(f"{name}-") for f in files) else []
+    )
+
+
+def _by_prompt(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        grouped[_key(row["messages"])].append(row)
+    return dict(grouped)
+
+
+def _key(messages: list[dict[str, str]]) -> str:
+    return json.dumps([[m["role"], m["content"]] for m in messages])
