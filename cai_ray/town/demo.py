@@ -1,0 +1,119 @@
+"""`cai-ray demo`: the whole pipeline on the embedded world, for one seed or several, and what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cai_ray import cluster, config, pipeline, storage
+from cai_ray import constitution as constitutions
+from cai_ray.config import RunConfig
+from cai_ray.report import stage as report_stage
+from cai_ray.report import text
+from cai_ray.report.combine import combine
+from cai_ray.storage import Run
+
+CONFIG = "errand-town"
+BEST_OF = 4
+KEPT = "respect"
+"""The one principle that the third control keeps."""
+
+
+def run(out: str, seeds: int = 1, controls: bool = False, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs the demo into OUT/seed-K, writes OUT/report and prints what it says. What is done is skipped.
+
+    Args:
+        controls: per seed, also a policy trained with shuffled labels, best of n of the SL-CAI policy, and a
+            constitution of which only one principle is enabled.
+        overrides: `a.b=value` settings on the packaged configuration.
+
+    Returns:
+        The report over all seeds, as in OUT/report/report.json.
+
+    Raises:
+        InputError: see `pipeline.run_stages`.
+    """
+    started = time.time()
+    reports, rows = [], []
+    try:
+        for seed in range(seeds):
+            settings = config.load(CONFIG, list(overrides), out=storage.join(out, f"seed-{seed}"), seed=seed)
+            done = pipeline.run_stages(
+                settings, pipeline.STAGES, say=_saying(f"seed {seed}" if seeds > 1 else "")
+            )
+            report, judged = _result(done)
+            if controls:
+                _add_controls(done, report, judged, f"seed {seed}, " if seeds > 1 else "")
+            reports.append(report)
+            rows.append(judged)
+    finally:
+        cluster.disconnect()
+    report = combine(reports, rows)
+    folder = storage.join(out, "report")
+    report_stage.write(folder, report)
+    _show(report, folder, time.time() - started)
+    return report
+
+
+def _add_controls(done: Run, report: dict[str, Any], judged: list[dict[str, Any]], prefix: str) -> None:
+    """Runs the controls of one seed and adds their policies to its report and rows."""
+
+    def add(run: Run, policy: str, name: str) -> None:
+        other, rows = _result(run)
+        report[name] = other[policy]
+        report["models"].append(name)
+        judged.extend({**row, "model": name} for row in rows if row["model"] == policy)
+
+    stages, base = list(pipeline.STAGES), done.config
+    where = storage.join(done.root, "controls")
+
+    shuffled = _changed(base, storage.join(where, "shuffled"), rm={"shuffle_labels": True})
+    fork = pipeline.fork(done, shuffled, stages[: stages.index("rm")])
+    add(pipeline.run_stages(fork.config, stages, say=_saying(f"{prefix}shuffled labels")), "rl", "shuffled")
+
+    if not base.evaluate.best_of:  # else the run itself has it
+        name = f"best_of_{BEST_OF}"
+        best = _changed(base, storage.join(where, name), evaluate={"best_of": BEST_OF})
+        fork = pipeline.fork(done, best, stages[: stages.index("evaluate")])
+        add(pipeline.run_stages(fork.config, stages, say=_saying(f"{prefix}best of {BEST_OF}")), name, name)
+
+    only = _changed(base, storage.join(where, f"{KEPT}_only"), constitution=_keep_one(base, where))
+    add(pipeline.run_stages(only, stages, say=_saying(f"{prefix}{KEPT} alone")), "rl", f"{KEPT}_only")
+
+
+def _keep_one(base: RunConfig, folder: str) -> str:
+    """Writes the run's constitution with one principle enabled, and says where."""
+    document = constitutions.load(base.constitution)
+    principles = tuple(p.model_copy(update={"enabled": p.id == KEPT}) for p in document.principles)
+    path = storage.join(folder, f"{KEPT}_only.yaml")
+    storage.write_bytes(path, document.model_copy(update={"principles": principles}).to_yaml().encode())
+    return path
+
+
+def _changed(base: RunConfig, out: str, **sections: Any) -> RunConfig:
+    data = base.model_dump(mode="json")
+    for key, value in sections.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) else value
+    return config.validate({**data, "out": out}, CONFIG)
+
+
+def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    return storage.read_json(run.path("report", "report.json")), run.rows("evaluate")
+
+
+def _saying(who: str) -> Callable[[str], None]:
+    lead = f"[{who}] " if who else ""
+    return lambda line: print(f"{lead}{line}", file=sys.stderr, flush=True)
+
+
+def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
+    seeds = report["seeds"]
+    over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95 % intervals\n")
+    print(text.table(report))
+    print(f"\nhuman harmlessness labels: {report['human_harmlessness_labels']}\n")
+    for number, item in enumerate(report["transcripts"], 1):
+        print(text.transcript(item, number), end="\n\n")
+    print(f"report: {storage.join(folder, 'index.html')}  ({seconds:.0f} s)", flush=True)
