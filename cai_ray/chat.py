@@ -1,0 +1,95 @@
+"""`cai-ray chat RUN`: talk to a run's policy in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from cai_ray import cluster
+from cai_ray.engine import Engine, Sampling, make_engine
+from cai_ray.errors import InputError, RowError
+from cai_ray.generate.sources import clean
+from cai_ray.prompts import load_templates
+from cai_ray.records import derive_seed
+from cai_ray.report.text import name_of, visible
+from cai_ray.storage import Run
+
+
+def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
+    """Answers lines of stdin until it ends or is interrupted.
+
+    Raises:
+        InputError: the policy is not trained yet, or cannot be loaded.
+    """
+    if which != "base" and run.manifest({"sl": "sft", "rl": "ppo"}[which]) is None:
+        raise InputError(
+            f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
+        )
+    # Between question and answer, a terminal is no place for an engine's warnings.
+    for key, value in {**cluster.worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+        os.environ.setdefault(key, value)
+    config = run.config
+    engine: Any = make_engine(
+        run.model(which), load_templates(config.templates), config.engine, cluster.uses_gpu(config)
+    )
+    try:
+        talk(engine, run, which)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        if hasattr(engine, "shutdown"):
+            engine.shutdown()
+    return 0
+
+
+def talk(engine: Engine, run: Run, which: str) -> None:
+    """One answer per line. At a terminal the conversation goes on; from a pipe, each line is one of its own."""
+    config, terminal = run.config, sys.stdin.isatty()
+    goes_on = terminal and config.model != "town"  # the embedded world has no second turns
+    templates = load_templates(config.templates)
+    if terminal:
+        print(
+            f"{name_of(which)} of {config.name}. Ctrl-D ends{'; /new begins anew' if goes_on else ''}.",
+            file=sys.stderr,
+        )
+    history: list[dict[str, str]] = []
+    # The loop stands still while a line is awaited: nothing is in flight then, and Ctrl-C ends the reading at once.
+    with asyncio.Runner() as runner:
+        for number, line in enumerate(_lines(terminal)):
+            if line == "/new" or not goes_on:
+                history = []
+            if line == "/new":
+                continue
+            history.append({"role": "user", "content": line})
+            sampling = Sampling(
+                config.evaluate.temperature,
+                config.evaluate.max_tokens,
+                derive_seed(config.seed, "chat", number),
+            )
+            try:
+                answer = runner.run(engine.chat(templates.answer_messages(history), sampling)).text  # type: ignore[arg-type]
+            except RowError as e:
+                print(f"({e}; the conversation begins anew)", file=sys.stderr)
+                history, answer = [], ""
+            history.append({"role": "assistant", "content": answer})
+            print(visible(answer) if terminal else " ".join(visible(answer).split()), flush=True)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """Lines that say something, until the input ends. From a pipe an empty line counts, so that answers match lines."""
+    if terminal:
+        import readline  # noqa: F401  gives input() its line editing
+    while True:
+        if terminal:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return
+        elif not (line := sys.stdin.readline()):
+            return
+        if (text := clean(line.strip())) or not terminal:
+            yield text

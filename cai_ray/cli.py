@@ -1,0 +1,247 @@
+"""The command `cai-ray`. Heavy packages are imported by the command that needs them: `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
+from typing import Any
+
+from cai_ray import __version__
+from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
+
+STAGE_HELP = {
+    "revise": "responses, critiques and revisions of the helpful model",
+    "sft": "the SL-CAI policy, fine-tuned on the revisions",
+    "compare": "pairs of samples of the SL-CAI policy",
+    "label": "the feedback model's soft preferences",
+    "rm": "the reward model, on AI labels and human helpfulness comparisons",
+    "ppo": "the RL-CAI policy",
+    "evaluate": "base, SL-CAI and RL-CAI on held-out prompts",
+    "report": "report.json and one HTML page",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; the exit codes are those of cai_ray.errors."""
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args) or EXIT_DONE
+    except InputError as e:
+        print(f"cai-ray: {' '.join(str(e).split())}", file=sys.stderr)
+        return EXIT_INPUT
+    except Stopped as e:
+        print(f"cai-ray: stopped: {e}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("cai-ray: interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except Exception as e:
+        refused = _refused_by_system(e)
+        if refused is None:
+            raise
+        name = refused.filename  # Ray puts other texts there
+        place = f" ({name})" if isinstance(name, str) and os.path.isabs(name) else ""
+        print(
+            f"cai-ray: the output cannot be written{place}: {os.strerror(refused.errno or 0)}; "
+            "free space or choose another --out, and run the same command again",
+            file=sys.stderr,
+        )
+        return EXIT_INPUT
+
+
+def _refused_by_system(error: BaseException) -> OSError | None:
+    """What the system refused to write (disk full, quota, read-only, forbidden), also where Ray wrapped it."""
+    seen: list[Any] = []
+    left: list[Any] = [error]
+    while left:
+        e = left.pop()
+        if not isinstance(e, BaseException) or any(e is s for s in seen):
+            continue
+        if isinstance(e, OSError) and e.errno in (ENOSPC, EDQUOT, EROFS, EACCES, EFBIG):
+            return e
+        seen.append(e)
+        # Ray's errors of a task, of training workers (by rank) and of its training controller.
+        workers = getattr(e, "worker_failures", None) or {}
+        left += [e.__cause__, getattr(e, "cause", None), getattr(e, "controller_failure", None)]
+        left += workers.values()
+    return None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="cai-ray",
+        description="Constitutional AI on Ray: from a written constitution to a trained policy.",
+    )
+    top.add_argument("--version", action="version", version=f"cai-ray {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole pipeline on the embedded world, on this machine")
+    demo.add_argument("--out", default="demo", help="directory of the results (default: demo)")
+    demo.add_argument("--seeds", type=_positive, default=1, help="so many seeds, one run each (default: 1)")
+    demo.add_argument(
+        "--controls", action="store_true", help="also shuffled labels, best of n, and respect alone"
+    )
+    demo.add_argument("--json", action="store_true", help="print the report as the last line of stdout")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    demo.set_defaults(function=_demo)
+
+    run = _with_config(commands.add_parser("run", help="all stages in order; what is done is skipped"))
+    run.add_argument("--until", choices=list(STAGE_HELP), help="stop after this stage")
+    run.set_defaults(function=_run)
+    for name, text in STAGE_HELP.items():
+        _with_config(commands.add_parser(name, help=text)).set_defaults(function=_stage)
+
+    status = commands.add_parser("status", help="what is done in a run directory")
+    status.add_argument("run")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(function=_status)
+
+    chat = commands.add_parser("chat", help="talk to a run's policy")
+    chat.add_argument("run")
+    chat.add_argument(
+        "--model", default="rl", choices=("base", "sl", "rl"), help="which policy (default: rl)"
+    )
+    chat.set_defaults(function=_chat)
+
+    serve = commands.add_parser("serve", help="policy and critic endpoints of a run")
+    serve.add_argument("run")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--token-file", help="file with the bearer token (default: environment CAI_RAY_TOKEN)")
+    serve.add_argument("--no-auth", action="store_true", help="no token; on loopback only")
+    serve.set_defaults(function=_serve)
+
+    town = commands.add_parser(
+        "town", help="the embedded world: make its base model again, measure its skills"
+    )
+    actions = town.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="train the base model from scratch")
+    build.add_argument("--out", required=True, help="folder of the model")
+    build.add_argument("--seed", type=int, default=0)
+    build.set_defaults(function=_town_build)
+    check = actions.add_parser("check", help="critic and judge skills on development pairs")
+    check.add_argument("--model", default="town", help="model folder (default: the shipped one)")
+    check.set_defaults(function=_town_check)
+    return top
+
+
+def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument(
+        "config", help="configuration in YAML, or the name of one that ships with the package"
+    )
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    command.add_argument("--out", help="run directory, any URI")
+    command.add_argument("--overwrite", action="store_true", help="make stages again whose inputs changed")
+    command.add_argument(
+        "--check", action="store_true", help="validate everything, estimate memory, start nothing"
+    )
+    return command
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from cai_ray import config
+
+    return config.load(args.config, args.set, out=args.out)
+
+
+def _run(args: argparse.Namespace) -> int:
+    names = list(STAGE_HELP)
+    until = names.index(args.until) + 1 if args.until else len(names)
+    return _run_stages(args, names[:until], force=False)
+
+
+def _stage(args: argparse.Namespace) -> int:
+    # A single stage that is asked for with --overwrite is made again even where nothing changed.
+    return _run_stages(args, [args.command], force=args.overwrite)
+
+
+def _run_stages(args: argparse.Namespace, names: list[str], force: bool) -> int:
+    from cai_ray import cluster, pipeline
+
+    config = _load(args)
+    if args.check:
+        from cai_ray import memory
+
+        for line in memory.report(config):
+            print(line)
+        pipeline.check_inputs(config, names)
+        print("ok: nothing was started")
+        return EXIT_DONE
+    try:
+        run = pipeline.run_stages(config, names, overwrite=args.overwrite, force=force)
+    finally:
+        cluster.disconnect()
+    print(run.root)
+    return EXIT_DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cai_ray.town import demo
+
+    report = demo.run(args.out, seeds=args.seeds, controls=args.controls, overrides=args.set)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    return EXIT_DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    from cai_ray import pipeline
+    from cai_ray.storage import open_run
+
+    rows = pipeline.status(open_run(args.run))
+    if args.json:
+        print(json.dumps(rows))
+        return EXIT_DONE
+    for row in rows:
+        details = f"{row['seconds']:8.1f} s" if "seconds" in row else ""
+        count = f"{row['rows_out']:8d} rows" if "rows_out" in row else ""
+        errors = f"  {row['errors']} errors" if row.get("errors") else ""
+        print(f"{row['stage']:10} {row['state']:8} {details}{count}{errors}".rstrip())
+    return EXIT_DONE
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from cai_ray import chat
+    from cai_ray.storage import open_run
+
+    return chat.run(open_run(args.run), args.model)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from cai_ray import serve
+    from cai_ray.storage import open_run
+
+    token = serve.read_token(args.token_file, no_auth=args.no_auth, host=args.host)
+    serve.serve(open_run(args.run), args.host, args.port, token, blocking=True)
+    return EXIT_DONE
+
+
+def _town_build(args: argparse.Namespace) -> int:
+    from cai_ray.town import base
+
+    print(json.dumps(base.build(args.out, seed=args.seed)))
+    return EXIT_DONE
+
+
+def _town_check(args: argparse.Namespace) -> int:
+    from cai_ray.town import BASE, check
+
+    print(json.dumps(check.check(str(BASE) if args.model == "town" else args.model)))
+    return EXIT_DONE
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

