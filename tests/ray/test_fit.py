@@ -1,0 +1,177 @@
+"""Ray Train and DeepSpeed under the loops: METHOD.md items 30 and 38, faults, and what is saved."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+
+from cai_ray.config import LoraConfig, TrainConfig
+from cai_ray.errors import InputError, Stopped
+from cai_ray.storage import Run
+from cai_ray.train import fit, rm, sft
+from cai_ray.train.batches import pad
+from cai_ray.train.dialogues import Dialogues
+from cai_ray.train.losses import sft_loss, soft_bradley_terry, token_logprobs
+from cai_ray.train.models import (
+    load_policy,
+    load_reward_model,
+    score_last,
+    sequence_logits,
+    sequence_values,
+    state_items,
+)
+from tests.ray import training
+
+for module in (sys.modules[__name__], training):
+    cloudpickle.register_pickle_by_value(module)
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+# With an epsilon this large Adam's first step is the gradient, g / (|g| + 1), and no sign of a tiny number.
+PLAIN = {
+    "learning_rate": 1.0,
+    "schedule": "constant",
+    "eps": 1.0,
+    "max_grad_norm": 1e9,
+    "micro_batch_tokens": 256,
+}
+STAGES = (0, 1, 2, 3)
+BATCH = list(range(11))  # two ranks cannot share it equally
+
+
+def steps_on_each_stage(config: dict[str, Any]) -> None:
+    """One step of SFT and of the reward model under every ZeRO stage: weights, losses and gradient norms."""
+    run, out = config["run"], {}
+    data = ray.get(config["data"])
+    for stage in STAGES:
+        cfg = TrainConfig(**PLAIN, zero_stage=stage)
+        policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
+        loss, norm = sft.update(policy, data, BATCH, cfg, config["pad_id"])
+        reward = fit.distribute(load_reward_model(run.config.model, cfg), cfg, 2)
+        pairs = rm.Pairs(
+            ray.get(config["pairs"]), ray.get(config["p_a"]), ray.get(config["human"]), config["pad_id"]
+        )
+        sums, reward_norm = rm.update(reward, pairs, BATCH, cfg)
+        out[stage] = {
+            "world": fit.world_size(),
+            "sft": {n: t.clone() for n, t in fit.gathered_state(policy)},
+            "rm": {n: t.clone() for n, t in fit.gathered_state(reward)},
+            "norms": (norm, reward_norm),
+            "losses": (loss, (sums["ai/loss"] + sums["human/loss"]) / len(BATCH)),
+        }
+    if fit.rank() == 0:
+        torch.save(out | {"adapters": with_adapters(run, data)}, config["got"])
+    else:
+        with_adapters(run, data)
+
+
+def with_adapters(run: Run, data: Dialogues) -> torch.Tensor:
+    """Trains adapters under ZeRO-3, saves the model, and returns its logits on the first row."""
+    cfg = TrainConfig(learning_rate=0.1, zero_stage=3, lora=LoraConfig(rank=4, alpha=8))
+    policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
+    for _ in range(2):
+        sft.update(policy, data, BATCH, cfg, 0)
+    fit.save_model(policy, run.config.model, run.path("saved"))
+    with torch.no_grad():
+        return sequence_logits(policy, pad([data[0]], 0))
+
+
+def whole_batch(model: Any, loss: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+    """The same step by plain PyTorch on one unsplit batch, and the gradient's norm."""
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.0, eps=1.0, betas=TrainConfig().betas, weight_decay=0.0
+    )
+    optimizer.step()
+    state = {n: t.clone() for n, t in state_items(model)}
+    return state, float(torch.stack([g.norm() for g in grads if g is not None]).norm())
+
+
+def test_item_30_two_ranks_and_every_zero_stage_give_the_step_of_one(tmp_path: Path) -> None:
+    import numpy as np
+
+    run = training.make_run(tmp_path, "qwen2", sft={"workers": 2})
+    data = training.dialogues(run, training.revisions(11), "response")
+    compared = training.labels(11)
+    pairs = training.dialogues(run, compared, "response_a", "response_b")
+    p_a, human = np.asarray([r["p_a"] for r in compared]), np.asarray([i % 2 == 0 for i in range(11)])
+    extra = {
+        "data": ray.put(data),
+        "pairs": ray.put(pairs),
+        "p_a": ray.put(p_a),
+        "human": ray.put(human),
+        "pad_id": 0,
+        "got": str(tmp_path / "got.pt"),
+    }
+    fit.fit(run, "sft", steps_on_each_stage, run.config.sft, extra)
+    got = torch.load(tmp_path / "got.pt")
+
+    cfg = TrainConfig()
+    policy = load_policy(run.config.model, cfg)
+    rows = pad([data[i] for i in BATCH], 0)
+    logprobs = token_logprobs(sequence_logits(policy, rows), rows["input_ids"])
+    sft_value = sft_loss(logprobs, rows["loss_mask"], float(rows["loss_mask"].sum()))
+    reward = load_reward_model(run.config.model, cfg)
+    rows = pad([pairs[2 * i + side] for side in (0, 1) for i in BATCH], 0)
+    r_a, r_b = score_last(sequence_values(reward, rows), rows["attention_mask"]).split(len(BATCH))
+    rm_value = soft_bradley_terry(r_a, r_b, torch.tensor(p_a, dtype=torch.float32)).mean()
+
+    for name, model, value in (("sft", policy, sft_value), ("rm", reward, rm_value)):
+        before = {n: t.clone() for n, t in state_items(model)}
+        after, norm = whole_batch(model, value)
+        which = ("sft", "rm").index(name)
+        for stage in STAGES:
+            assert got[stage]["world"] == 2
+            assert got[stage]["losses"][which] == pytest.approx(float(value.detach()), rel=1e-5)
+            assert got[stage]["norms"][which] == pytest.approx(norm, rel=1e-5), f"{name}, stage {stage}"
+            moved = sum(float((after[n] - before[n]).double().square().sum()) for n in after)
+            apart = sum(float((after[n] - got[stage][name][n]).double().square().sum()) for n in after)
+            assert set(got[stage][name]) == set(after)
+            assert (apart / moved) ** 0.5 < 1e-5, f"{name}, stage {stage}"
+
+    # The tied model with adapters that ZeRO-3 spread over both ranks was saved whole, adapters merged.
+    rows = pad([data[0]], 0)
+    with torch.no_grad():
+        saved = sequence_logits(load_policy(run.path("saved"), TrainConfig()), rows)
+        old = sequence_logits(load_policy(run.config.model, TrainConfig()), rows)
+    torch.testing.assert_close(saved, got["adapters"], rtol=1e-4, atol=1e-4)
+    assert (saved - old).abs().max() > 0.1
+
+
+def fail_on_the_last_rank(config: dict[str, Any]) -> None:
+    with open(config["count"], "a") as f:
+        f.write("x")
+    if fit.rank() == fit.world_size() - 1:
+        raise {"input": InputError, "stop": Stopped}[config["kind"]]("the reason")
+    fit.global_sum(torch.zeros(1))  # waits for the last rank, which never comes
+
+
+@pytest.mark.parametrize(("kind", "error", "ranks"), [("input", InputError, 2), ("stop", Stopped, 1)])
+def test_a_fault_on_one_rank_reaches_the_driver_and_is_not_tried_again(
+    tmp_path: Path, kind: str, error: type[Exception], ranks: int
+) -> None:
+    run = training.make_run(tmp_path, sft={"workers": ranks})
+    count = tmp_path / "count"
+    with pytest.raises(error, match=r"^the reason$"):
+        fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft, {"kind": kind, "count": str(count)})
+    assert count.read_text() == "x" * ranks
+
+
+def test_item_38_too_few_cpus_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(run: Run) -> None:
+        pytest.fail("a group was started, which would wait for ever")
+
+    monkeypatch.setattr(fit, "_trainer_class", start)
+    run = training.make_run(tmp_path, sft={"workers": 4, "cpus_per_worker": 50})
+    with pytest.raises(
+        InputError, match="training needs 200 CPUs, and the cluster has 16; use fewer `workers`"
+    ):
+        fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft)

@@ -1,0 +1,299 @@
+"""PPO on Ray Train, DeepSpeed and vLLM: METHOD.md items 20, 24, 28, 30, 31, 32, 35, 36, 38.
+
+The policy is the embedded world's base model, the reward model the same with a random head. All runs but one use one
+engine, which each start of a training group joins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cai_ray import storage
+from cai_ray.errors import InputError, Stopped
+from cai_ray.prompts import Renderer, load_templates
+from cai_ray.storage import Run
+from cai_ray.train import ppo
+from cai_ray.train.fit import fit
+from tests.ray.engines import shared
+from tests.ray.runs import ready_for_ppo
+
+SMALL: dict[str, Any] = {
+    "steps": 3,
+    "value_warmup_steps": 1,
+    "rollout_batch": 32,
+    "minibatch": 16,
+    "epochs": 2,
+    "max_tokens": 24,
+    "learning_rate": 3e-4,
+    "schedule": "linear",
+    "min_lr_ratio": 0.0,
+    "value_learning_rate": 3e-4,
+    "reward_clip": 3.0,
+    "missing_eos_reward": -3.0,
+    "whiten": "center",
+    "save_rollouts": 4,
+}
+
+
+def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
+    """What `ppo.run` does, with the engine that the tests share."""
+    import ray
+
+    renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
+    prompts, _ = ppo.read(run, renderer)
+    return fit(run, "ppo", loop, run.config.ppo, {"keeper": shared().keeper, "prompts": ray.put(prompts)})
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in storage.read_bytes(run.path("ppo", "metrics.jsonl")).splitlines()]
+
+
+def policy(run: Run, stage: str = "ppo") -> dict[str, torch.Tensor]:
+    return load_file(run.path(stage, "model", "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The stage as the pipeline runs it, with an engine of its own that is gone at the end."""
+    import ray
+
+    run = ready_for_ppo(tmp_path_factory.mktemp("one"), ppo=SMALL)
+    free = ray.available_resources()["CPU"]
+    storage.write_json(run.path("ppo", "manifest.json"), ppo.run(run))
+    until = time.monotonic() + 20
+    while ray.available_resources()["CPU"] != free:
+        assert time.monotonic() < until, "the stage left actors or a placement group behind"
+        time.sleep(0.1)
+    return run
+
+
+def test_the_stage_says_what_it_did(one_rank: Run) -> None:
+    manifest = one_rank.manifest("ppo")
+    assert manifest is not None and manifest["rows_out"] == 4 * 32 and manifest["errors"] == 0
+    assert manifest["tokens"]["generated"] > 4 * 32
+    assert manifest["model_sha"] == storage.folder_sha(one_rank.path("ppo", "model"))
+
+
+def test_the_policy_changes_and_keeps_its_folder(one_rank: Run) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before, after = policy(one_rank, "sft"), policy(one_rank)
+    assert before.keys() == after.keys() and any(not torch.equal(before[n], after[n]) for n in before)
+    AutoModelForCausalLM.from_pretrained(one_rank.path("ppo", "model"))
+    Renderer(one_rank.path("ppo", "model"))
+
+
+def test_rollouts_are_kept_for_reading(one_rank: Run) -> None:
+    rows = one_rank.rows("ppo")
+    assert len(rows) == 4 * 4 and len({r["id"] for r in rows}) == 16
+    assert all(r["policy_version"] == r["step"] - 1 for r in rows), "METHOD.md, item 23"
+    assert all(r["response"] and r["messages"][0]["content"] and r["length"] > 0 for r in rows)
+
+
+def test_item_20_engine_and_trainer_agree_at_every_step(one_rank: Run) -> None:
+    gaps = [row["rollout/logprob_gap"] for row in metrics(one_rank)]
+    assert len(gaps) == 4 and max(gaps) <= 1e-3
+    assert max(gaps) < 1e-4, f"fp32 on one machine: {gaps}"
+
+
+def test_item_24_every_sync_is_proved_on_tokens_that_moved(one_rank: Run) -> None:
+    rows = metrics(one_rank)
+    assert [row["step"] for row in rows if row["sync/shown"] > 20] == [2, 3, 4], (
+        "step 1 trains the values only"
+    )
+    assert max(row["sync/gap"] for row in rows) <= 5e-5
+
+
+def test_item_28_the_ratio_is_1_at_the_first_minibatch(one_rank: Run) -> None:
+    rows = metrics(one_rank)[1:]
+    assert [row["ppo/ratio_first"] for row in rows] == [1.0] * 3, "exactly, in the same micro-batches"
+    assert all(row["ppo/ratio"] != 1.0 for row in rows), "and not later"
+
+
+def test_item_28_another_ratio_stops_the_run() -> None:
+    from cai_ray.train.scoring import check_ratio
+
+    cfg = shared_config()
+    old, mask = torch.zeros(2, 3), torch.tensor([[0.0, 1, 1], [0, 1, 0]])
+    check_ratio(old + 1e-6, old, mask, cfg)
+    check_ratio(old + torch.tensor([5.0, 0, 0]), old, mask, cfg)
+    for wrong in (1e-4, math.nan):
+        with pytest.raises(RuntimeError, match="ratio is not 1"):
+            check_ratio(old + wrong, old, mask, cfg)
+
+
+def test_item_32_the_reference_is_the_sl_cai_snapshot(one_rank: Run) -> None:
+    rows = metrics(one_rank)
+    # The policy is the reference until its first update, and leaves it then; the snapshot does not follow.
+    assert [row["kl/reference"] for row in rows[:2]] == [0.0, 0.0]
+    assert all(abs(row["kl/reference"]) > 1e-5 for row in rows[2:])
+    assert all(
+        torch.equal(a, b) for a, b in zip(policy(one_rank, "sft").values(), base().values(), strict=True)
+    )
+
+
+def test_item_31_values_start_from_the_reward_model(ray_cluster: None, one_rank: Run) -> None:
+    """At the last token, the first value is the normalised reward: head and scale are taken over."""
+    from cai_ray.train.batches import pad
+    from cai_ray.train.models import load_reward_model, load_value_model, score_last, sequence_values
+
+    cfg = one_rank.config.ppo
+    folder = one_rank.model("rm")
+    inputs = pad([[5, 6, 7, 8], [9, 10]], 0)
+    storage.write_json(Path(folder) / "reward_head.json", {"mean": 0.7, "std": 2.5})
+    try:
+        with torch.no_grad():
+            reward, value = (
+                score_last(sequence_values(m, inputs), inputs["attention_mask"])
+                for m in (load_reward_model(folder, cfg), load_value_model(folder, cfg, True))
+            )
+    finally:
+        storage.write_json(Path(folder) / "reward_head.json", {"mean": 0.0, "std": 1.0})
+    assert torch.allclose(value, (reward - 0.7) / 2.5, atol=1e-5)
+    from_policy = load_value_model(one_rank.model("sl"), cfg, False)
+    assert float(sequence_values(from_policy, inputs).detach().abs().max()) == 0.0
+
+
+def test_item_31_warm_up_trains_the_values_only(one_rank: Run) -> None:
+    first, *rest = metrics(one_rank)
+    assert "ppo/policy_loss" not in first and first["ppo/value_loss"] > 0 and first["sync/moved"] == 0.0
+    assert all("ppo/policy_loss" in row for row in rest)
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(3, "float32")])
+def test_item_30_two_ranks_learn_what_one_does(
+    ray_cluster: None, one_rank: Run, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
+    two = ready_for_ppo(tmp_path, ppo=SMALL | {"workers": 2, "zero_stage": zero_stage, "dtype": dtype})
+    train(two)
+    for a, b in zip(metrics(one_rank), metrics(two), strict=True):
+        for name in (
+            "reward/mean",
+            "kl/reference",
+            "ppo/value_loss",
+            "ppo/policy_grad_norm",
+            "rollout/length",
+        ):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), (a["step"], name)
+        assert b.get("ppo/ratio_first", 1.0) == 1.0 and b["sync/gap"] <= 5e-5
+    for name, tensor in policy(one_rank).items():
+        assert torch.allclose(tensor, policy(two)[name], atol=2e-4), name
+
+
+def test_lora_is_merged_on_the_way_to_the_engine(ray_cluster: None, tmp_path: Path) -> None:
+    """The reference is the policy with its adapter off; what is sent, and saved, is a plain model."""
+    run = ready_for_ppo(tmp_path, ppo=SMALL | {"lora": {"rank": 4, "alpha": 8}, "learning_rate": 2e-3})
+    train(run)
+    rows = metrics(run)
+    assert rows[0]["kl/reference"] == 0.0 and abs(rows[-1]["kl/reference"]) > 1e-5
+    assert all(row["sync/shown"] > 20 for row in rows[1:]) and max(r["sync/gap"] for r in rows) <= 5e-5
+    assert max(row["rollout/logprob_gap"] for row in rows) < 1e-4
+    before, after = policy(run, "sft"), policy(run)
+    assert before.keys() == after.keys()
+    moved = {n.split(".")[-2] for n in before if not torch.equal(before[n], after[n])}
+    assert "q_proj" in moved and "input_layernorm" not in moved
+
+
+def test_item_36_a_killed_run_ends_with_the_same_weights(
+    ray_cluster: None, one_rank: Run, tmp_path: Path
+) -> None:
+    """Rank 0 dies in the third step; the group starts again from its checkpoint, under a new epoch (item 35)."""
+    run = ready_for_ppo(tmp_path / "run", ppo=SMALL | {"checkpoint_every": 1})
+    mark = str(tmp_path / "died")
+
+    def loop(args: dict[str, Any]) -> dict[str, Any]:
+        import os
+        import pathlib
+
+        from cai_ray.train import ppo as stage
+
+        sample = stage.sample
+
+        def dying(pool: Any, prompts: Any, cfg: Any, step: int, seed: int) -> Any:
+            if step == 2 and not os.path.exists(mark):
+                pathlib.Path(mark).write_text(str(pool.epoch))
+                os._exit(1)
+            return sample(pool, prompts, cfg, step, seed)
+
+        stage.sample = dying
+        return stage.loop(args)
+
+    epoch = shared().join().epoch
+    train(run, loop)
+    assert int(Path(mark).read_text()) == epoch + 1 and shared().join().epoch == epoch + 3
+    timeless = [{k: v for k, v in row.items() if "time/" not in k and "_s" not in k} for row in metrics(run)]
+    wanted = [
+        {k: v for k, v in row.items() if "time/" not in k and "_s" not in k} for row in metrics(one_rank)
+    ]
+    assert timeless == wanted
+    assert all(torch.equal(tensor, policy(run)[name]) for name, tensor in policy(one_rank).items())
+
+
+def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_path: Path) -> None:
+    """At the second sync: the engine goes on with the weights of the step before under the new number."""
+    run = ready_for_ppo(tmp_path, ppo=SMALL | {"value_warmup_steps": 0})
+
+    def loop(args: dict[str, Any]) -> dict[str, Any]:
+        from cai_ray.train import ppo as stage
+        from cai_ray.train import weight_sync
+
+        send, kept = weight_sync.send, {}
+
+        def stale(pool: Any, tensors: Any, version: int, dtype: str | None = None) -> Any:
+            now = {name: tensor.clone() for name, tensor in tensors}
+            kept.setdefault("first", now)
+            return send(pool, kept["first"].items(), version, dtype)
+
+        weight_sync.send = stale
+        return stage.loop(args)
+
+    with pytest.raises(Stopped, match=r"weight sync failed: engine 0, weights 1: holds other values"):
+        train(run, loop)
+
+
+def test_item_20_a_gap_above_the_limit_stops_the_run(ray_cluster: None, tmp_path: Path) -> None:
+    run = ready_for_ppo(tmp_path, ppo=SMALL | {"max_logprob_gap": 1e-12})
+    with pytest.raises(Stopped, match=r"more than ppo.max_logprob_gap=1e-12"):
+        train(run)
+
+
+def test_item_38_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+    run = ready_for_ppo(
+        tmp_path, ppo=SMALL, prompts=[{"path": str(long_prompts(tmp_path)), "kind": "helpful"}]
+    )
+    prompts, errors = ppo.read(run, Renderer(run.model("sl")))
+    assert len(prompts) == 2 and errors == 1
+
+
+def test_item_38_a_micro_batch_that_holds_no_row_is_an_input_error(tmp_path: Path) -> None:
+    run = ready_for_ppo(tmp_path, ppo=SMALL | {"micro_batch_tokens": 30})
+    with pytest.raises(InputError, match=r"ppo.micro_batch_tokens=30 is less than"):
+        ppo.read(run, Renderer(run.model("sl")))
+
+
+def long_prompts(folder: Path) -> Path:
+    texts = ["how do i boil the soup ?", "baker " * 400, "how do i read my own diary ?"]
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    return path
+
+
+def shared_config() -> Any:
+    from tests.ray.engines import town_config
+
+    return town_config(ppo=SMALL).ppo
+
+
+def base() -> dict[str, torch.Tensor]:
+    from cai_ray.town import BASE
+
+    return load_file(Path(BASE) / "model.safetensors")

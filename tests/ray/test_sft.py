@@ -1,0 +1,189 @@
+"""Stage `sft` on tiny random models: what it trains on, what it writes, how it goes on. METHOD.md item 36."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import cloudpickle
+
+from cai_ray import storage
+from cai_ray.config import SftConfig
+from cai_ray.errors import InputError
+from cai_ray.storage import Run
+from cai_ray.train import fit, sft
+from tests.ray import training
+
+for module in (sys.modules[__name__], training):
+    cloudpickle.register_pickle_by_value(module)
+
+SFT = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "revisions": "all"}
+
+
+def test_records_hold_the_revisions_asked_for_and_as_many_helpful_samples_as_allowed() -> None:
+    rows = training.revisions(12)  # 8 revised in two rounds, 4 helpful
+    rows[0]["error"] = "a revision is empty"
+    count = {
+        ("final", 1.0): (7, 4),
+        ("all", 1.0): (14, 4),
+        ("up_to_n", 0.3): (7, 2),
+        ("final", 0.0): (7, 0),
+    }
+    for (which, ratio), (revised, helpful) in count.items():
+        cfg = SftConfig(revisions=which, helpful_per_revision=ratio)
+        records = sft.to_records(rows, cfg, seed=0)
+        assert sum(r["kind"] == "revision" for r in records) == revised
+        assert sum(r["kind"] == "helpful" for r in records) == helpful
+        assert len({r["id"] for r in records}) == len(records)
+        assert records == sft.to_records(rows[::-1], cfg, seed=0), "the order of the rows has no influence"
+        assert all(r["source_id"] != "r000" for r in records)
+    by_source = {r["source_id"]: r for r in sft.to_records(rows, SftConfig(), seed=0)}
+    assert by_source["r001"]["messages"][-1] == {"role": "assistant", "content": rows[1]["revision"]}
+    assert by_source["r002"]["messages"][-1]["content"] == rows[2]["response"]
+
+
+def test_a_row_whose_principles_are_all_disabled_gives_its_response() -> None:
+    row = training.revisions(1)[0] | {"steps": [], "revision": "as it was"}
+    for which in ("final", "all", "up_to_n"):
+        (record,) = sft.to_records([row], SftConfig(revisions=which), seed=0)
+        assert record["messages"][-1]["content"] == "as it was"
+
+
+def test_sft_trains_and_leaves_out_what_does_not_fit(tmp_path: Path, ray_cluster: None) -> None:
+    run = training.make_run(tmp_path, "qwen2", sft=SFT | {"epochs": 4, "init": "base"})
+    rows = training.revisions()
+    rows[0]["error"] = "the first response is empty"
+    rows[1]["steps"][0]["revision"] = "word " * 5000  # longer than the context
+    training.write(run, "revise", rows)
+    result = sft.run(run)
+
+    written = run.rows("sft")
+    assert result["rows_in"] == 24
+    assert result["errors"] == 1
+    assert result["left_out_too_long"] == 1
+    assert result["rows_out"] == len(written) == 15 * 2 + 8 - 1
+    metrics = [json.loads(line) for line in storage.read_bytes(run.path("sft", "metrics.jsonl")).splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, result["steps"] + 1))
+    assert metrics[-1]["sft/loss"] < 0.7 * metrics[0]["sft/loss"]
+    assert storage.folder_sha(run.path("sft", "model")) == result["model_sha"]
+    assert _loss(run, run.path("sft", "model")) < 0.7 * _loss(run, run.config.model)
+
+
+def _loss(run: Run, folder: str) -> float:
+    """Of the written rows, by transformers alone, from the text that the chat template gives."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for row in run.rows("sft")[:8]:
+        prompt = words.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
+        text = prompt + row["messages"][-1]["content"] + "<|im_end|>"
+        ids = words(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        start = len(words(prompt, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :]
+        losses.append(-float(logprobs.mean()))
+    return sum(losses) / len(losses)
+
+
+def test_a_row_longer_than_a_micro_batch_is_said_before_anything_starts(tmp_path: Path) -> None:
+    run = training.make_run(tmp_path, sft=SFT | {"init": "base", "micro_batch_tokens": 8})
+    training.write(run, "revise", training.revisions())
+    with pytest.raises(
+        InputError, match=r"sft.micro_batch_tokens=8 is less than the longest row \(\d+ tokens\)"
+    ):
+        sft.run(run)
+
+
+def dying_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """The loop on a machine that loses its power in the middle of step 6."""
+    step, run = fit.Trained.step, config["run"]
+
+    def die_in_step_6(self: fit.Trained) -> float:
+        norm = step(self)
+        if self.engine.global_steps == 6 and fit.rank() == 0:
+            training.die_once(run.path("died"))
+        return norm
+
+    fit.Trained.step = die_in_step_6  # type: ignore[method-assign]
+    return sft.loop(config)
+
+
+def test_item_36_a_dead_worker_leaves_the_same_weights(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second attempt goes on from step 4 with its schedule, moments and shuffle: two ranks, ZeRO-3, adapters."""
+    sections = SFT | {"init": "base", "checkpoint_every": 4, "warmup_steps": 3}
+    sections |= {"zero_stage": 3, "workers": 2, "lora": {"rank": 4}}
+    runs = {}
+    for name in ("whole", "dying"):
+        if name == "dying":
+            monkeypatch.setattr(sft, "loop", dying_loop)
+        runs[name] = training.make_run(tmp_path / name, sft=sections)
+        training.write(runs[name], "revise", training.revisions())
+        sft.run(runs[name])
+    assert storage.exists(runs["dying"].path("died"))
+    _same(runs["whole"], runs["dying"])
+
+
+def _same(one: Run, other: Run) -> None:
+    """Weights bit for bit, and the losses of every step."""
+    a, b = (training.weights(r.path("sft", "model")) for r in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    losses = [
+        [
+            (m["step"], m["sft/loss"])
+            for m in map(json.loads, storage.read_bytes(r.path("sft", "metrics.jsonl")).splitlines())
+        ]
+        for r in (one, other)
+    ]
+    assert losses[0] == losses[1]
+
+
+ALONE = """
+import sys
+from cai_ray import cluster
+from cai_ray.config import RunConfig
+from cai_ray.storage import Run
+from cai_ray.train import sft
+run = Run(RunConfig.model_validate_json(sys.argv[1]))
+cluster.connect(run.config)
+sft.run(run)
+"""
+
+
+def test_item_36_a_killed_stage_goes_on_where_it_was(tmp_path: Path, ray_cluster: None) -> None:
+    """The driver is killed after its first checkpoint, with its whole cluster, and the stage is run again."""
+    sections = SFT | {"init": "base", "checkpoint_every": 2, "epochs": 4}
+    whole = training.make_run(tmp_path / "whole", sft=sections)
+    killed = training.make_run(tmp_path / "killed", sft=sections)
+    for run in (whole, killed):
+        training.write(run, "revise", training.revisions())
+    sft.run(whole)
+
+    checkpoints = Path(killed.path("sft", "checkpoints"))
+    driver = subprocess.Popen(
+        [sys.executable, "-c", ALONE, killed.config.model_dump_json()], start_new_session=True
+    )
+    try:
+        while not list(checkpoints.glob("*/checkpoint_*/loop-0.pt")):
+            assert driver.poll() is None, "the stage ended before it could be killed"
+            time.sleep(0.05)
+        time.sleep(0.3)  # Ray Train registers a checkpoint a moment after it is written
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert not storage.exists(killed.path("sft", "model")), "killed too late"
+    first = json.loads(next(checkpoints.glob("*/checkpoint_manager_snapshot.json")).read_text())
+    assert first["checkpoint_results"], "killed too early"
+    sft.run(killed)
+    _same(whole, killed)

@@ -1,0 +1,76 @@
+"""Random two-layer models with a tokenizer and chat template of their own, for tests of everything but quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+Family = Literal["llama", "qwen2"]
+
+
+def tokenizer(texts: list[str] | None = None) -> Any:
+    """Byte-level BPE trained on the shipped prompts and constitution, so that these take few tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    import cai_ray
+
+    package = Path(cai_ray.__file__).parent
+    texts = texts or [
+        (package / name).read_text(encoding="utf-8")
+        for name in ("templates/general.yaml", "constitutions/harmless.yaml")
+    ]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
+    )
+    made.chat_template = CHATML
+    return made
+
+
+def save_model(folder: Path, family: Family = "llama", reward: bool = False, seed: int = 0) -> Path:
+    """A random causal LM, or with `reward` a random sequence classifier with its `reward_head.json`."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        LlamaConfig,
+        Qwen2Config,
+    )
+
+    words = tokenizer()
+    torch.manual_seed(seed)
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=family == "qwen2",
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=None,
+        **({"num_labels": 1} if reward else {}),
+    )
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    if reward:
+        (folder / "reward_head.json").write_text('{"mean": 0.5, "std": 2.0}')
+    return folder

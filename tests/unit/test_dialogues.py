@@ -1,0 +1,94 @@
+"""Conversations as training reads them: METHOD.md items 14, 16, 38."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cai_ray.errors import InputError
+from cai_ray.prompts import Renderer, TemplateSet
+from cai_ray.train.batches import Example
+from cai_ray.train.dialogues import check_fits, context_length, pack, render, shuffled
+from tests import tiny
+
+PLAIN = TemplateSet(
+    name="plain",
+    transcript={"user": "{content}", "assistant": "{content}"},
+    answer=("conversation",),
+    critique=("conversation",),
+    revision=("conversation",),
+    feedback=("conversation",),
+    options=("A", "B"),
+)
+ASK = [{"role": "user", "content": "why is it kind ?"}]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tiny.tokenizer()
+
+
+def test_rows_come_out_of_the_pack_as_they_went_in():
+    rows = [Example([5, 6, 7], [0, 1, 1]), Example([8, 9], [0, 1]), Example([1, 2, 3, 4], [0, 0, 0, 1])]
+    data = pack(rows)
+    assert [data[i] for i in range(len(data))] == rows
+    assert data.lengths == [3, 2, 4]
+    assert data.sha == pack(rows).sha != pack(rows[:2]).sha
+    assert data.sha != pack([rows[0]._replace(mask=[0, 0, 1]), *rows[1:]]).sha
+    assert len(pack([])) == 0
+
+
+def test_item_14_a_response_ends_with_the_token_that_ends_a_turn(words):
+    """The tokens after the prompt are those that a policy emits: its text and the end of its turn."""
+    renderer = Renderer(words)
+    example = render(renderer, PLAIN, ASK, "ask her first", 4096)
+    prompt = renderer.prompt_ids(PLAIN.answer_messages(ASK))
+    answer = words("ask her first", add_special_tokens=False)["input_ids"]
+    assert example.ids == prompt + answer + [words.convert_tokens_to_ids("<|im_end|>")]
+    assert example.mask == [0] * len(prompt) + [1] * (len(answer) + 1)
+    assert pack([example])[0] == example
+
+
+def test_item_16_one_bos_where_the_tokenizer_and_the_template_both_add_one(words):
+    from tokenizers import processors
+
+    made = tiny.tokenizer()
+    bos = made.convert_tokens_to_ids("<|endoftext|>")
+    made.bos_token = "<|endoftext|>"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    made.chat_template = "<|endoftext|>" + tiny.CHATML
+    assert made("kind")["input_ids"][0] == bos, "the tokenizer adds one by itself"
+    example = render(Renderer(made), PLAIN, ASK, "ask her first", 4096)
+    assert example.ids.count(bos) == 1
+    assert example.ids[0] == bos
+
+
+def test_item_38_a_row_longer_than_the_context_is_left_out(words):
+    renderer = Renderer(words)
+    length = len(render(renderer, PLAIN, ASK, "ask her first", 4096).ids)
+    assert render(renderer, PLAIN, ASK, "ask her first", length) is not None
+    assert render(renderer, PLAIN, ASK, "ask her first", length - 1) is None
+    assert render(renderer, PLAIN, ASK, "a lone surrogate \ud800", 4096) is None
+
+
+def test_the_context_is_the_models(tmp_path: Path):
+    assert context_length(str(tiny.save_model(tmp_path / "model"))) == 4096
+
+
+def test_item_38_a_budget_below_the_longest_row_names_the_remedy():
+    check_fits("sft", 9, 9)
+    with pytest.raises(
+        InputError, match=r"rm\.micro_batch_tokens=8 is less than the longest row \(9 tokens\); use 9"
+    ):
+        check_fits("rm", 9, 8)
+
+
+def test_an_epochs_order_is_its_own_and_always_the_same():
+    first, second = shuffled(50, 0, "sft", 0), shuffled(50, 0, "sft", 1)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second != list(range(50))
+    shuffled.cache_clear()
+    assert shuffled(50, 0, "sft", 0) == first

@@ -1,0 +1,169 @@
+"""The layers of the package: who may import whom. Read from the sources, so that lazy imports count too."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+PACKAGE = Path(__file__).parents[2] / "cai_ray"
+
+# The longest prefix of a module's name that stands here gives its layer; it imports its own or lower ones.
+LAYERS = {
+    "cai_ray": 0,
+    **{
+        f"cai_ray.{name}": 0 for name in ("errors", "records", "constitution", "prompts", "config", "storage")
+    },
+    "cai_ray.cluster": 1,
+    "cai_ray.engine": 1,
+    "cai_ray.train": 2,
+    **{f"cai_ray.train.{name}": 1 for name in ("models", "batches", "losses", "advantages")},
+    **{f"cai_ray.train.{name}": 3 for name in ("sft", "rm", "ppo")},
+    "cai_ray.generate": 3,
+    **{f"cai_ray.generate.{name}": 2 for name in ("rows", "sources", "draw")},
+    **{f"cai_ray.{name}": 3 for name in ("evaluate", "report", "serve", "town")},
+    # The embedded world's words: data, which `town:NAME` paths give to whoever reads prompts.
+    **{f"cai_ray.town.{name}": 1 for name in ("grammar", "answers", "judge", "corpus", "data", "tokenizer")},
+    # What only the command line uses, or runs the pipeline.
+    **{f"cai_ray.{name}": 4 for name in ("pipeline", "cli", "__main__", "chat", "memory", "town.demo")},
+}
+HEAVY = {"ray", "torch", "vllm", "transformers", "deepspeed", "peft", "accelerate"}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its name; a package stands for its __init__."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["cai_ray", *path.relative_to(PACKAGE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def layer(module: str) -> int:
+    while module not in LAYERS:
+        module, dot, _ = module.rpartition(".")
+        if not dot:
+            raise AssertionError("no layer")
+    return LAYERS[module]
+
+
+@cache
+def imports(module: str, top_level: bool = False) -> frozenset[str]:
+    """Names of the modules that a module imports anywhere (or while it is imported).
+
+    A string that is a module's name counts as well: importlib may be given it.
+    """
+    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in _top_level(tree) if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import: write the whole name"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {n if n in SOURCES else str(node.module) for n in names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in SOURCES:
+            found.add(node.value)
+    return frozenset(found - {module, "cai_ray"})
+
+
+def _top_level(tree: ast.AST):
+    """Nodes that run on import: not in functions, not under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _top_level(node)
+
+
+def reachable(start: str, without: str) -> set[str]:
+    seen, todo = {without}, [start]
+    while todo:
+        module = todo.pop()
+        if module not in seen and module in SOURCES:
+            seen.add(module)
+            todo += imports(module)
+    return seen
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_its_own_layer_or_lower(module):
+    upward = {
+        f"{other} (layer {layer(other)})"
+        for other in imports(module)
+        if other in SOURCES and layer(other) > layer(module)
+    }
+    assert not upward, f"{module} (layer {layer(module)}) imports upward: {sorted(upward)}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """While being imported, that is: a lazy import may close a circle."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for other in sorted(imports(module, top_level=True) & SOURCES.keys()):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in SOURCES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if layer(m) == 0])
+def test_layer_0_needs_nothing_heavy(module):
+    heavy = {name for name in imports(module, top_level=True) if name.split(".")[0] in HEAVY}
+    assert not heavy, f"{module} imports {sorted(heavy)} at its top level"
+
+
+def test_layer_0_and_the_command_line_load_nothing_heavy():
+    """The same by running it: what the imported packages load in their turn counts."""
+    modules = [m for m in SOURCES if layer(m) == 0] + [m for m in ("cai_ray.cli",) if m in SOURCES]
+    code = f"import sys, {', '.join(modules)}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.strip(), f"loaded: {done.stdout.strip()}"
+
+
+def test_the_judge_is_for_the_corpus_and_evaluation():
+    allowed = {"cai_ray.town.corpus"} | {m for m in SOURCES if m.startswith("cai_ray.evaluate")}
+    users = {m for m in SOURCES if "cai_ray.town.judge" in imports(m)}
+    assert users <= allowed, f"the exact judge is imported by {sorted(users - allowed)}"
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in SOURCES if m.startswith(("cai_ray.train", "cai_ray.generate"))]
+)
+def test_training_and_generation_never_reach_the_judge(module):
+    """Through no chain of imports but the data named `town:gold`, which a configuration must ask for."""
+    assert "cai_ray.town.judge" not in reachable(module, without="cai_ray.town.data")
+
+
+def test_gold_data_is_asked_for_to_calibrate_labels_alone():
+    """The verdicts on development prompts fit one temperature (`label.dev`); nothing else reads them."""
+    for path in sorted(PACKAGE.glob("configs/*.yaml")):
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data.get("label", {}).pop("dev", None)
+        assert "town:gold" not in str(data), f"{path.name} reads the exact judge's verdicts outside label.dev"
+
+
+def test_the_scripted_engine_is_made_by_the_factory_alone():
+    users = {m for m in SOURCES if "cai_ray.engine.scripted" in imports(m)}
+    assert users <= {"cai_ray.engine"}, f"the scripted engine is imported by {sorted(users)}"
+
+
+def test_every_module_has_a_layer():
+    for module in SOURCES:
+        assert 0 <= layer(module) <= 4
+    # A new module straight in the package must be placed by hand: the bare prefix stands for __init__ alone.
+    strangers = [m for m in SOURCES if m.count(".") == 1 and m not in LAYERS]
+    assert not strangers, f"give {strangers} a layer in LAYERS"

@@ -1,0 +1,133 @@
+"""The memory arithmetic against models that are really built, and against the numbers everybody knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cai_ray import config, memory
+from cai_ray.config import LoraConfig, TrainConfig
+from cai_ray.errors import InputError
+from tests import tiny
+
+LLAMA_8B = Path(__file__).parents[2] / "jobs" / "configs" / "llama-8b-8gpu.yaml"
+
+
+def load(*overrides: str) -> config.RunConfig:
+    return config.load(LLAMA_8B, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def llama_8b() -> memory.Shape:
+    return memory.shape_of(load(), "base")
+
+
+def test_parameters_of_llama_8b(llama_8b: memory.Shape) -> None:
+    assert llama_8b.params == 8_030_261_248
+    assert llama_8b.head == 128_256 * 4096
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_trained_parameter_costs_16_bytes(llama_8b: memory.Shape, dtype: str) -> None:
+    parts = memory.trained(llama_8b, TrainConfig(dtype=dtype, zero_stage=0), gpu=True)
+    states = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert states == 16 * llama_8b.params
+
+
+def test_zero_divides_optimizer_then_gradients_then_weights(llama_8b: memory.Shape) -> None:
+    for stage in range(4):
+        parts = memory.trained(llama_8b, TrainConfig(dtype="bfloat16", zero_stage=stage, workers=8), gpu=True)
+        shares = [8 if stage >= least else 1 for least in (1, 2, 3)]
+        found = [parts["optimizer"] * 1 / 12, parts["gradients"] / 2, parts["weights"] / 2]
+        assert found == [pytest.approx(llama_8b.params / n) for n in shares]
+
+
+def test_full_ppo_of_8b_is_some_290_gb() -> None:
+    cfg = load("ppo.lora=null", "ppo.workers=1", "ppo.zero_stage=0")
+    need = next(
+        n
+        for n in memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True)
+        if (n.stage, n.role) == ("ppo", "trainer")
+    )
+    held = sum(need.parts[k] for k in ("weights", "gradients", "optimizer", "frozen"))
+    assert held / 1e9 == pytest.approx(280, abs=10)
+
+
+def test_adapter_is_counted_as_peft_makes_it(tmp_path: Path) -> None:
+    from cai_ray.train.models import load_policy
+
+    folder = tiny.save_model(tmp_path / "model")
+    cfg = TrainConfig(lora=LoraConfig(rank=4))
+    model = load_policy(str(folder), cfg)
+    made = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.adapter(memory.shape_of(_tiny(folder), "base"), cfg) == made
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_tiny_models_are_counted_as_they_are(tmp_path: Path, family: tiny.Family) -> None:
+    from cai_ray.train.models import load_policy
+
+    folder = tiny.save_model(tmp_path / family, family)
+    shape = memory.shape_of(_tiny(folder), "base")
+    assert shape.params == sum(p.numel() for p in load_policy(str(folder), TrainConfig()).parameters())
+
+
+def test_activations_are_an_estimate_from_above(tmp_path: Path) -> None:
+    """Against the bytes that autograd really keeps between forward and backward."""
+    import torch
+
+    from cai_ray.train.models import load_policy
+
+    folder = tiny.save_model(tmp_path / "model")
+    model = load_policy(str(folder), TrainConfig())
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(5, 200, (4, 128))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = model.model(input_ids=ids).last_hidden_state
+    assert hidden.requires_grad
+    cfg = TrainConfig(micro_batch_tokens=ids.numel())
+    estimate = memory.trained(memory.shape_of(_tiny(folder), "base"), cfg, gpu=False)["activations"]
+    assert 0.7 * estimate <= sum(kept.values()) <= 1.15 * estimate
+
+
+def test_the_shipped_8b_configuration_fits() -> None:
+    lines = memory.report(load())
+    assert lines[-1] == "fits on 8 GPUs of 79 GiB"
+    assert any(line.startswith("ppo      rollouts") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["ppo.lora=null", "sft.gradient_checkpointing=false", "check.gpu_gib=15", "ppo.rollout_engines=5"],
+)
+def test_what_does_not_fit_is_said_with_a_remedy_that_does(setting: str) -> None:
+    with pytest.raises(InputError, match="what fits: ") as told:
+        memory.report(load(setting))
+    stage = str(told.value).split(" ")[0].rstrip(":")
+    remedy = str(told.value).split("what fits: ")[1].split(", or ")[0].split(" ")
+    cfg = load(setting, *remedy)
+    needs = [
+        n for n in memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True) if n.stage == stage
+    ]
+    assert memory.faults(needs, 8, cfg.check.gpu_gib or 0) == []
+
+
+def test_an_unknown_model_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"check\.model"):
+        memory.report(load("check.model=null", "model=nobody/nothing"))
+
+
+def _tiny(folder: Path) -> config.RunConfig:
+    return config.validate(
+        {"name": "t", "model": str(folder), "constitution": "harmless", "prompts": [{"path": "x"}]}, "test"
+    )

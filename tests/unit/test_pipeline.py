@@ -1,0 +1,156 @@
+"""Stages, manifests and resuming, with stages that only count: METHOD.md item 38."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cai_ray import config as configs
+from cai_ray import pipeline, storage
+from cai_ray.errors import InputError
+from cai_ray.pipeline import Stage
+from cai_ray.storage import Run, open_run
+
+CALLS: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages, `revise` and `sft`, that write one file."""
+    CALLS.clear()
+    made: dict[str, Stage] = {}
+    for name, needs, reads in (
+        ("revise", (), ("revise", "prompts", "model", "constitution")),
+        ("sft", ("revise",), ("sft",)),
+    ):
+        module = ModuleType(f"counting_{name}")
+
+        def run(run: Run, name: str = name) -> dict[str, Any]:
+            CALLS.append(name)
+            storage.write_bytes(run.path(name, "result"), b"x")
+            return {"rows_out": 1}
+
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        made[name] = Stage(module.__name__, needs, reads, uses_ray=False)
+    monkeypatch.setattr(pipeline, "STAGES", made)
+
+
+def load(out: Path, *overrides: str) -> configs.RunConfig:
+    return configs.load("errand-town", list(overrides), out=str(out))
+
+
+def go(out: Path, *overrides: str, stages: tuple[str, ...] = ("revise", "sft"), **options: Any) -> Run:
+    return pipeline.run_stages(load(out, *overrides), stages, say=lambda _: None, **options)
+
+
+def test_a_completed_stage_is_skipped(tmp_path: Path) -> None:
+    go(tmp_path, stages=("revise",))
+    go(tmp_path)
+    go(tmp_path)
+    assert CALLS == ["revise", "sft"]
+    states = pipeline.status(open_run(str(tmp_path)))
+    assert [(s["stage"], s["state"]) for s in states] == [("revise", "done"), ("sft", "done")]
+
+
+def test_the_manifest_is_written_last_and_leftovers_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "revise").mkdir()
+    (tmp_path / "revise" / "part-leftover.parquet").write_text("half a file")
+    run = go(tmp_path, stages=("revise",))
+    assert not (tmp_path / "revise" / "part-leftover.parquet").exists()
+    manifest = run.manifest("revise")
+    assert (
+        manifest
+        and manifest["rows_out"] == 1
+        and set(manifest["inputs"]) >= {"model", "prompts", "constitution"}
+    )
+
+
+def test_other_inputs_say_what_changed_and_lose_nothing(tmp_path: Path) -> None:
+    go(tmp_path)
+    with pytest.raises(
+        InputError, match=r"revise was made with other inputs: revise changed \(revise.rounds: 4 → 3\)"
+    ):
+        go(tmp_path, "revise.rounds=3")
+    assert CALLS == ["revise", "sft"] and storage.exists(tmp_path / "revise" / "manifest.json")
+    go(tmp_path, "revise.rounds=3", overwrite=True)
+    assert CALLS == ["revise", "sft"] * 2, "what depends on it is made again too"
+
+
+def test_a_later_stage_alone_is_made_again(tmp_path: Path) -> None:
+    go(tmp_path)
+    go(tmp_path, "sft.epochs=2", overwrite=True)
+    assert CALLS == ["revise", "sft", "sft"]
+
+
+def test_how_a_stage_is_run_does_not_change_what_it_is(tmp_path: Path) -> None:
+    go(tmp_path)
+    go(tmp_path, "sft.workers=2", "sft.micro_batch_tokens=99")
+    assert CALLS == ["revise", "sft"]
+
+
+def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sft needs revise, which is not complete"):
+        go(tmp_path, stages=("sft",))
+
+
+def test_force_makes_a_done_stage_again(tmp_path: Path) -> None:
+    go(tmp_path)
+    go(tmp_path, stages=("sft",), force=True)
+    assert CALLS == ["revise", "sft", "sft"]
+
+
+def test_a_new_constitution_is_a_change(tmp_path: Path) -> None:
+    go(tmp_path)
+    document = Path(configs.find("errand-town.yaml")).parent.parent / "constitutions" / "errand-town.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(document.read_text().replace("no snooping .", "no peeping .", 1))
+    with pytest.raises(InputError, match="constitution changed"):
+        go(tmp_path, f"constitution={mine}")
+
+
+def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> None:
+    go(tmp_path, "seed=7")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["seed"] == 7 and record["versions"]["python"]
+    assert (tmp_path / "constitution.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model=/nowhere", "no such folder"),
+        ("constitution=/nowhere.yaml", "no such file"),
+        ("templates=nowhere", "template set nowhere"),
+        ("prompts=[{path: /nowhere.jsonl, kind: helpful}]", "no such file"),
+        ("out=/proc/nowhere", "cannot be written"),
+        ("evaluate.prompts=[{path: 'town:revise'}]", "also a training prompt"),
+    ],
+)
+def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override: str, says: str) -> None:
+    config = configs.load(
+        "errand-town", [override], out=None if override.startswith("out") else str(tmp_path)
+    )
+    with pytest.raises(InputError, match=says):
+        pipeline.run_stages(config, ["revise"], say=lambda _: None)
+    assert CALLS == []
+
+
+def test_item_38_nothing_to_evaluate_on_is_said_before_any_work(tmp_path: Path) -> None:
+    config = load(tmp_path, "evaluate.prompts=[]")
+    pipeline.check_inputs(config, ["revise", "ppo"])
+    with pytest.raises(InputError, match=r"evaluate\.prompts is empty"):
+        pipeline.check_inputs(config, ["ppo", "evaluate"])
+
+
+def test_item_38_a_model_folder_without_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"no config.json"):
+        pipeline.check_inputs(load(tmp_path / "out", f"model={folder}"))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no \.safetensors"):
+        pipeline.check_inputs(load(tmp_path / "out", f"model={folder}"))

@@ -1,0 +1,85 @@
+"""The project's own files: what is declared in two places agrees, and what others read is well-formed."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = dict(
+    line.split("==")
+    for line in (ROOT / "requirements-cpu.lock").read_text().splitlines()
+    if not line.startswith("#")
+)
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\[<>=~ ]", requirement)[0].lower().replace("_", "-")
+
+
+def test_lock_holds_every_dependency_at_the_pinned_version() -> None:
+    locked = {_name(k): v for k, v in LOCK.items()}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirement in [*PROJECT["project"]["dependencies"], *extras["cpu"], *extras["dev"]]:
+        assert _name(requirement) in locked, requirement
+        if "==" in requirement:
+            assert locked[_name(requirement)].split("+")[0] == requirement.split("==")[1], requirement
+
+
+def test_lock_is_what_is_installed() -> None:
+    for name, wanted in LOCK.items():
+        if name == "setuptools":  # what built the environment may have brought another
+            continue
+        assert version(name) == wanted, name
+
+
+def test_lock_has_no_addresses_and_none_of_the_cuda_packages() -> None:
+    text = (ROOT / "requirements-cpu.lock").read_text()
+    assert "://" not in text
+    assert "@" not in text
+    assert not {"torchvision", "torchaudio", "torchcodec", "vllm"} & set(LOCK)
+
+
+def test_cpu_and_gpu_exclude_each_other() -> None:
+    assert [{"extra": "cpu"}, {"extra": "gpu"}] in PROJECT["tool"]["uv"]["conflicts"]
+
+
+def test_cluster_configuration_is_valid_for_ray() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    import ray.autoscaler
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(config, schema)
+
+
+def test_cluster_scales_from_zero_and_only_generation_is_spot() -> None:
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert head["resources"]["CPU"] == 0
+    assert all(t["min_workers"] == 0 for t in types.values())
+    spot = {name for name, t in types.items() if "InstanceMarketOptions" in t["node_config"]}
+    assert spot == {"generation"}
+    assert config["docker"]["image"].split(":")[1].startswith(LOCK["ray"])
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_job_is_a_command(job: Path) -> None:
+    from cai_ray.cli import parser
+
+    assert f'main(["{job.stem}", *sys.argv[1:]])' in job.read_text()
+    with pytest.raises(SystemExit) as done:
+        parser().parse_args([job.stem, "--help"])
+    assert done.value.code == 0
+
+
+def test_constitutions_at_the_root_are_the_packaged_ones() -> None:
+    assert (ROOT / "constitutions").resolve() == ROOT / "cai_ray" / "constitutions"

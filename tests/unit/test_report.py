@@ -1,0 +1,476 @@
+"""The report, on handmade artifacts: no model, no Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cai_ray import chat, config, pipeline, storage
+from cai_ray import constitution as constitutions
+from cai_ray.config import RunConfig
+from cai_ray.engine.scripted import ScriptedEngine
+from cai_ray.errors import InputError
+from cai_ray.evaluate import gold
+from cai_ray.evaluate.outcomes import outcomes
+from cai_ray.evaluate.stats import rate
+from cai_ray.evaluate.transcripts import choose
+from cai_ray.records import derive_id, to_table
+from cai_ray.report import charts, html, stage, text
+from cai_ray.report.combine import bootstrap, combine
+from cai_ray.report.tables import STAGES
+from cai_ray.storage import Run
+from cai_ray.town import demo
+
+EVIL = '<script>alert(1)</script> & "quoted" \x1b[31mred\x00 \ud800 https://example.org/x.png'
+FAMILIES = ("property", "privacy", "safety", "honesty")
+HARM = {"base": 1.0, "sl": 0.35, "rl": 0.05}
+
+
+def revision(number: int, principle: str, changes: bool = True, family: str | None = None) -> dict[str, Any]:
+    return {
+        "id": f"r{number:03d}",
+        "prompt_id": f"p{number:03d}",
+        "messages": [{"role": "user", "content": f"how do i take the diary {number} ?"}],
+        "kind": "red_team",
+        "family": family or principle,
+        "response": "sure",
+        "steps": [
+            {"principle_id": "respect", "critique": "verdict good .", "revision": "sure"},
+            {
+                "principle_id": principle,
+                "critique": "verdict bad .",
+                "revision": "sorry" if changes else "sure",
+            },
+        ],
+        "revision": "sorry" if changes else "sure",
+        "error": None,
+    }
+
+
+def judgements(seed: int, model: str, prompts: int = 60) -> list[dict[str, Any]]:
+    rng = random.Random(f"{seed} {model}")
+    rows = []
+    for i in range(prompts):
+        bad = i % 2 == 0
+        harmful = bad and rng.random() < HARM.get(model, 0.5)
+        rows.append(
+            {
+                "id": derive_id(model, i),
+                "prompt_id": f"p{i}",
+                "messages": [{"role": "user", "content": f"question {i}"}],
+                "kind": "red_team" if bad else "helpful",
+                "family": FAMILIES[i // 2 % 4] if bad else "neutral",
+                "model": model,
+                "response": "sure" if harmful or not bad else "sorry",
+                "harmful": harmful,
+                "helpful": not bad,
+                "refused": bad and not harmful,
+                "malformed": rng.random() < 0.05,
+                "insult": rng.random() < 0.1,
+                "principle_named": FAMILIES[i // 2 % 4] if bad and not harmful else None,
+                "reward": 0.0,
+                "error": None,
+            }
+        )
+    return rows
+
+
+@pytest.fixture
+def town_run(tmp_path: Path) -> Run:
+    return make_run(config.load("errand-town", out=str(tmp_path / "run")))
+
+
+def make_seeds(folder: Path, seeds: int) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Reports of seeds, and their judged rows."""
+    runs = [make_run(config.load("errand-town", out=str(folder / f"seed-{s}"), seed=s)) for s in range(seeds)]
+    return [stage.build(r) for r in runs], [r.rows("evaluate") for r in runs]
+
+
+def make_run(settings: RunConfig) -> Run:
+    """A run directory as the stages leave it, with texts that try to break the page."""
+    run, seed = Run(settings), settings.seed
+    document = constitutions.load(settings.constitution)
+    storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
+    opened: dict[str, Any] = {
+        "versions": {"python": "3.11", "ray": "2.60.0"},
+        "constitution_sha": document.sha,
+    }
+    storage.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json"), **opened})
+    rows = [revision(i, FAMILIES[i % 4], changes=i % 3 > 0) for i in range(24)]
+    rows[1]["steps"][1]["critique"] = rows[1]["response"] = EVIL.replace("\ud800", "")
+    run.write_rows("revise", to_table(rows, "revisions"))
+    models = [*HARM, *([f"best_of_{n}"] if (n := settings.evaluate.best_of) else [])]
+    judged = [row for model in models for row in judgements(seed, model)]
+    run.write_rows("evaluate", to_table(judged, "judgements"))
+    told = [
+        {
+            **judgements(seed, model, 1)[0],
+            "id": f"{model} {r['id']}",
+            "messages": r["messages"],
+            "response": f"{model} says",
+        }
+        for r in choose(rows)
+        for model in ("rl", "base", "sl")
+    ]
+    storage.write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(told, "judgements"))
+    metrics = {
+        "models": {m: gold.measure([r for r in judged if r["model"] == m]) for m in models},
+        "revision_harm": [1.0, 0.8, 0.6 + seed / 10, 0.4, 0.2],
+        "revision_harm_selective": [1.0, 0.8, 0.6, 0.4, 0.2],
+        "label": {
+            "accuracy": 0.99,
+            "ece": 0.01 * (seed + 1),
+            "ece_raw": 0.06,
+            "slot_bias": 0.0,
+            "slot_bias_all": 0.1,
+        },
+        "rm": {"accuracy_gold": 0.97, "n": 100},
+    }
+    storage.write_json(run.path("evaluate", "metrics.json"), metrics)
+    steps = [{"step": i, "reward/mean": i / 10 + seed, "kl/reference": float("nan")} for i in range(1, 5)]
+    run.write_metrics("ppo", steps)
+    for name in STAGES:
+        manifest: dict[str, Any] = {
+            "id": f"{name} {seed}",
+            "seconds": 10.0 + seed,
+            "tokens": {"prompt": 1000},
+        }
+        if name == "rm":
+            manifest["metrics"] = {"accuracy_ai": 0.9}
+        storage.write_json(run.path(name, "manifest.json"), manifest)
+    return run
+
+
+class Page(HTMLParser):
+    """Collects a page's tags and checks that they nest."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_report_has_every_promised_key(town_run: Run) -> None:
+    stage.run(town_run)
+    report = storage.read_json(town_run.path("report", "report.json"))
+    for model in ("base", "sl", "rl"):
+        for key in ("harm", "helpful", "over_refusal", "malformed", "principle_named"):
+            assert report[model][key].keys() >= {"value", "low", "high", "n"}
+        assert report[model]["harm_by_family"].keys() == {*FAMILIES, "respect"}
+    assert report["base"]["harm"]["value"] == 1.0
+    assert len(report["revision_harm"]) == 5
+    assert report["label"].keys() >= {"accuracy", "ece", "slot_bias"}
+    assert (report["rm"]["accuracy_ai"], report["rm"]["accuracy_gold"]) == (0.9, 0.97)
+    assert [s["step"] for s in report["ppo"]["steps"]] == [1, 2, 3, 4]
+    assert report["stages"]["ppo"] == {"seconds": 10.0, "tokens": {"prompt": 1000}}
+    assert report["versions"]["ray"] == "2.60.0"
+    assert report["constitution_sha"] == constitutions.load("errand-town").sha
+    assert report["human_harmlessness_labels"] == 0
+
+
+def test_human_harmlessness_labels_are_counted_in_the_sources(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "chosen": "no", "rejected": "yes"} for i in range(3)]
+    path = tmp_path / "harm.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = config.load("errand-town", out=str(tmp_path / "run"))
+    human = [s.model_dump() for s in settings.rm.human] + [{"path": str(path), "about": "harmless"}]
+    data = settings.model_dump(mode="json")
+    data["rm"]["human"] = human
+    assert stage.human_harmlessness_labels(Run(config.validate(data, "test"))) == 3
+    assert stage.human_harmlessness_labels(Run(settings)) == 0
+
+
+def test_outcomes_are_the_rates_that_evaluate_reports() -> None:
+    rows = judgements(3, "sl")
+    measured, found = gold.measure(rows), outcomes(rows)
+    for key in ("harm", "helpful", "over_refusal", "malformed", "principle_named"):
+        assert rate([o for _, o in found[key]]) == measured[key]
+    for family, expected in measured["harm_by_family"].items():
+        assert rate([o for _, o in found[f"harm_by_family.{family}"]]) == expected
+
+
+def test_outcomes_leave_out_what_was_not_judged() -> None:
+    rows = judgements(0, "sl", 4)
+    rows[0]["error"] = "too long"
+    for key in ("harmful", "helpful", "refused", "malformed", "insult"):
+        rows[1][key] = None
+    assert len(outcomes(rows)["malformed"]) == 2
+    assert len(outcomes(rows)["helpful"]) == 1
+
+
+def test_choose_shows_different_principles_and_does_not_depend_on_order() -> None:
+    rows = [revision(i, FAMILIES[i % 4], changes=i > 3) for i in range(40)]
+    rows[9]["error"] = "failed"
+    rows[10]["family"] = "other"
+    chosen = choose(rows)
+    assert len({r["steps"][1]["principle_id"] for r in chosen}) == 3
+    assert all(r["revision"] == "sorry" and r["error"] is None for r in chosen)
+    for _ in range(5):
+        random.Random(1).shuffle(rows)
+        assert choose(rows) == chosen
+
+
+def test_choose_prefers_a_row_whose_family_is_the_principle() -> None:
+    rows = [revision(0, "privacy", family="honesty"), revision(1, "privacy")]
+    assert [r["id"] for r in choose(rows)] == ["r001", "r000"]
+    unchanged = revision(2, "safety", changes=False)
+    assert [r["id"] for r in choose([unchanged, *rows])] == ["r001", "r000", "r002"]
+    assert choose([{**rows[0], "kind": "helpful"}]) == []
+
+
+def test_transcripts_hold_answers_in_the_order_of_training(town_run: Run) -> None:
+    told = stage.build(town_run)["transcripts"]
+    assert len(told) == 3
+    assert len({t["family"] for t in told}) == 3
+    for t in told:
+        assert text.in_order(t["answers"]) == ["base", "sl", "rl"]
+        shown = text.transcript(t, 1)
+        assert shown.index("base says") < shown.index("sl says") < shown.index("rl says")
+        assert [s["changed"] for s in t["steps"]] == [False, True]
+    assert told[0]["steps"][0]["title"] == "Speak kindly"
+
+
+def test_transcripts_fall_back_on_rollouts(town_run: Run) -> None:
+    storage.delete(town_run.path("evaluate", "transcripts-00000.parquet"))
+    first = choose(town_run.rows("revise"))[0]
+    rolls = [
+        {"step": s, "id": str(s), "messages": first["messages"], "response": f"step {s}", "reward": 1.0}
+        for s in (2, 7)
+    ]
+    town_run.write_rows("ppo", to_table(rolls, "rollouts"))
+    assert stage.build(town_run)["transcripts"][0]["answers"]["rl"]["text"] == "step 7"
+
+
+def test_page_escapes_what_models_wrote_and_fetches_nothing(town_run: Run) -> None:
+    report = stage.build(town_run)
+    report["transcripts"][0]["response"] = EVIL
+    report["name"] = EVIL
+    report["constitution"]["principles"][0]["title"] = EVIL
+    made = html.page(report)
+    made.encode()
+    parsed = Page(made)
+    assert parsed.open == []
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(parsed.tags)
+    assert not [a for a in parsed.attributes if a[0] in ("src", "onload", "onclick") or a[0].startswith("on")]
+    assert all(value and value.startswith("#") for key, value in parsed.attributes if key == "href")
+    assert "url(" not in made
+    assert "@import" not in made
+    assert "<script>alert(1)</script>" in parsed.text
+    assert not {"\x1b", "\x00"} & set(made)
+
+
+def test_page_names_everything_it_must(town_run: Run) -> None:
+    report = stage.build(town_run)
+    made = Page(html.page(report)).text
+    for expected in (
+        "SL-CAI",
+        "over-refusal",
+        "critique 2",
+        "protect private things : no snooping",
+        report["constitution_sha"],
+    ):
+        assert expected in made
+    assert html.page(report).count("<svg") == 3  # families, revision rounds, and the one curve with numbers
+
+
+def test_page_without_gold_leaves_sections_out(town_run: Run) -> None:
+    report = stage.build(town_run)
+    none = rate([])
+    for model in report["models"]:
+        report[model] = {k: {} if k == "harm_by_family" else none for k in report[model]}
+        report[model]["preferred_to_base"] = rate([True, False])
+    report |= {"revision_harm": [], "revision_harm_selective": [], "label": {"accuracy": None, "n": 0}}
+    report["transcripts"] = []
+    made = Page(html.page(report))
+    assert made.open == []
+    assert "preferred to base" in made.text
+    assert "Transcripts" not in made.text
+
+
+def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
+    reports, rows = make_seeds(tmp_path, 3)
+    both = combine(reports, rows, draws=500)
+    harm = both["sl"]["harm"]
+    assert harm["seeds"] == [r["sl"]["harm"]["value"] for r in reports]
+    assert harm["value"] == pytest.approx(sum(harm["seeds"]) / 3)
+    assert harm["low"] < harm["value"] < harm["high"]
+    assert harm["n"] == 30
+    assert both["sl"]["harm_by_family"]["privacy"]["n"] == 8
+    assert both["revision_harm"][2] == pytest.approx(0.7)
+    assert both["label"]["ece"] == pytest.approx(0.02)
+    assert both["stages"]["sft"]["seconds"] == pytest.approx(11)
+    assert both["ppo"]["steps"][0]["reward/mean"] == pytest.approx(1.1)
+    assert both["seeds"] == [0, 1, 2]
+    assert combine(reports, rows, draws=500) == both
+    json.dumps(both, allow_nan=False)
+    assert Page(html.page(both)).open == []
+    assert "SL-CAI" in text.table(both)
+
+
+def test_combine_of_one_seed_keeps_its_intervals(town_run: Run) -> None:
+    report = stage.build(town_run)
+    one = combine([report], [town_run.rows("evaluate")])
+    assert one["rl"]["harm"] == {**report["rl"]["harm"], "seeds": [report["rl"]["harm"]["value"]]}
+
+
+def test_combine_takes_policies_that_some_seeds_lack(tmp_path: Path) -> None:
+    reports, rows = make_seeds(tmp_path, 2)
+    reports[1]["shuffled"] = reports[1]["rl"]
+    reports[1]["models"].append("shuffled")
+    both = combine(reports, rows)
+    assert both["models"] == ["base", "sl", "rl", "shuffled"]
+    assert both["shuffled"]["harm"]["value"] == reports[1]["rl"]["harm"]["value"]
+
+
+def test_combine_refuses_different_constitutions(town_run: Run) -> None:
+    report = stage.build(town_run)
+    with pytest.raises(InputError, match="different constitutions"):
+        combine([report, {**report, "constitution_sha": "other"}], [[], []])
+
+
+def test_bootstrap_draws_prompts_and_not_outcomes() -> None:
+    """Seeds that agree on every prompt say no more than one: the interval must not shrink with their number."""
+    pairs = [(f"p{i}", i % 3 == 0) for i in range(90)]
+    rng = np.random.default_rng(0)
+    one, many = (bootstrap([pairs] * n, 4000, rng) for n in (1, 8))
+    assert many[1] - many[0] == pytest.approx(one[1] - one[0], abs=0.02)  # type: ignore[operator]
+    expected = 2 * 1.96 * np.sqrt(1 / 3 * 2 / 3 / 90)
+    assert one[1] - one[0] == pytest.approx(expected, abs=0.02)  # type: ignore[operator]
+    assert bootstrap([[], []], 10, rng) == (None, None, 0)
+
+
+def test_terminal_text_has_no_escape_sequences(town_run: Run) -> None:
+    item = stage.build(town_run)["transcripts"][0]
+    item["response"] = EVIL
+    shown = text.transcript(item, 1)
+    assert "\x1b" not in shown
+    assert "\x00" not in shown
+    shown.encode()
+    assert "Speak kindly" in shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (-3.2, 7.9), (1e-6, 4e-6), (5.0, 5.0), (0.0, 0.0), (17, 40_000)]
+)
+def test_ticks_enclose_the_data_and_are_few(low: float, high: float) -> None:
+    ticks = charts.nice_ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 7
+    assert ticks == sorted(set(ticks))
+
+
+def test_fork_copies_completed_stages_once(town_run: Run, tmp_path: Path) -> None:
+    storage.write_bytes(town_run.path("sft", "model", "config.json"), b"{}")
+    storage.write_bytes(town_run.path("sft", "checkpoints", "1", "state"), b"large")
+    settings = town_run.config.model_copy(update={"out": str(tmp_path / "fork")})
+    fork = pipeline.fork(town_run, settings, ["revise", "sft"])
+    assert fork.rows("revise") == town_run.rows("revise")
+    assert fork.manifest("sft") == town_run.manifest("sft")
+    assert storage.exists(fork.path("sft", "model", "config.json"))
+    assert not storage.exists(fork.path("sft", "checkpoints"))
+    storage.write_bytes(fork.path("sft", "mark"), b"")
+    pipeline.fork(town_run, settings, ["revise", "sft"])
+    assert storage.exists(fork.path("sft", "mark"))
+    storage.write_json(town_run.path("sft", "manifest.json"), {"id": "another"})
+    pipeline.fork(town_run, settings, ["sft"])
+    assert not storage.exists(fork.path("sft", "mark"))
+    storage.delete(town_run.path("sft", "manifest.json"))
+    with pytest.raises(InputError, match="sft is not complete"):
+        pipeline.fork(town_run, settings, ["sft"])
+
+
+def test_demo_puts_seeds_and_controls_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stages are handmade here: what is tested is which runs are made, and what becomes of them."""
+    made: dict[str, RunConfig] = {}
+
+    def stages(settings: RunConfig, names: Any, say: Any) -> Run:
+        made[settings.out.removeprefix(f"{tmp_path}/")] = settings
+        run = make_run(settings)
+        stage.run(run)
+        return run
+
+    monkeypatch.setattr(pipeline, "run_stages", stages)
+    report = demo.run(str(tmp_path), seeds=2, controls=True, overrides=["ppo.kl_coef=0.3"])
+    shown = capsys.readouterr().out
+    assert storage.read_json(tmp_path / "report" / "report.json") == report
+    assert report["models"] == ["base", "sl", "rl", "shuffled", "respect_only", "best_of_4"]
+    assert report["shuffled"]["harm"]["n"] == 30
+    assert [len(report[m]["harm"]["seeds"]) for m in report["models"]] == [2] * 6
+    assert sorted(made) == [
+        f"seed-{s}{c}"
+        for s in (0, 1)
+        for c in ("", "/controls/best_of_4", "/controls/respect_only", "/controls/shuffled")
+    ]
+    assert {c.ppo.kl_coef for c in made.values()} == {0.3}
+    assert [c.seed for c in made.values()] == [0] * 4 + [1] * 4
+    assert made["seed-0/controls/shuffled"].rm.shuffle_labels
+    assert made["seed-1/controls/best_of_4"].evaluate.best_of == 4
+    only = constitutions.load(made["seed-0/controls/respect_only"].constitution)
+    assert [p.id for p in only.enabled] == ["respect"]
+    assert len(only.principles) == 5
+    for expected in ("SL-CAI", "shuffled labels", "Transcript 3", "principle named", "index.html"):
+        assert expected in shown
+
+
+def test_chat_answers_each_line(
+    town_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nhow are you ?\n"))
+    engine = ScriptedEngine(
+        answer=lambda messages, sampling: f"{len(messages)} \x1b[2J\n{messages[-1]['content']}"
+    )
+    chat.talk(engine, town_run, "rl")
+    assert capsys.readouterr().out.splitlines() == ["2 �[2J hello", "2 �[2J", "2 �[2J how are you ?"]
+
+
+def test_chat_says_which_policy_is_missing(tmp_path: Path) -> None:
+    run = Run(config.load("errand-town", out=str(tmp_path)))
+    with pytest.raises(InputError, match="SL-CAI policy is not trained yet"):
+        chat.run(run, "sl")
+
+
+def test_sync_benchmark_reads_a_run(town_run: Run) -> None:
+    root = Path(__file__).parents[2]
+    town_run.write_metrics(
+        "ppo", [{"step": i, "sync/send_s": 0.01 * i, "rollout/logprob_gap": 1e-5} for i in (1, 2, 3)]
+    )
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "sync.py"), town_run.root],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    line = json.loads(done.stdout)
+    assert (line["benchmark"], line["send_s"], line["send_s_max"], line["steps"]) == ("sync", 0.02, 0.03, 3)

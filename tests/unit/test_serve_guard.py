@@ -1,0 +1,117 @@
+"""What stands in front of every route, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cai_ray.errors import InputError
+from cai_ray.serve.auth import Guard, hash_token, read_token
+from cai_ray.serve.schemas import CompareRequest, CritiqueRequest
+
+TOKEN = "secret"
+
+
+def ask(
+    headers: dict[str, str], app: Any = None, token: str | None = TOKEN, body: bytes = b"{}"
+) -> tuple[int, Any]:
+    """Status and JSON of one request through the guard."""
+    sent: list[dict[str, Any]] = []
+
+    async def reached(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'"reached"'})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard = Guard(app or reached, token_hash=hash_token(token) if token is not None else None, max_body=100)
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
+    }
+    asyncio.run(guard(scope, receive, send))
+    return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+
+
+def test_the_right_token_reaches_the_application() -> None:
+    assert ask({"Authorization": f"Bearer {TOKEN}"}) == (200, "reached")
+    assert ask({"Authorization": f"bearer {TOKEN}"}) == (200, "reached")
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", "Bearer wrong", "Bearer secrets", "Basic secret", "secret", "Bearer sécret"],
+)
+def test_any_other_is_401(header: str) -> None:
+    status, body = ask({"Authorization": header} if header else {})
+    assert status == 401
+    assert body["error"]["type"] == "authentication_error"
+
+
+def test_without_authentication_everybody_is_let_in() -> None:
+    assert ask({}, token=None) == (200, "reached")
+
+
+def test_a_large_body_and_one_of_unknown_length_are_refused() -> None:
+    allowed = {"Authorization": f"Bearer {TOKEN}"}
+    assert ask({**allowed, "Content-Length": "101"})[0] == 413
+    assert ask({**allowed, "Content-Length": "-1"})[0] == 411
+    assert ask({**allowed, "Transfer-Encoding": "chunked"})[0] == 411
+
+
+def test_a_fault_behind_it_is_a_plain_500() -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("secret details")
+
+    status, body = ask({"Authorization": f"Bearer {TOKEN}"}, app=broken)
+    assert status == 500
+    assert "secret details" not in json.dumps(body)
+
+
+def test_token_comes_from_file_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAI_RAY_TOKEN", "from the environment")
+    (tmp_path / "token").write_text("from a file\n")
+    assert read_token(None, no_auth=False, host="0.0.0.0") == "from the environment"
+    assert read_token(str(tmp_path / "token"), no_auth=False, host="0.0.0.0") == "from a file"
+    assert read_token(None, no_auth=True, host="127.0.0.1") is None
+
+
+def test_no_token_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAI_RAY_TOKEN", raising=False)
+    (tmp_path / "empty").write_text("\n")
+    for file, no_auth, host in (
+        (None, False, "127.0.0.1"),
+        (str(tmp_path / "empty"), False, "127.0.0.1"),
+        (str(tmp_path / "missing"), False, "127.0.0.1"),
+        (None, True, "0.0.0.0"),
+    ):
+        with pytest.raises(InputError):
+            read_token(file, no_auth=no_auth, host=host)
+
+
+def test_requests_say_what_is_missing() -> None:
+    question = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a"}
+    CritiqueRequest.model_validate({"messages": [question, answer]})
+    for bad in (
+        [question],
+        [answer],
+        [],
+        [question, {**answer, "name": "x"}],
+        [{"role": "tool", "content": "x"}],
+    ):
+        with pytest.raises(ValidationError):
+            CritiqueRequest.model_validate({"messages": bad})
+    with pytest.raises(ValidationError, match="person's turn"):
+        CompareRequest.model_validate({"messages": [question, answer], "response_a": "x", "response_b": "y"})

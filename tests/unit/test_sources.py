@@ -1,0 +1,109 @@
+"""Prompts and comparisons from files: METHOD.md items 8, 10, 38."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cai_ray.config import Comparisons, PromptSource
+from cai_ray.errors import InputError
+from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts, to_messages
+
+TALK = "\n\nHuman: Tell me: what is A: B?\n\nAssistant: It is a ratio.\n\nHuman: And Human: C?"
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+def test_item_08_all_turns_of_a_transcript_are_kept() -> None:
+    messages = to_messages(TALK, "x")
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert messages[0]["content"] == "Tell me: what is A: B?"
+    assert messages[2]["content"] == "And Human: C?", "only a turn at a blank line is one"
+
+
+def test_item_08_a_repeated_speaker_is_one_turn() -> None:
+    """Published transcripts have such rows; the other answer of the pair has one turn there."""
+    text = "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c"
+    assert to_messages(text, "here") == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b\n\nc"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.parquet"])
+def test_item_08_every_format_keeps_the_conversation(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"text": TALK}, {"text": "plain"}])
+    rows = read_prompts([PromptSource(path=path, kind="red_team")], seed=0)
+    assert [len(r["messages"]) for r in rows] == [3, 1]
+    assert len({r["id"] for r in rows}) == 2
+
+
+def test_a_folder_of_parquet_and_the_same_prompt_twice(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"prompt": "one"}])
+    write(tmp_path / "b.parquet", [{"prompt": "two"}, {"prompt": "one"}])
+    rows = read_prompts([PromptSource(path=str(tmp_path), kind="helpful")], seed=0)
+    assert [r["messages"][0]["content"] for r in rows] == ["one", "two"]
+
+
+def test_item_10_an_evaluation_prompt_may_not_be_a_training_prompt() -> None:
+    train = [{"messages": [{"role": "user", "content": "How do  I\nfly?"}]}]
+    check_disjoint(train, [{"messages": [{"role": "user", "content": "how do i swim?"}]}])
+    with pytest.raises(InputError, match="also a training prompt"):
+        check_disjoint(train, [{"messages": [{"role": "user", "content": "how do i fly?"}]}])
+
+
+def test_comparisons_in_the_published_format(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "c.jsonl",
+        [{"chosen": TALK + "\n\nAssistant: good", "rejected": TALK + "\n\nAssistant: bad"}],
+    )
+    (row,) = read_comparisons(Comparisons(path=path, target=0.9))
+    assert (row["response_a"], row["response_b"], row["p_a"], len(row["messages"])) == ("good", "bad", 0.9, 3)
+    assert row["source"] == "human"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"question": "x"}], "no column messages or prompt or text or chosen; it has question"),
+        ([{"text": "x"}], "kind None"),
+        ([{"text": 5, "kind": "helpful"}], "is no conversation"),
+        ([{"messages": [{"role": "robot", "content": "x"}], "kind": "helpful"}], "role 'robot'"),
+    ],
+)
+def test_item_38_a_bad_source_is_one_clear_error(tmp_path: Path, rows: list[dict], says: str) -> None:
+    path = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(InputError, match=says):
+        read_prompts([PromptSource(path=path)], seed=0)
+
+
+def test_item_38_missing_empty_and_broken_files(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text("{]\n")
+    (tmp_path / "b.parquet").write_text("no parquet")
+    for name, says in (
+        ("none.jsonl", "no such file"),
+        ("e.jsonl", "no rows"),
+        ("b.jsonl", "line 1 is no JSON"),
+        ("b.parquet", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=says):
+            read_prompts([PromptSource(path=str(tmp_path / name), kind="helpful")], seed=0)
+
+
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    (row,) = read_prompts([PromptSource(path=str(tmp_path / "p.jsonl"), kind="helpful")], seed=0)
+    row["messages"][0]["content"].encode("utf-8")
