@@ -73,17 +73,18 @@ class Renderer:
         parts, _ = self._render(messages, generation=not goes_on)
         return [i for part in parts for i in part]
 
-    def dialogue_ids(self, messages: Messages) -> tuple[list[int], list[int]]:
+    def dialogue_ids(self, messages: Messages, truncated: bool = False) -> tuple[list[int], list[int]]:
         """Ids of a conversation that ends with the assistant's message, and a mask of what it wrote.
 
         The mask is 1 on the last message's content and on the token that ends the turn: what a policy
-        emits, and what SFT and reward models are trained on.
+        emits, and what SFT and reward models are trained on. A truncated message has no such token: the
+        policy did not write one (METHOD.md, item 14).
         """
         if messages[-1]["role"] != "assistant":
             raise ValueError("the last message of a dialogue must be the assistant's")
         parts, _ = self._render(messages, generation=False)
         prompt = [i for part in parts[:-1] for i in part]
-        answer = [*parts[-1], self.end_id]
+        answer = parts[-1] if truncated else [*parts[-1], self.end_id]
         return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
     def option_ids(self, options: Sequence[str]) -> list[int]:

@@ -13,10 +13,10 @@ def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float]:
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0)(_score)
-    return ray.get(task.remote(run, [(r["messages"], r["response"]) for r in rows]))
+    return ray.get(task.remote(run, [(r["messages"], r["response"], r["truncated"]) for r in rows]))
 
 
-def _score(run: Run, rows: list[tuple[list[dict[str, str]], str]]) -> list[float]:
+def _score(run: Run, rows: list[tuple[list[dict[str, str]], str, bool]]) -> list[float]:
     import torch
 
     from cai_ray.prompts import Renderer, load_templates
@@ -31,9 +31,9 @@ def _score(run: Run, rows: list[tuple[list[dict[str, str]], str]]) -> list[float
     scale = reward_scale(folder)
     ids = [
         renderer.dialogue_ids(
-            [*templates.answer_messages(messages), {"role": "assistant", "content": response}]
+            [*templates.answer_messages(messages), {"role": "assistant", "content": response}], truncated
         )[0]
-        for messages, response in rows
+        for messages, response, truncated in rows
     ]
     out = [0.0] * len(rows)
     longest = max((len(i) for i in ids), default=1)

@@ -45,7 +45,12 @@ class Answer:
                 derive_seed(self.seed, row["prompt_id"], row["draw"]),
             ),
         )
-        return {**row, "response": completion.text, "usage": completion.usage._asdict()}
+        return {
+            **row,
+            "response": completion.text,
+            "truncated": not completion.finished,
+            "usage": completion.usage._asdict(),
+        }
 
 
 def run(run: Run) -> dict[str, Any]:

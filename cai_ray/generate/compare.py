@@ -46,6 +46,8 @@ class Compare:
             **row,
             "response_a": a.text,
             "response_b": b.text,
+            "truncated_a": not a.finished,
+            "truncated_b": not b.finished,
             "model": self.model,
             "temperature": self.config.temperature,
             "source": "ai",

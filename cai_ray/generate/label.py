@@ -161,6 +161,8 @@ def run(run: Run) -> dict[str, Any]:
                 "messages",
                 "response_a",
                 "response_b",
+                "truncated_a",
+                "truncated_b",
                 "model",
                 "temperature",
                 "source",

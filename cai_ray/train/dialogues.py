@@ -66,16 +66,21 @@ def pack(examples: Iterable[Example]) -> Dialogues:
 
 
 def render(
-    renderer: Renderer, templates: TemplateSet, conversation: Sequence[Message], response: str, limit: int
+    renderer: Renderer,
+    templates: TemplateSet,
+    conversation: Sequence[Message],
+    response: str,
+    limit: int,
+    truncated: bool = False,
 ) -> Example | None:
-    """The tokens of a response as the policy emits them after its prompt, the end of the turn included.
+    """The tokens of a response as the policy emits them after its prompt, with the end of the turn if it came to it.
 
     None where the row does not fit the model's context of `limit` tokens or cannot be encoded: one row never ends
     a stage.
     """
     messages = [*templates.answer_messages(conversation), Message(role="assistant", content=response)]
     try:
-        example = Example(*renderer.dialogue_ids(messages))
+        example = Example(*renderer.dialogue_ids(messages, truncated))
     except RowError:
         return None
     return example if len(example.ids) <= limit else None

@@ -45,7 +45,8 @@ def run(run: Run) -> dict[str, Any]:
     from cai_ray.train import fit
 
     cfg, seed = run.config.rm, run.config.seed
-    labels = run.rows("label", ["id", "prompt_id", "messages", "response_a", "response_b", "p_a", "error"])
+    columns = ["id", "messages", "response_a", "response_b", "truncated_a", "truncated_b", "p_a", "error"]
+    labels = run.rows("label", columns)
     ai, left_out = ai_comparisons(labels, cfg, seed)
     human = [{**row, "about": source.about} for source in cfg.human for row in read_comparisons(source, seed)]
     rows, responses, too_long = _render(run, ai + human)
@@ -109,9 +110,11 @@ def _render(run: Run, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
     kept, examples = [], []
     unique = {row["id"]: row for row in rows}
     for _, row in sorted(unique.items()):
-        pair = [
-            render(renderer, templates, row["messages"], row[k], limit) for k in ("response_a", "response_b")
-        ]
+        pair = []
+        for side in ("a", "b"):
+            cut = bool(row.get(f"truncated_{side}"))  # human answers are whole
+            response = row[f"response_{side}"]
+            pair.append(render(renderer, templates, row["messages"], response, limit, cut))
         if pair[0] is not None and pair[1] is not None:
             examples += pair
             kept.append(

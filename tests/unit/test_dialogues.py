@@ -50,6 +50,14 @@ def test_item_14_a_response_ends_with_the_token_that_ends_a_turn(words):
     assert pack([example])[0] == example
 
 
+def test_item_14_a_truncated_response_has_no_end_token(words):
+    """The policy ran into the length limit: it wrote no end, and the reward model reads none."""
+    whole, cut = (
+        render(Renderer(words), PLAIN, ASK, "ask her first", 4096, truncated) for truncated in (False, True)
+    )
+    assert cut == Example(whole.ids[:-1], whole.mask[:-1])
+
+
 def test_item_16_one_bos_where_the_tokenizer_and_the_template_both_add_one(words):
     from tokenizers import processors
 
