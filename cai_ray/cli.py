@@ -170,7 +170,10 @@ def _run_stages(args: argparse.Namespace, names: list[str], force: bool) -> int:
 
         for line in memory.report(config):
             print(line)
-        pipeline.check_inputs(config, names)
+        elsewhere = memory.elsewhere(config)
+        pipeline.check_inputs(config, names, model_elsewhere=elsewhere)
+        if elsewhere:
+            print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE
     try:

@@ -345,6 +345,21 @@ def _shape(name: str, fields: tuple[tuple[str, str], ...]) -> Shape:
     )
 
 
+def elsewhere(config: RunConfig) -> bool:
+    """Whether the base model is known here by `check.model` alone: it is where the run will be, not on this machine."""
+    return config.check.model is not None and _local_config(config.model) is None
+
+
+def _local_config(name: str) -> Any | None:
+    """config.json from the folder or the cache."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
 def _read_config(name: str, given: dict[str, Any]) -> Any:
     """config.json from the folder or the cache, else the fields given, else from the hub.
 
@@ -353,10 +368,9 @@ def _read_config(name: str, given: dict[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
-        pass
+    here = _local_config(name)
+    if here is not None:
+        return here
     if "model_type" in given:
         try:
             return AutoConfig.for_model(given.pop("model_type"), **given)

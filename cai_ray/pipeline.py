@@ -187,8 +187,11 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
     return new
 
 
-def check_inputs(config: RunConfig, stages: Iterable[str] = ()) -> None:
+def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere: bool = False) -> None:
     """Everything that can be known before any work (METHOD.md, item 38).
+
+    Args:
+        model_elsewhere: the base model is not on this machine: it and the options' tokens are not looked at.
 
     Raises:
         InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
@@ -202,8 +205,9 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = ()) -> None:
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
     run = Run(config)
-    _check_model(run.model("base"))
-    Renderer(run.model("base"), templates.chat_template).option_ids(templates.options)
+    if not model_elsewhere:
+        _check_model(run.model("base"))
+        Renderer(run.model("base"), templates.chat_template).option_ids(templates.options)
     train = read_prompts([*config.prompts, *config.compare.prompts, *config.ppo.prompts], config.seed)
     if config.evaluate.prompts:
         held = read_prompts(config.evaluate.prompts, config.seed)

@@ -26,6 +26,7 @@ SMALL = {
     "ppo.value_warmup_steps": 1,
     "ppo.rollout_batch": 32,
     "ppo.minibatch": 16,
+    "evaluate.prompts": '[{path: "town:dev"}]',  # the held split is for the final table alone
     "evaluate.limit": 24,
 }
 

@@ -154,6 +154,36 @@ def test_published_transcripts_are_read_with_all_their_turns(tmp_path: Path) -> 
     assert "also a training prompt" in refused(again)
 
 
+def test_the_8b_configuration_is_confirmed_from_a_machine_without_the_model(tmp_path: Path) -> None:
+    """Its arithmetic, with prompts in place of the reader's own."""
+
+    def prompts(name: str, *texts: str) -> str:
+        rows = [{"prompt": text, "kind": "helpful"} for text in texts]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return json.dumps([{"path": str(tmp_path / name)}])
+
+    given = settings(
+        {
+            "prompts": prompts("train.jsonl", "How do I open a tin?", "What goes with tea?"),
+            "evaluate.prompts": prompts("held.jsonl", *HELD),
+            "rm.human": "[]",
+        }
+    )
+    words = ("run", "jobs/configs/llama-8b-8gpu.yaml", "--out", tmp_path / "run", "--check")
+    said = succeed(*words, *given).stdout.splitlines()
+    assert said[0].startswith("meta-llama/Llama-3.1-8B-Instruct: 8.03 B parameters, 32 layers")
+    assert said[-3:] == [
+        "fits on 8 GPUs of 79 GiB",
+        "not seen from here: weights, tokenizer and chat template of meta-llama/Llama-3.1-8B-Instruct",
+        "ok: nothing was started",
+    ]
+    assert not list((tmp_path / "run").iterdir())
+    # On one card of 24 GB the same asks for too much, and says what would fit.
+    small = cai_ray(*words, *given, "--set", "check.gpus=1", "--set", "check.gpu_gib=23")
+    assert "GPU" in refused(small)
+    assert "data/red_team.jsonl: no such file" in refused(cai_ray(*words))
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED.name} in ../shared/data")
 def test_published_prompts_through_the_first_stage(tmp_path: Path) -> None:
     config = _config(tmp_path, "llama", {}, prompts=[{"path": str(SHARED), "kind": "red_team", "limit": 24}])
