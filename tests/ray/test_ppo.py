@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cai_ray import storage
+from cai_ray import constitution, storage
 from cai_ray.errors import InputError, Stopped
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.storage import Run
@@ -204,12 +204,12 @@ def test_lora_is_merged_on_the_way_to_the_engine(ray_cluster: None, tmp_path: Pa
     assert "q_proj" in moved and "input_layernorm" not in moved
 
 
-def test_item_36_a_killed_run_ends_with_the_same_weights(
-    ray_cluster: None, one_rank: Run, tmp_path: Path
-) -> None:
-    """Rank 0 dies in the third step; the group starts again from its checkpoint, under a new epoch (item 35)."""
-    run = ready_for_ppo(tmp_path / "run", ppo=SMALL | {"checkpoint_every": 1})
-    mark = str(tmp_path / "died")
+@pytest.fixture(scope="module")
+def killed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Rank 0 dies in the third step; the group starts again from its checkpoint, under a new epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    run = ready_for_ppo(folder / "run", ppo=SMALL | {"checkpoint_every": 1})
+    mark = str(folder / "died")
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
         import os
@@ -231,6 +231,35 @@ def test_item_36_a_killed_run_ends_with_the_same_weights(
     epoch = shared().join().epoch
     train(run, loop)
     assert int(Path(mark).read_text()) == epoch + 1 and shared().join().epoch == epoch + 3
+    return run
+
+
+def test_item_35_a_checkpoint_holds_all_that_a_resume_needs(killed: Run) -> None:
+    """Policy, value model, both optimizers and schedules, random numbers, and what the loop counts by."""
+    checkpoints = Path(killed.path("ppo", "checkpoints"))
+    folders = [f for f in sorted(checkpoints.glob("*/checkpoint_*")) if f.is_dir()]
+    assert len(folders) == killed.config.ppo.keep_checkpoints
+    for folder in folders:
+        own = torch.load(folder / "loop-0.pt", weights_only=False)
+        state, step = own["state"], own["step"]
+        assert own["random"]["torch"].numel() and own["world_size"] == 1
+        assert state["step"] == step == len(state["log"]) and state["tokens"] > 0
+        assert state["prompts_consumed"] == step * SMALL["rollout_batch"]
+        assert state["kl_coef"] == killed.config.ppo.kl_coef and state["reward_scale"] == (0.0, 1.0)
+        assert state["constitution_sha"] == constitution.load("errand-town").sha
+        # 2 epochs of 2 minibatches a step; the policy rests in the first.
+        for model, updates in (("policy", 4 * (step - 1)), ("value", 4 * step)):
+            saved = torch.load(folder / model / "mp_rank_00_model_states.pt", weights_only=False)
+            assert saved["module"] and saved["lr_scheduler"]["last_epoch"] == updates, model
+            shard = torch.load(
+                folder / model / "zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False
+            )
+            moments = shard["optimizer_state_dict"]["base_optimizer_state"]["state"]
+            assert moments and all(m["exp_avg_sq"].sum() > 0 for m in moments.values()), model
+
+
+def test_item_36_a_killed_run_ends_with_the_same_weights(killed: Run, one_rank: Run) -> None:
+    run = killed
     timeless = [{k: v for k, v in row.items() if "time/" not in k and "_s" not in k} for row in metrics(run)]
     wanted = [
         {k: v for k, v in row.items() if "time/" not in k and "_s" not in k} for row in metrics(one_rank)

@@ -139,6 +139,14 @@ def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override:
     assert CALLS == []
 
 
+@pytest.mark.parametrize("stage", ["compare", "ppo"])
+def test_item_10_prompts_of_one_stage_are_training_prompts(tmp_path: Path, stage: str) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "how do i rest ?"}')
+    same = f"prompts=[{{path: {tmp_path / 'own.jsonl'}, kind: helpful}}]"
+    with pytest.raises(InputError, match="also a training prompt"):
+        pipeline.check_inputs(load(tmp_path, f"{stage}.{same}", f"evaluate.{same}"))
+
+
 def test_item_38_nothing_to_evaluate_on_is_said_before_any_work(tmp_path: Path) -> None:
     config = load(tmp_path, "evaluate.prompts=[]")
     pipeline.check_inputs(config, ["revise", "ppo"])

@@ -1,4 +1,4 @@
-"""Prompts and comparisons from files: METHOD.md items 8, 10, 38."""
+"""Prompts and comparisons from files: METHOD.md items 8, 10, 37, 38."""
 
 import gzip
 import json
@@ -55,6 +55,16 @@ def test_a_folder_of_parquet_and_the_same_prompt_twice(tmp_path: Path) -> None:
     write(tmp_path / "b.parquet", [{"prompt": "two"}, {"prompt": "one"}])
     rows = read_prompts([PromptSource(path=str(tmp_path), kind="helpful")], seed=0)
     assert [r["messages"][0]["content"] for r in rows] == ["one", "two"]
+
+
+def test_item_37_a_row_has_the_same_id_wherever_it_stands(tmp_path: Path) -> None:
+    texts = [f"what is {n} ?" for n in range(9)]
+    ids = []
+    for name, order in (("a.jsonl", texts), ("b.parquet", texts[::-1])):
+        path = write(tmp_path / name, [{"prompt": t} for t in order])
+        read = read_prompts([PromptSource(path=path, kind="helpful")], seed=len(ids))
+        ids.append({r["messages"][0]["content"]: r["id"] for r in read})
+    assert ids[0] == ids[1] and len(set(ids[0].values())) == len(texts)
 
 
 def test_item_10_an_evaluation_prompt_may_not_be_a_training_prompt() -> None:
