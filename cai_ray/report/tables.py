@@ -58,10 +58,8 @@ def _rate(rate: dict[str, Any]) -> str:
     return f'<td class="n" title="{safe(about)}">{percent(rate["value"])}<small>{interval(rate)}</small></td>'
 
 
-def _tokens(tokens: Any) -> str:
-    if isinstance(tokens, dict):
-        return ", ".join(f"{_short(v)} {k}" for k, v in tokens.items() if v)
-    return "" if tokens is None else _short(tokens)
+def _tokens(tokens: dict[str, int] | None) -> str:
+    return ", ".join(f"{_short(v)} {k}" for k, v in (tokens or {}).items() if v)
 
 
 def _short(n: float) -> str:

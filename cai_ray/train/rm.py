@@ -76,7 +76,7 @@ def run(run: Run) -> dict[str, Any]:
         "rows_ai": sum(row["source"] == "ai" for row in rows),
         "rows_human": sum(row["source"] == "human" for row in rows),
         "human_labels": dict(Counter(row["about"] for row in human)),
-        "tokens": sum(responses.lengths) * cfg.epochs,
+        "tokens": {"trained": sum(responses.lengths) * cfg.epochs},
         "init_sha": storage.model_sha(run.model(cfg.init)),
         "model_sha": storage.folder_sha(run.path("rm", "model")),
         **result,

@@ -57,7 +57,7 @@ def run(run: Run) -> dict[str, Any]:
         "rows_out": len(kept),
         "errors": sum(1 for row in revised if row["error"]),
         "left_out_too_long": len(records) - len(kept),
-        "tokens": sum(data.lengths) * cfg.epochs,
+        "tokens": {"trained": sum(data.lengths) * cfg.epochs},
         "init_sha": storage.model_sha(source),
         "model_sha": storage.folder_sha(run.path("sft", "model")),
         **result,
