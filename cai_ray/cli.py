@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--controls", action="store_true", help="also shuffled labels, best of n, and respect alone"
     )
+    demo.add_argument("--overwrite", action="store_true", help="make stages again whose inputs changed")
     demo.add_argument("--json", action="store_true", help="print the report as the last line of stdout")
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     demo.set_defaults(function=_demo)
@@ -187,7 +188,7 @@ def _run_stages(args: argparse.Namespace, names: list[str], force: bool) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from cai_ray.town import demo
 
-    report = demo.run(args.out, seeds=args.seeds, controls=args.controls, overrides=args.set)
+    report = demo.run(args.out, args.seeds, args.controls, args.set, args.overwrite)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     return EXIT_DONE

@@ -21,13 +21,20 @@ KEPT = "respect"
 """The one principle that the third control keeps."""
 
 
-def run(out: str, seeds: int = 1, controls: bool = False, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(
+    out: str,
+    seeds: int = 1,
+    controls: bool = False,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Runs the demo into OUT/seed-K, writes OUT/report and prints what it says. What is done is skipped.
 
     Args:
         controls: per seed, also a policy trained with shuffled labels, best of n of the SL-CAI policy, and a
             constitution of which only one principle is enabled.
         overrides: `a.b=value` settings on the packaged configuration.
+        overwrite: make stages again whose inputs changed.
 
     Returns:
         The report over all seeds, as in OUT/report/report.json.
@@ -40,12 +47,11 @@ def run(out: str, seeds: int = 1, controls: bool = False, overrides: Sequence[st
     try:
         for seed in range(seeds):
             settings = config.load(CONFIG, list(overrides), out=storage.join(out, f"seed-{seed}"), seed=seed)
-            done = pipeline.run_stages(
-                settings, pipeline.STAGES, say=_saying(f"seed {seed}" if seeds > 1 else "")
-            )
+            say = _saying(f"seed {seed}" if seeds > 1 else "")
+            done = pipeline.run_stages(settings, pipeline.STAGES, overwrite=overwrite, say=say)
             report, judged = _result(done)
             if controls:
-                _add_controls(done, report, judged, f"seed {seed}, " if seeds > 1 else "")
+                _add_controls(done, report, judged, overwrite, f"seed {seed}, " if seeds > 1 else "")
             reports.append(report)
             rows.append(judged)
     finally:
@@ -57,30 +63,34 @@ def run(out: str, seeds: int = 1, controls: bool = False, overrides: Sequence[st
     return report
 
 
-def _add_controls(done: Run, report: dict[str, Any], judged: list[dict[str, Any]], prefix: str) -> None:
+def _add_controls(
+    done: Run, report: dict[str, Any], judged: list[dict[str, Any]], overwrite: bool, prefix: str
+) -> None:
     """Runs the controls of one seed and adds their policies to its report and rows."""
+    stages, base = list(pipeline.STAGES), done.config
 
-    def add(run: Run, policy: str, name: str) -> None:
+    def add(settings: RunConfig, policy: str, name: str, saying: str) -> None:
+        say = _saying(f"{prefix}{saying}")
+        run = pipeline.run_stages(settings, stages, overwrite=overwrite, say=say)
         other, rows = _result(run)
         report[name] = other[policy]
         report["models"].append(name)
         judged.extend({**row, "model": name} for row in rows if row["model"] == policy)
 
-    stages, base = list(pipeline.STAGES), done.config
     where = storage.join(done.root, "controls")
 
     shuffled = _changed(base, storage.join(where, "shuffled"), rm={"shuffle_labels": True})
-    fork = pipeline.fork(done, shuffled, stages[: stages.index("rm")])
-    add(pipeline.run_stages(fork.config, stages, say=_saying(f"{prefix}shuffled labels")), "rl", "shuffled")
+    pipeline.fork(done, shuffled, stages[: stages.index("rm")])
+    add(shuffled, "rl", "shuffled", "shuffled labels")
 
     if not base.evaluate.best_of:  # else the run itself has it
         name = f"best_of_{BEST_OF}"
         best = _changed(base, storage.join(where, name), evaluate={"best_of": BEST_OF})
-        fork = pipeline.fork(done, best, stages[: stages.index("evaluate")])
-        add(pipeline.run_stages(fork.config, stages, say=_saying(f"{prefix}best of {BEST_OF}")), name, name)
+        pipeline.fork(done, best, stages[: stages.index("evaluate")])
+        add(best, name, name, f"best of {BEST_OF}")
 
     only = _changed(base, storage.join(where, f"{KEPT}_only"), constitution=_keep_one(base, where))
-    add(pipeline.run_stages(only, stages, say=_saying(f"{prefix}{KEPT} alone")), "rl", f"{KEPT}_only")
+    add(only, "rl", f"{KEPT}_only", f"{KEPT} alone")
 
 
 def _keep_one(base: RunConfig, folder: str) -> str:

@@ -415,14 +415,15 @@ def test_demo_puts_seeds_and_controls_together(
     """The stages are handmade here: what is tested is which runs are made, and what becomes of them."""
     made: dict[str, RunConfig] = {}
 
-    def stages(settings: RunConfig, names: Any, say: Any) -> Run:
+    def stages(settings: RunConfig, names: Any, overwrite: bool, say: Any) -> Run:
+        assert overwrite
         made[settings.out.removeprefix(f"{tmp_path}/")] = settings
         run = make_run(settings)
         stage.run(run)
         return run
 
     monkeypatch.setattr(pipeline, "run_stages", stages)
-    report = demo.run(str(tmp_path), seeds=2, controls=True, overrides=["ppo.kl_coef=0.3"])
+    report = demo.run(str(tmp_path), seeds=2, controls=True, overrides=["ppo.kl_coef=0.3"], overwrite=True)
     shown = capsys.readouterr().out
     assert storage.read_json(tmp_path / "report" / "report.json") == report
     assert report["models"] == ["base", "sl", "rl", "shuffled", "respect_only", "best_of_4"]
