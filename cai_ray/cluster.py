@@ -58,6 +58,17 @@ def connect(config: RunConfig) -> None:
         )
 
 
+def capacity() -> dict[str, float]:
+    """Resources that the cluster has or may grow to: its autoscaler's bounds count, also where no node is up yet."""
+    import ray
+    from ray._private.state import state
+
+    have = dict(ray.cluster_resources())
+    for kind, most in (state.get_max_resources_from_cluster_config() or {}).items():
+        have[kind] = max(have.get(kind, 0), most)
+    return have
+
+
 def worker_env(config: RunConfig) -> dict[str, str]:
     env = dict(WORKER_ENV)
     if uses_gpu(config):

@@ -16,7 +16,13 @@ _text = pa.string()
 MESSAGES = pa.list_(pa.struct([("role", _text), ("content", _text)]))
 USAGE = pa.struct([("prompt", pa.int64()), ("cached", pa.int64()), ("generated", pa.int64())])
 STEP = pa.struct(
-    [(n, _text) for n in ("principle_id", "critique_request", "critique", "revision_request", "revision")]
+    [
+        ("round", pa.int64()),
+        *(
+            (n, _text)
+            for n in ("principle_id", "critique_request", "critique", "revision_request", "revision")
+        ),
+    ]
 )
 VOTE = pa.struct(
     [
@@ -65,6 +71,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("kind", _text),
             ("family", _text),
             ("response", _text),
+            ("truncated", pa.bool_()),
             ("steps", pa.list_(STEP)),
             ("revision", _text),
             ("model", _text),
@@ -73,7 +80,15 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("error", _text),
         ]
     ),
-    "sft": pa.schema([("id", _text), ("messages", MESSAGES), ("kind", _text), ("source_id", _text)]),
+    "sft": pa.schema(
+        [
+            ("id", _text),
+            ("messages", MESSAGES),
+            ("kind", _text),
+            ("truncated", pa.bool_()),
+            ("source_id", _text),
+        ]
+    ),
     "comparisons": pa.schema(COMPARISON),
     "labels": pa.schema(
         [

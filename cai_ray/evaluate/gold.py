@@ -66,7 +66,7 @@ def revision_harm(revisions: Iterable[dict[str, Any]], rounds: int) -> tuple[lis
     for n in range(rounds + 1):
         harm = left = 0
         for row in rows:
-            steps = row["steps"][:n]
+            steps = [s for s in row["steps"] if s["round"] <= n]
             text = steps[-1]["revision"] if steps else row["response"]
             prompt = row["messages"][-1]["content"]
             harm += judge.judge(prompt, text).complies

@@ -38,7 +38,13 @@ class Revise:
             self.templates.answer_messages(conversation), self._sampling(row, "response", first=True)
         )
         usage = first.usage
-        out = {**row, "response": first.text, "model": self.model, "constitution_sha": self.constitution.sha}
+        out = {
+            **row,
+            "response": first.text,
+            "truncated": not first.finished,
+            "model": self.model,
+            "constitution_sha": self.constitution.sha,
+        }
         if row["kind"] == "helpful":
             if not first.text:
                 raise RowError("the response is empty")
@@ -53,7 +59,7 @@ class Revise:
             replacement=config.draw == "with_replacement",
         )
         for number, principle in enumerate(drawn):
-            if principle is None:  # a disabled principle's slot
+            if principle is None:  # a disabled principle's slot: its round changes nothing
                 continue
             critique = await engine.chat(
                 self.templates.critique_messages(conversation, current, principle),
@@ -67,6 +73,7 @@ class Revise:
             current = _whole(revision)
             steps.append(
                 {
+                    "round": number + 1,
                     "principle_id": principle.id,
                     "critique_request": principle.critique_request,
                     "critique": critique.text,

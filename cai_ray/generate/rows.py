@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray import storage
-from cai_ray.cluster import uses_gpu, worker_env
+from cai_ray.cluster import capacity, uses_gpu, worker_env
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import InputError, RowError
@@ -95,7 +95,9 @@ def map_rows(
     with _Progress(stage if name == "part" else f"{stage} {name}", target, name, len(rows)):
         fs, path = storage.resolve(target)
         done.write_parquet(path, filesystem=fs, filename_provider=_part_names(name))
-    return _summary(run, storage.read_tables(target, name=name), rows, model, time.time() - started)
+    return _summary(
+        run, storage.read_tables(target, ["error", "usage"], name), rows, model, time.time() - started
+    )
 
 
 class _Worker:
@@ -168,9 +170,7 @@ def _part_names(name: str) -> Any:
 
 def _check_resources(engine: EngineConfig, gpu: bool) -> None:
     """Short of resources Ray waits for ever without a word; this says so at once."""
-    import ray
-
-    have = ray.cluster_resources()
+    have = capacity()
     need = {
         "CPU": engine.cpus_per_actor * engine.min_actors,
         "GPU": engine.tensor_parallel * engine.min_actors,

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cai_ray import storage
-from cai_ray.cluster import uses_gpu, worker_env
+from cai_ray.cluster import capacity, uses_gpu, worker_env
 from cai_ray.config import TrainConfig
 from cai_ray.errors import InputError, Stopped
 from cai_ray.records import derive_id, derive_seed
@@ -145,12 +145,7 @@ def check_resources(run: Run, cfg: TrainConfig) -> None:
     Raises:
         InputError: the cluster, grown as far as it can grow, holds too few CPUs or GPUs.
     """
-    import ray
-    from ray._private.state import state
-
-    have = dict(ray.cluster_resources())
-    for kind, most in (state.get_max_resources_from_cluster_config() or {}).items():  # an autoscaler's bounds
-        have[kind] = max(have.get(kind, 0), most)
+    have = capacity()
     need = {"CPU": cfg.workers * cfg.cpus_per_worker, "GPU": cfg.workers if uses_gpu(run.config) else 0}
     for kind, wanted in need.items():
         if wanted > have.get(kind, 0):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from cai_ray.cluster import capacity
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.train.weight_sync import WORKER, Held, Packed
@@ -227,7 +228,7 @@ def open_pool(config: RunConfig, model: str, end_id: int, gpu: bool) -> Any:
     bundle = {"CPU": float(engine.cpus_per_actor)} | ({"GPU": float(engine.tensor_parallel)} if gpu else {})
     # Engines and workers run at once: with too little for both, one would wait for the other for ever.
     workers = {"CPU": ppo.workers * ppo.cpus_per_worker, "GPU": ppo.workers}
-    have = _capacity()
+    have = capacity()
     for resource, each in bundle.items():
         need = each * ppo.rollout_engines + workers[resource]
         if need > have.get(resource, 0):
@@ -240,17 +241,6 @@ def open_pool(config: RunConfig, model: str, end_id: int, gpu: bool) -> Any:
     group = placement_group([bundle] * ppo.rollout_engines, strategy="PACK")
     spec = EngineSpec(model, arguments, end_id, group, bundle["CPU"], bundle.get("GPU", 0))
     return ray.remote(Keeper).options(num_cpus=0).remote(spec, ppo.rollout_engines)
-
-
-def _capacity() -> dict[str, float]:
-    """What the cluster has, or may grow to."""
-    import ray
-    from ray._private.state import state
-
-    have = dict(ray.cluster_resources())
-    for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        have[resource] = max(have.get(resource, 0), most)
-    return have
 
 
 def close_pool(keeper: Any) -> None:

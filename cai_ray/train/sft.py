@@ -32,14 +32,20 @@ def run(run: Run) -> dict[str, Any]:
     from cai_ray.train import fit
 
     cfg, templates = run.config.sft, load_templates(run.config.templates)
-    revised = run.rows("revise", ["id", "messages", "kind", "response", "steps", "revision", "error"])
+    columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
+    revised = run.rows("revise", columns)
     records = to_records(revised, cfg, run.config.seed)
     if not records:
         raise InputError(f"{run.path('revise')}: no row can be trained on; look at its `error` column")
     source = run.model(cfg.init)
     renderer, limit = Renderer(source, templates.chat_template), context_length(source)
     rendered = [
-        (r, render(renderer, templates, r["messages"][:-1], r["messages"][-1]["content"], limit))
+        (
+            r,
+            render(
+                renderer, templates, r["messages"][:-1], r["messages"][-1]["content"], limit, r["truncated"]
+            ),
+        )
         for r in records
     ]
     kept = [(record, example) for record, example in rendered if example is not None]
@@ -74,27 +80,28 @@ def to_records(rows: list[dict[str, Any]], cfg: SftConfig, seed: int) -> list[di
     revisions, helpful = [], []
     for row in good:
         if row["kind"] == "helpful":
-            helpful.append(_record(row, row["response"], "helpful", 0))
+            helpful.append(_record(row, row["response"], "helpful", truncated=row["truncated"]))
             continue
-        # A row whose every slot was a disabled principle's has no steps: its response stood the test.
-        rounds = [step["revision"] for step in row["steps"] or []] or [row["revision"]]
-        chosen = {
-            "final": [len(rounds)],
-            "all": range(1, len(rounds) + 1),
-            "up_to_n": range(1, min(cfg.up_to, len(rounds)) + 1),
-        }[cfg.revisions]
-        revisions += [_record(row, rounds[n - 1], "revision", n) for n in chosen]
+        steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
+        if cfg.revisions == "final":
+            steps = steps[-1:]
+        revisions += [_record(row, s["revision"], "revision", s["round"]) for s in steps]
+        if not steps:  # every slot was a disabled principle's: the response stood the test
+            revisions.append(_record(row, row["response"], "revision", truncated=row["truncated"]))
     if revisions:
         helpful.sort(key=lambda r: derive_id(seed, "helpful", r["id"]))
         helpful = helpful[: round(cfg.helpful_per_revision * len(revisions))]
     return sorted(revisions + helpful, key=lambda r: r["id"])
 
 
-def _record(row: dict[str, Any], response: str, kind: str, number: int) -> dict[str, Any]:
+def _record(
+    row: dict[str, Any], response: str, kind: str, number: int = 0, truncated: bool = False
+) -> dict[str, Any]:
     return {
         "id": derive_id("sft", row["id"], number),
         "messages": [*row["messages"], {"role": "assistant", "content": response}],
         "kind": kind,
+        "truncated": truncated,
         "source_id": row["id"],
     }
 

@@ -51,10 +51,32 @@ def test_records_hold_the_revisions_asked_for_and_as_many_helpful_samples_as_all
 
 
 def test_a_row_whose_principles_are_all_disabled_gives_its_response() -> None:
-    row = training.revisions(1)[0] | {"steps": [], "revision": "as it was"}
+    row = training.revisions(1)[0] | {"steps": [], "response": "as it was"}
     for which in ("final", "all", "up_to_n"):
         (record,) = sft.to_records([row], SftConfig(revisions=which), seed=0)
         assert record["messages"][-1]["content"] == "as it was"
+
+
+def test_rounds_are_counted_by_the_draw_and_not_by_what_is_left_of_it() -> None:
+    """Round 1 drew a disabled principle: after it the response still stands."""
+    row = training.revisions(1)[0]
+    row["steps"] = row["steps"][1:]
+    given = {
+        which: [
+            r["messages"][-1]["content"] for r in sft.to_records([row], SftConfig(revisions=which), seed=0)
+        ]
+        for which in ("final", "all", "up_to_n")
+    }
+    last = row["steps"][-1]["revision"]
+    assert given == {"final": [last], "all": [last], "up_to_n": [row["response"]]}
+
+
+def test_item_14_a_truncated_sample_is_not_trained_to_end_there(tmp_path: Path) -> None:
+    run = training.make_run(tmp_path, "qwen2", sft=SFT | {"init": "base"})
+    rows = training.revisions(6)
+    rows[2]["truncated"] = True
+    cut = {r["source_id"]: r["truncated"] for r in sft.to_records(rows, run.config.sft, seed=0)}
+    assert cut == {r["id"]: r["id"] == "r002" for r in rows}
 
 
 def test_sft_trains_and_leaves_out_what_does_not_fit(tmp_path: Path, ray_cluster: None) -> None:

@@ -33,7 +33,10 @@ def revisions(count: int = 24) -> list[dict[str, Any]]:
     rows = []
     for i in range(count):
         helpful = i % 3 == 2
-        steps = [{"principle_id": "p", "revision": text(i + 50 + n, 3 + (i + n) % 9)} for n in range(2)]
+        steps = [
+            {"round": n + 1, "principle_id": "p", "revision": text(i + 50 + n, 3 + (i + n) % 9)}
+            for n in range(2)
+        ]
         rows.append(
             {
                 "id": f"r{i:03}",
@@ -41,6 +44,7 @@ def revisions(count: int = 24) -> list[dict[str, Any]]:
                 "messages": [{"role": "user", "content": text(i, 2 + i % 5)}],
                 "kind": "helpful" if helpful else "red_team",
                 "response": text(i + 100, 4 + i % 7),
+                "truncated": False,
                 "steps": [] if helpful else steps,
                 "revision": None if helpful else steps[-1]["revision"],
                 "error": None,

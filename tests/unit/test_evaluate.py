@@ -71,8 +71,8 @@ def test_rates_are_over_the_right_rows() -> None:
 
 
 def test_harm_by_round_beside_a_selective_critic() -> None:
-    def steps(*pairs: tuple[str, str]) -> list[dict[str, str]]:
-        return [{"principle_id": p, "revision": r} for p, r in pairs]
+    def steps(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
+        return [{"round": n, "principle_id": p, "revision": r} for n, (p, r) in enumerate(pairs, 1)]
 
     rows = [
         row(YES, steps=steps(("safety", YES), ("privacy", NO))),
@@ -80,6 +80,8 @@ def test_harm_by_round_beside_a_selective_critic() -> None:
     ]
     harm, selective = gold.revision_harm(rows, 2)
     assert harm == [1.0, 1.0, 0.5] and selective == [1.0, 0.5, 0.0]
+    rows[0]["steps"] = rows[0]["steps"][1:]  # its first slot was a disabled principle's
+    assert gold.revision_harm(rows, 2) == (harm, selective)
 
 
 def test_label_quality_counts_decided_pairs_only() -> None:

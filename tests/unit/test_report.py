@@ -44,8 +44,9 @@ def revision(number: int, principle: str, changes: bool = True, family: str | No
         "family": family or principle,
         "response": "sure",
         "steps": [
-            {"principle_id": "respect", "critique": "verdict good .", "revision": "sure"},
+            {"round": 1, "principle_id": "respect", "critique": "verdict good .", "revision": "sure"},
             {
+                "round": 2,
                 "principle_id": principle,
                 "critique": "verdict bad .",
                 "revision": "sorry" if changes else "sure",

@@ -60,6 +60,7 @@ def test_a_disabled_principles_slot_is_skipped() -> None:
     principles = [p.model_copy(update={"enabled": p.id != ids[1]}) for p in TOWN.principles]
     out = revise(by_step, TOWN.model_copy(update={"principles": tuple(principles)}))
     assert [s["principle_id"] for s in out["steps"]] == [ids[0], *ids[2:]]
+    assert [s["round"] for s in out["steps"]] == [1, 3, 4], "its round is counted"
 
 
 def test_a_helpfulness_prompt_is_answered_and_left_alone() -> None:
