@@ -21,6 +21,7 @@ from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
+from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
 
@@ -57,6 +58,8 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
+# Models of the run itself: what they depend on is compared as such.
+_ROLES = {"base", "sl", "rm", "rl"}
 # How a stage is run, not what it yields: changing these starts nothing anew.
 _HOW = {
     "workers",
@@ -144,13 +147,17 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             found[section] = constitutions.load(value).sha
         elif section == "model":
             found[section] = storage.model_sha(run.model("base"))
+        elif section == "templates":
+            found[section] = load_templates(value).sha
         elif section == "prompts":
             found[section] = derive_id([_source_sha(s.path, s.model_dump()) for s in value])
         elif hasattr(value, "model_dump"):
             settings = {k: v for k, v in value.model_dump(mode="json").items() if k not in _HOW}
             files = [s.path for key in ("prompts", "human") for s in getattr(value, key, ())]
             files += [p for p in [getattr(value, "dev", None)] if p]
-            found[section] = derive_id(settings, [_source_sha(p, {}) for p in files])
+            models = [m for key in ("init", "model") if (m := getattr(value, key, "sl")) not in _ROLES]
+            models = [storage.model_sha(run.model(m)) for m in models]
+            found[section] = derive_id(settings, [_source_sha(p, {}) for p in files], models)
         else:
             found[section] = derive_id(value)
     for upstream in stage.needs:
@@ -198,7 +205,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             evaluation prompt is also a training prompt, the output cannot be written.
     """
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
-    from cai_ray.prompts import Renderer, load_templates
+    from cai_ray.prompts import Renderer
 
     if "evaluate" in stages and not config.evaluate.prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
@@ -209,11 +216,11 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         _check_model(run.model("base"))
         Renderer(run.model("base"), templates.chat_template).option_ids(templates.options)
     train = read_prompts([*config.prompts, *config.compare.prompts, *config.ppo.prompts], config.seed)
+    train = [r for r in train if r["split"] == "train"]
+    train += [r for source in config.rm.human for r in read_comparisons(source, config.seed)]
     if config.evaluate.prompts:
         held = read_prompts(config.evaluate.prompts, config.seed)
-        check_disjoint([r for r in train if r["split"] == "train"], held)
-    for source in config.rm.human:
-        read_comparisons(source, config.seed)
+        check_disjoint(train, held)
     _check_writable(run)
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cai_ray.constitution import Principle
 from cai_ray.errors import InputError, RowError
+from cai_ray.records import derive_id
 
 
 class Piece(NamedTuple):
@@ -59,11 +60,10 @@ class Renderer:
                 "`chat_template` in the template set"
             )
         self._plain = _without_added_tokens(self.tokenizer)
-        self._control = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
         self._content_ids = lru_cache(maxsize=65536)(self._encode_content)
         self._skeleton = lru_cache(maxsize=256)(self._encode_skeleton)
         self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
-        self.end_id = self._end_id()
+        self.end_id, self._control = self._end_id(), self._control_ids()
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
 
@@ -82,9 +82,10 @@ class Renderer:
         """
         if messages[-1]["role"] != "assistant":
             raise ValueError("the last message of a dialogue must be the assistant's")
-        parts, _ = self._render(messages, generation=False)
-        prompt = [i for part in parts[:-1] for i in part]
-        answer = parts[-1] if truncated else [*parts[-1], self.end_id]
+        # The prompt as the policy saw it: templates may write another assistant turn than they ask for.
+        prompt = self.prompt_ids(messages[:-1])
+        content = self._message_ids(messages[-1]["content"])
+        answer = content if truncated else [*content, self.end_id]
         return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
     def option_ids(self, options: Sequence[str]) -> list[int]:
@@ -158,10 +159,22 @@ class Renderer:
     def _end_id(self) -> int:
         """The token that ends an assistant's turn: the first one after its content in the chat template."""
         tail = self._skeleton(("user", "assistant"), False)[-1]
-        end = tail[0] if tail and tail[0] in self._control else self.tokenizer.eos_token_id
+        added = tail and tail[0] in self.tokenizer.added_tokens_decoder
+        end = tail[0] if added else self.tokenizer.eos_token_id
         if end is None:
             raise InputError(f"model {self.tokenizer.name_or_path}: no token ends a turn; set eos_token")
         return end
+
+    def _control_ids(self) -> set[int]:
+        """Tokens that no content may hold: the special ones, and what else the chat template builds turns from.
+
+        Further added tokens are text: some tokenizers have line breaks and spaces among them.
+        """
+        turns = (self._skeleton(("user", "assistant"), False), self._skeleton(("user",), True))
+        structure = {i for skeleton in turns for piece in skeleton for i in piece}
+        added = self.tokenizer.added_tokens_decoder.items()
+        control = {i for i, t in added if t.special or (i in structure and t.content.strip())}
+        return control | set(self.tokenizer.all_special_ids)
 
 
 class TemplateSet(BaseModel):
@@ -182,6 +195,11 @@ class TemplateSet(BaseModel):
     revision: tuple[dict[str, str] | Literal["conversation"], ...]
     feedback: tuple[dict[str, str] | Literal["conversation"], ...]
     options: tuple[str, str]
+
+    @property
+    def sha(self) -> str:
+        """A hash of what is asked, whatever file it stands in."""
+        return derive_id(self.model_dump(mode="json"))
 
     def answer_messages(self, conversation: Messages) -> list[Message]:
         return self._fill(self.answer, conversation, {})

@@ -117,6 +117,14 @@ def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "
     return table.sort_by("id") if "id" in table.column_names else table
 
 
+def delete_rows(uri: str | Path, name: str = "part") -> None:
+    """Removes `name`-*.parquet from a folder."""
+    fs, _ = resolve(uri)
+    for path in list_files(uri, ".parquet"):
+        if os.path.basename(path).startswith(f"{name}-"):
+            fs.delete_file(path)
+
+
 def upload_folder(local: str | Path, uri: str) -> None:
     """Copies a local folder to a URI; a no-op where both are the same place."""
     fs, path = resolve(uri)

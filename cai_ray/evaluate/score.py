@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from cai_ray.cluster import uses_gpu
 from cai_ray.storage import Run
 
 
-def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float]:
-    """The run's reward model on `messages` and `response` of each row, in units of its reference deviation."""
+def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
+    """The run's reward model on `messages` and `response` of each row, in units of its reference deviation.
+
+    None where a row cannot be encoded.
+    """
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0)(_score)
     return ray.get(task.remote(run, [(r["messages"], r["response"], r["truncated"]) for r in rows]))
 
 
-def _score(run: Run, rows: list[tuple[list[dict[str, str]], str, bool]]) -> list[float]:
+def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
     import torch
 
     from cai_ray.prompts import Renderer, load_templates
     from cai_ray.train.batches import micro_batches, pad
+    from cai_ray.train.dialogues import render
     from cai_ray.train.models import load_reward_model, reward_scale, score_last, sequence_values
 
     folder, config = run.model("rm"), run.config
@@ -29,18 +34,17 @@ def _score(run: Run, rows: list[tuple[list[dict[str, str]], str, bool]]) -> list
     device = "cuda" if uses_gpu(config) else "cpu"
     model = load_reward_model(folder, config.rm, trainable=False).to(device)
     scale = reward_scale(folder)
-    ids = [
-        renderer.dialogue_ids(
-            [*templates.answer_messages(messages), {"role": "assistant", "content": response}], truncated
-        )[0]
-        for messages, response, truncated in rows
-    ]
-    out = [0.0] * len(rows)
-    longest = max((len(i) for i in ids), default=1)
+    ids: dict[int, list[int]] = {}
+    for i, (messages, response, truncated) in enumerate(rows):
+        if example := render(renderer, templates, messages, response, sys.maxsize, truncated):
+            ids[i] = example.ids
+    places, lengths = list(ids), [len(row) for row in ids.values()]
+    out: list[float | None] = [None] * len(rows)
     with torch.inference_mode():
-        for group in micro_batches([len(i) for i in ids], max(config.rm.micro_batch_tokens, longest)):
-            batch = {k: v.to(device) for k, v in pad([ids[i] for i in group], renderer.pad_id).items()}
+        for group in micro_batches(lengths, max([config.rm.micro_batch_tokens, *lengths])):
+            chosen = [places[n] for n in group]
+            batch = {k: v.to(device) for k, v in pad([ids[i] for i in chosen], renderer.pad_id).items()}
             scores = score_last(sequence_values(model, batch), batch["attention_mask"])
-            for i, score in zip(group, scores.tolist(), strict=True):
+            for i, score in zip(chosen, scores.tolist(), strict=True):
                 out[i] = (score - scale.mean) / scale.std
     return out

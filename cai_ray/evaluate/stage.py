@@ -71,9 +71,13 @@ def run(run: Run) -> dict[str, Any]:
         totals.append(map_rows(run, "evaluate", asked, chain, model=policy, schema="judgements", name=policy))
         for row in run.rows("evaluate", name=policy):
             (shown if row["model"].endswith("transcript") else rows).append(row)
-    rows = [r for r in rows if r["error"] is None]
-    for row, reward in zip(rows + shown, score.rewards(run, rows + shown), strict=True):
+    answered = [r for r in rows + shown if r["error"] is None]
+    for row, reward in zip(answered, score.rewards(run, answered), strict=True):
         row["reward"] = reward
+        row["error"] = None if reward is not None else "the reward model cannot encode it"
+    failed = [r for r in rows + shown if r["error"] is not None]
+    rows, shown = ([r for r in kept if r["error"] is None] for kept in (rows, shown))
+    for row in shown:
         row["model"] = row["model"].removesuffix(" transcript")
     rows = _best(rows, f"best_of_{best_of}")
     if config.evaluate.judge == "town":
@@ -81,16 +85,15 @@ def run(run: Run) -> dict[str, Any]:
     else:
         metrics = _by_feedback(run, rows)
     run.write_rows("evaluate", to_table(rows, "judgements"))
-    storage.write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(shown, "judgements"))
-    for policy in POLICIES:  # the raw answers are in part-00000 now
-        for path in storage.list_files(run.path("evaluate"), ".parquet"):
-            if path.rsplit("/", 1)[1].startswith(f"{policy}-"):
-                storage.resolve(run.root)[0].delete_file(path)
+    for name, kept in (("transcripts", shown), ("failed", failed)):
+        storage.write_table(run.path("evaluate", f"{name}-00000.parquet"), to_table(kept, "judgements"))
+    for policy in POLICIES:  # all of its answers are in the three files now
+        storage.delete_rows(run.path("evaluate"), policy)
     storage.write_json(run.path("evaluate", "metrics.json"), metrics)
     return {
         "rows_in": sum(t["rows_in"] for t in totals),
         "rows_out": len(rows),
-        "errors": sum(t["errors"] for t in totals),
+        "errors": len(failed),
         "tokens": {k: sum(t["tokens"][k] for t in totals) for k in totals[0]["tokens"]},
         "engine_seconds": round(sum(t["engine_seconds"] for t in totals), 2),
         "engine": totals[0]["engine"],

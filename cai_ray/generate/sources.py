@@ -74,7 +74,7 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
             raise InputError(f"{where} lacks `chosen` or `rejected`; it has {', '.join(row)}")
         shared = row.get("messages") or row.get("prompt")
         if shared is not None:
-            messages = to_messages(shared, where)
+            messages = _prompt(shared, source.path, number)
             chosen, rejected = (_answer(row[k], where) for k in ("chosen", "rejected"))
         else:
             good, bad = (to_messages(row[k], where) for k in ("chosen", "rejected"))
@@ -83,7 +83,7 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
                     f"{where}: `chosen` and `rejected` must share all turns but the assistant's last"
                 )
             messages, chosen, rejected = good[:-1], good[-1]["content"], bad[-1]["content"]
-        target = float(row.get("target") or source.target)
+        target = float(source.target if row.get("target") is None else row["target"])
         if not 0.5 < target <= 1:
             raise InputError(f"{where}: target {target} is not in (0.5, 1]")
         out.append(
@@ -203,7 +203,7 @@ def _prompt(value: Any, path: str, number: int) -> list[dict[str, str]]:
 
 
 def _answer(value: Any, where: str) -> str:
-    if isinstance(value, str):
+    if isinstance(value, str) and not _TURN.match(value):
         return clean(value)
     messages = to_messages(value, where)
     if messages[-1]["role"] != "assistant":

@@ -180,7 +180,8 @@ def _transcripts(report: dict[str, Any]) -> str:
 def _transcript(item: dict[str, Any], is_open: bool) -> str:
     turns = [_turn("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
     turns.append(_turn("first answer", item["response"]))
-    for number, step in enumerate(item["steps"], 1):
+    for step in item["steps"]:
+        number = step["round"]
         turns.append(_turn(f"critique {number}", step["critique"], "critique", note=step["title"]))
         changed = step["changed"]
         turns.append(

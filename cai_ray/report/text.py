@@ -95,9 +95,11 @@ def transcript(item: dict[str, Any], number: int) -> str:
     parts = [f"Transcript {number}"]
     parts += [_said("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
     parts.append(_said("first answer", item["response"]))
-    for round_, step in enumerate(item["steps"], 1):
-        parts.append(_said(f"critique {round_}", f"[{step['title']}] {step['critique']}"))
-        parts.append(_said(f"revision {round_}", step["revision"] if step["changed"] else "(unchanged)"))
+    for step in item["steps"]:
+        parts.append(_said(f"critique {step['round']}", f"[{step['title']}] {step['critique']}"))
+        parts.append(
+            _said(f"revision {step['round']}", step["revision"] if step["changed"] else "(unchanged)")
+        )
     for model in in_order(item["answers"]):
         answer = item["answers"][model]
         reward = "" if answer["reward"] is None else f"  (reward {answer['reward']:+.2f})"

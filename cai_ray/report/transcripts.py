@@ -49,6 +49,7 @@ def assemble(
     for step in row["steps"]:
         steps.append(
             {
+                "round": step["round"],
                 "principle_id": step["principle_id"],
                 "title": titles.get(step["principle_id"], step["principle_id"]),
                 "critique": step["critique"],

@@ -29,6 +29,7 @@ from cai_ray import storage
 from cai_ray.cluster import capacity, uses_gpu, worker_env
 from cai_ray.config import TrainConfig
 from cai_ray.errors import InputError, Stopped
+from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 from cai_ray.train import metrics
@@ -161,8 +162,8 @@ def fingerprint(run: Run, stage: str, cfg: TrainConfig) -> str:
     before = _UPSTREAM[: _UPSTREAM.index(stage)] if stage in _UPSTREAM else _UPSTREAM
     upstream = {s: m["id"] for s in before if (m := run.manifest(s))}
     settings = cfg.model_dump(mode="json", exclude=_HOW)
-    model = storage.model_sha(run.model("base"))
-    return derive_id(stage, settings, run.config.seed, run.config.templates, model, upstream)
+    model, templates = storage.model_sha(run.model("base")), load_templates(run.config.templates)
+    return derive_id(stage, settings, run.config.seed, templates.sha, model, upstream)
 
 
 def location(run: Run, which: str) -> str:

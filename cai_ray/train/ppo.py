@@ -23,7 +23,7 @@ from torch import Tensor
 from cai_ray import storage
 from cai_ray.config import PpoConfig
 from cai_ray.constitution import load as load_constitution
-from cai_ray.errors import InputError, Stopped
+from cai_ray.errors import InputError, RowError, Stopped
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_id, derive_seed, to_table
 from cai_ray.storage import Run
@@ -76,11 +76,10 @@ def run(run: Run) -> dict[str, Any]:
     check_resources(run, cfg)
     renderer = Renderer(run.model("sl"), load_templates(config.templates).chat_template)
     prompts, errors = read(run, renderer)
+    inputs = derive_id([(p["id"], p["ids"]) for p in prompts])
     keeper = open_pool(config, run.model("sl"), renderer.end_id, uses_gpu(config))
     try:
-        out = fit(
-            run, "ppo", loop, cfg, {"keeper": keeper, "prompts": ray.put(prompts), "pad_id": renderer.pad_id}
-        )
+        out = fit(run, "ppo", loop, cfg, {"keeper": keeper, "prompts": ray.put(prompts), "inputs": inputs})
     finally:
         close_pool(keeper)
     return {
@@ -96,7 +95,7 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def read(run: Run, renderer: Renderer) -> tuple[list[dict[str, Any]], int]:
-    """The training prompts with their token ids, and how many do not fit the context.
+    """The training prompts with their token ids, and how many do not fit the context or cannot be encoded.
 
     Raises:
         InputError: none is left, or a row would not fit a micro-batch.
@@ -110,11 +109,16 @@ def read(run: Run, renderer: Renderer) -> tuple[list[dict[str, Any]], int]:
     rows = [r for r in read_prompts(cfg.prompts or config.prompts, config.seed) if r["split"] == "train"]
     ready = []
     for row in rows:
-        ids = renderer.prompt_ids(templates.answer_messages(row["messages"]))
+        try:
+            ids = renderer.prompt_ids(templates.answer_messages(row["messages"]))
+        except RowError:  # such as roles that the chat template refuses
+            continue
         if len(ids) < context:
             ready.append({"id": row["id"], "messages": row["messages"], "ids": ids})
     if not ready:
-        raise InputError(f"ppo: none of {len(rows)} training prompts fits the context of {context} tokens")
+        raise InputError(
+            f"ppo: none of {len(rows)} training prompts can be encoded and fits the context of {context} tokens"
+        )
     longest = min(context, max(len(r["ids"]) for r in ready) + cfg.max_tokens)
     if longest > cfg.micro_batch_tokens:
         raise InputError(
@@ -138,6 +142,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     engines = {"policy": models.policy, "value": models.value}
     state = restore(engines) or {"step": 0, "log": [], "tokens": 0}
     log, tokens = Log(run, "ppo", total, state["log"]), state["tokens"]
+    if rank() == 0 and not state["step"]:
+        storage.delete_rows(run.path("ppo"))  # what an attempt with other settings sampled
     renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
     pad_id = renderer.pad_id
 
@@ -290,9 +296,14 @@ def sync(
 
 
 def most_moved(batch: Batch, targets: Targets) -> list[list[int]]:
-    """The rows whose tokens have the largest advantages, up or down: the update is about to move these."""
+    """The rows whose tokens have the largest advantages, up or down: the update is about to move these.
+
+    Without their last token: a row may fill the context, and an engine takes no prompt that does.
+    """
     size = targets.advantages.abs().amax(1)
-    return [batch.rows[i].ids for i in size.argsort(descending=True, stable=True)[:MOVING_PROBES].tolist()]
+    return [
+        batch.rows[i].ids[:-1] for i in size.argsort(descending=True, stable=True)[:MOVING_PROBES].tolist()
+    ]
 
 
 def cut(targets: Targets, group: Sequence[int], mask: Tensor) -> Targets:

@@ -58,6 +58,21 @@ def test_item_14_a_truncated_response_has_no_end_token(words):
     assert cut == Example(whole.ids[:-1], whole.mask[:-1])
 
 
+def test_item_14_training_reads_the_prompt_that_sampling_saw():
+    """A template may write an assistant's turn that is past otherwise than it asks for one."""
+    made = tiny.tokenizer()
+    turn = "'<|im_start|>' + m['role'] + '\\n'"
+    assert turn in tiny.CHATML
+    made.chat_template = tiny.CHATML.replace(
+        turn, f"{turn} + ('<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' else '')"
+    )
+    renderer = Renderer(made)
+    example = render(renderer, PLAIN, ASK, "ask her first", 4096)
+    prompt = renderer.prompt_ids(PLAIN.answer_messages(ASK))
+    assert example.ids[: len(prompt)] == prompt and example.mask.index(1) == len(prompt)
+    assert "think" in made.apply_chat_template([*ASK, {"role": "assistant", "content": ""}], tokenize=False)
+
+
 def test_item_16_one_bos_where_the_tokenizer_and_the_template_both_add_one(words):
     from tokenizers import processors
 

@@ -23,7 +23,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> None:
     CALLS.clear()
     made: dict[str, Stage] = {}
     for name, needs, reads in (
-        ("revise", (), ("revise", "prompts", "model", "constitution")),
+        ("revise", (), ("revise", "prompts", "model", "templates", "constitution")),
         ("sft", ("revise",), ("sft",)),
     ):
         module = ModuleType(f"counting_{name}")
@@ -112,6 +112,22 @@ def test_a_new_constitution_is_a_change(tmp_path: Path) -> None:
         go(tmp_path, f"constitution={mine}")
 
 
+def test_an_edited_template_set_is_a_change(tmp_path: Path) -> None:
+    shipped = Path(configs.find("errand-town.yaml")).parent.parent / "templates" / "errand-town.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shipped.read_text())
+    go(tmp_path, f"templates={mine}")
+    mine.write_text(shipped.read_text() + "\n# a remark changes nothing\n")
+    go(tmp_path, f"templates={mine}")
+    mine.write_text(
+        shipped.read_text().replace(
+            '{role: user, content: "{comparison}"}', '{role: user, content: "rule : {comparison}"}'
+        )
+    )
+    with pytest.raises(InputError, match="templates changed"):
+        go(tmp_path, f"templates={mine}")
+
+
 def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> None:
     go(tmp_path, "seed=7")
     record = json.loads((tmp_path / "run.json").read_text())
@@ -145,6 +161,16 @@ def test_item_10_prompts_of_one_stage_are_training_prompts(tmp_path: Path, stage
     same = f"prompts=[{{path: {tmp_path / 'own.jsonl'}, kind: helpful}}]"
     with pytest.raises(InputError, match="also a training prompt"):
         pipeline.check_inputs(load(tmp_path, f"{stage}.{same}", f"evaluate.{same}"))
+
+
+def test_item_10_human_comparisons_are_training_prompts(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"prompt": "how do i rest ?"}')
+    (tmp_path / "human.jsonl").write_text('{"prompt": "How do I rest ?", "chosen": "lie", "rejected": "run"}')
+    held = f"evaluate.prompts=[{{path: {tmp_path / 'held.jsonl'}, kind: helpful}}]"
+    human = f"rm.human=[{{path: {tmp_path / 'human.jsonl'}}}]"
+    pipeline.check_inputs(load(tmp_path, held))
+    with pytest.raises(InputError, match="also a training prompt"):
+        pipeline.check_inputs(load(tmp_path, held, human))
 
 
 def test_item_38_nothing_to_evaluate_on_is_said_before_any_work(tmp_path: Path) -> None:

@@ -90,6 +90,18 @@ def test_item_11_special_tokens_in_content_are_plain_text() -> None:
     assert "<|im_end|> b" in WORDS.decode(ids)
 
 
+def test_item_11_added_tokens_that_are_plain_text_may_stand_in_content() -> None:
+    """Some tokenizers have line breaks among their added tokens; what builds turns is control, special or not."""
+    words = tokenizer()
+    words.add_tokens(["\n", "<turn>"])
+    words.chat_template = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+    vocab = words.backend_tokenizer.get_vocab()
+    renderer = Renderer(words)
+    assert vocab["<turn>"] in renderer._control and vocab["\n"] not in renderer._control
+    ids = renderer.prompt_ids([{"role": "user", "content": "one\ntwo <turn>"}])
+    assert ids.count(vocab["<turn>"]) == 1 and words.decode(ids).endswith("one\ntwo <turn>")
+
+
 def test_item_11_fields_in_a_replacement_are_not_replaced_again() -> None:
     messages = GENERAL.feedback_messages(talk("{response_b} {transcript}"), "{comparison}", "B!", PRINCIPLE)
     text = "".join(p.text for p in messages[0]["content"])

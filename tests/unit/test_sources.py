@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,6 +83,35 @@ def test_comparisons_in_the_published_format(tmp_path: Path) -> None:
     (row,) = read_comparisons(Comparisons(path=path, target=0.9))
     assert (row["response_a"], row["response_b"], row["p_a"], len(row["messages"])) == ("good", "bad", 0.9, 3)
     assert row["source"] == "human"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "what?", "chosen": "good", "rejected": "bad"},
+        {
+            "prompt": "what?",
+            "chosen": "\n\nHuman: what?\n\nAssistant: good",
+            "rejected": "\n\nAssistant: bad",
+        },
+        {
+            "messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "good"}],
+            "chosen": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "bad"}],
+        },
+    ],
+)
+def test_comparisons_in_other_common_layouts(tmp_path: Path, row: dict[str, Any]) -> None:
+    """`messages` may end with the chosen answer; answers may be texts, transcripts or conversations."""
+    (read,) = read_comparisons(Comparisons(path=write(tmp_path / "c.jsonl", [row])))
+    assert read["messages"] == [{"role": "user", "content": "what?"}]
+    assert (read["response_a"], read["response_b"]) == ("good", "bad")
+
+
+def test_a_target_of_zero_is_no_missing_target(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [{"prompt": "what?", "chosen": "a", "rejected": "b", "target": 0.0}])
+    with pytest.raises(InputError, match=r"target 0\.0 is not in"):
+        read_comparisons(Comparisons(path=path))
 
 
 @pytest.mark.parametrize(
