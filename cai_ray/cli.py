@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
-from typing import Any
+from typing import Any, NoReturn
 
 from cai_ray import __version__
 from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
@@ -73,8 +73,15 @@ def _refused_by_system(error: BaseException) -> OSError | None:
     return None
 
 
+class _Parser(argparse.ArgumentParser):
+    """What argparse refuses is bad input like any other: one line, and no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_INPUT, f"cai-ray: {' '.join(message.split())}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="cai-ray",
         description="Constitutional AI on Ray: from a written constitution to a trained policy.",
     )
@@ -112,8 +119,8 @@ def parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="policy and critic endpoints of a run")
     serve.add_argument("run")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", type=_host, default="127.0.0.1")
+    serve.add_argument("--port", type=_port, default=8000)
     serve.add_argument("--token-file", help="file with the bearer token (default: environment CAI_RAY_TOKEN)")
     serve.add_argument("--no-auth", action="store_true", help="no token; on loopback only")
     serve.set_defaults(function=_serve)
@@ -168,11 +175,13 @@ def _run_stages(args: argparse.Namespace, names: list[str], force: bool) -> int:
     config = _load(args)
     if args.check:
         from cai_ray import memory
+        from cai_ray.storage import Run
 
         for line in memory.report(config):
             print(line)
         elsewhere = memory.elsewhere(config)
         pipeline.check_inputs(config, names, model_elsewhere=elsewhere)
+        pipeline.check_run(Run(config), names, args.overwrite)
         if elsewhere:
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
@@ -241,10 +250,30 @@ def _town_check(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return _whole(text, "must be a whole number of at least 1")
+
+
+def _port(text: str) -> int:
+    return _whole(text, "must be a port from 1 to 65535", 65535)
+
+
+def _whole(text: str, rule: str, most: float = float("inf")) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return value
+
+
+def _host(text: str) -> str:
+    # To a socket, no name at all means every address of the machine.
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "is empty; 127.0.0.1 is this machine alone, 0.0.0.0 all of its addresses"
+        )
+    return text
 
 
 if __name__ == "__main__":

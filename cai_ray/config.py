@@ -17,7 +17,7 @@ from cai_ray.errors import InputError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PromptSource(Section):
@@ -62,7 +62,7 @@ class EngineConfig(Section):
     cpus_per_actor: float = Field(default=1, gt=0)
     kv_cache_mb: int = Field(default=256, gt=0)
     """KV cache on CPU; on a GPU it is what the card has left."""
-    block_size: int | None = None
+    block_size: int | None = Field(default=None, gt=0)
     """Tokens in a block of the prefix cache; short prompts want short blocks."""
     extra: dict[str, Any] = {}
     """Further arguments of vLLM's engine, as they are."""
@@ -98,6 +98,13 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimizer (PPO: rollout) steps between checkpoints; 0: at each epoch's end (PPO: every 10 steps)."""
     keep_checkpoints: int = Field(default=2, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"{list(value)}: both must be at least 0 and less than 1, such as [0.9, 0.95]")
+        return value
 
 
 class ReviseConfig(Section):
@@ -147,6 +154,13 @@ class LabelConfig(Section):
     dev: str | None = None
     """Comparisons with a gold preference on development prompts: they measure the labels, and train nothing."""
     dev_limit: int = Field(default=300, gt=0)
+
+    @field_validator("clamp")
+    @classmethod
+    def _bounds(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and not 0 <= value[0] < value[1] <= 1:
+            raise ValueError(f"{list(value)}: give two rising probabilities, such as [0.1, 0.9]")
+        return value
 
     @field_validator("principles")
     @classmethod
@@ -250,6 +264,21 @@ class RunConfig(Section):
     check: CheckConfig = CheckConfig()
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
     """A generation stage ends with an error when a larger share of its rows failed."""
+
+    @model_validator(mode="after")
+    def _made_before(self) -> RunConfig:
+        """A stage starts from a model that is there when it runs."""
+        for key, value, later in (
+            ("sft.init", self.sft.init, ("sl", "rm", "rl")),
+            ("label.model", self.label.model, ("rm", "rl")),
+            ("rm.init", self.rm.init, ("rm", "rl")),
+        ):
+            if value in later:
+                earlier = "`base`" if key == "sft.init" else "`base`, `sl`"
+                raise ValueError(
+                    f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
+                )
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> RunConfig:

@@ -19,7 +19,7 @@ from cai_ray.errors import InputError
 class Principle(BaseModel):
     """One principle, in the words that the critique, revision and feedback models read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = Field(min_length=1)
@@ -44,7 +44,7 @@ class Principle(BaseModel):
 class Constitution(BaseModel):
     """A named, versioned list of principles."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1)
     version: str = "1"

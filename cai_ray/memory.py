@@ -320,8 +320,11 @@ def _shape(name: str, fields: tuple[tuple[str, str], ...]) -> Shape:
     from transformers import AutoModelForCausalLM
 
     found = _read_config(name, {k: ast.literal_eval(v) for k, v in fields})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found)
+    except Exception as e:  # whatever the architecture's code makes of impossible numbers
+        raise InputError(f"model {name}: its config.json describes no causal language model ({e})") from e
     text = found.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -347,7 +350,8 @@ def _shape(name: str, fields: tuple[tuple[str, str], ...]) -> Shape:
 
 def elsewhere(config: RunConfig) -> bool:
     """Whether the base model is known here by `check.model` alone: it is where the run will be, not on this machine."""
-    return config.check.model is not None and _local_config(config.model) is None
+    name = storage.Run(config).model("base")
+    return config.check.model is not None and not storage.exists(name) and _local_config(name) is None
 
 
 def _local_config(name: str) -> Any | None:

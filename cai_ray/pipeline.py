@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from cai_ray import constitution as constitutions
 from cai_ray import storage
-from cai_ray.config import RunConfig
+from cai_ray.config import RunConfig, TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id
@@ -91,12 +93,21 @@ def run_stages(
     run = Run(config)
     stages = list(stages)
     check_inputs(config, stages)
-    _check_needs(run, stages)
-    _check_changes(run, stages, overwrite)
+    check_run(run, stages, overwrite)
     _open(run)
     for name in stages:
         run_stage(run, name, overwrite=overwrite, force=force, say=say)
     return run
+
+
+def check_run(run: Run, stages: list[str], overwrite: bool) -> None:
+    """Whether the run directory lets these stages run: what they read is there, and made with this configuration.
+
+    Raises:
+        InputError: an earlier stage is missing, or a completed one has other inputs and `overwrite` is not given.
+    """
+    _check_needs(run, stages)
+    _check_changes(run, stages, overwrite)
 
 
 def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callable[[str], None]) -> None:
@@ -106,18 +117,19 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
     if done and done["inputs"] == wanted and not force:
         say(f"{name}: done before ({done['seconds']:.0f} s), skipped")
         return
+    if done and not (overwrite or force):
+        raise InputError(_changed(run, name, done["inputs"], wanted))
+    if stage.uses_ray:  # before anything is deleted: it may not be there, or be too small
+        from cai_ray import cluster
+
+        cluster.connect(run.config)
+        _check_cluster(run, name)
     if done:
-        if not (overwrite or force):
-            raise InputError(_changed(run, name, done["inputs"], wanted))
         storage.delete(run.path(name))
     elif name not in ("sft", "rm", "ppo") and storage.exists(run.path(name)):
         storage.delete(run.path(name))  # what a killed attempt left; trainers resume from theirs
     say(f"{name}: started")
     started = time.time()
-    if stage.uses_ray:
-        from cai_ray import cluster
-
-        cluster.connect(run.config)
     result = import_module(stage.module).run(run)
     manifest = {
         "stage": name,
@@ -195,15 +207,16 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
 
 
 def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere: bool = False) -> None:
-    """Everything that can be known before any work (METHOD.md, item 38).
+    """Everything that can be known before any work (docs/method.md, item 38).
 
     Args:
-        model_elsewhere: the base model is not on this machine: it and the options' tokens are not looked at.
+        model_elsewhere: the models are not on this machine: they and the options' tokens are not looked at.
 
     Raises:
         InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
             evaluation prompt is also a training prompt, the output cannot be written.
     """
+    from cai_ray.generate.label import dev_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
     from cai_ray.prompts import Renderer
 
@@ -212,15 +225,30 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
     run = Run(config)
-    if not model_elsewhere:
-        _check_model(run.model("base"))
-        Renderer(run.model("base"), templates.chat_template).option_ids(templates.options)
-    train = read_prompts([*config.prompts, *config.compare.prompts, *config.ppo.prompts], config.seed)
-    train = [r for r in train if r["split"] == "train"]
+    given = {m for m in (config.sft.init, config.label.model, config.rm.init) if m not in _ROLES}
+    for model in () if model_elsewhere else {"base", *given}:
+        _check_model(run.model(model))
+        Renderer(run.model(model), templates.chat_template).option_ids(templates.options)
+    dev_rows(run)
+    train = []
+    for key, sources in (
+        ("prompts", config.prompts),
+        ("compare.prompts", config.compare.prompts),
+        ("ppo.prompts", config.ppo.prompts),
+    ):
+        found = read_prompts(sources, config.seed)
+        train += [r for r in found if r["split"] == "train"]
+        if found and not any(r["split"] == "train" for r in found):
+            raise InputError(
+                f"{key}: all {len(found)} rows have split {found[0]['split']!r}, and training reads `train` alone; "
+                "take the column `split` out, or give other prompts"
+            )
     train += [r for source in config.rm.human for r in read_comparisons(source, config.seed)]
     if config.evaluate.prompts:
         held = read_prompts(config.evaluate.prompts, config.seed)
         check_disjoint(train, held)
+        if config.evaluate.judge == "town":
+            _check_requests(held)
     _check_writable(run)
 
 
@@ -260,11 +288,37 @@ def _check_model(model: str) -> None:
         )
 
 
+def _check_requests(rows: list[dict[str, Any]]) -> None:
+    from cai_ray.town.grammar import parse_request
+
+    for row in rows:
+        text = row["messages"][-1]["content"]
+        if parse_request(text) is None:
+            raise InputError(
+                f"evaluate.judge=town: {text[:80]!r} is no request of Errand Town; use evaluate.judge=model"
+            )
+
+
+def _check_cluster(run: Run, name: str) -> None:
+    section = getattr(run.config, name)
+    if isinstance(section, TrainConfig):
+        from cai_ray.train.fit import check_resources
+
+        check_resources(run, section)
+    else:
+        from cai_ray.cluster import uses_gpu
+        from cai_ray.generate.rows import check_resources as check_engine
+
+        check_engine(run.config.engine, uses_gpu(run.config))
+
+
 def _check_writable(run: Run) -> None:
     probe = run.path(f".probe-{uuid.uuid4().hex[:8]}")
     try:
         storage.write_bytes(probe, b"")
         storage.delete(probe)
+        with suppress(OSError):  # what was not empty stays, and what is no local folder
+            os.rmdir(run.root)
     except OSError as e:
         raise InputError(
             f"out {run.root}: cannot be written ({e.strerror or e}); choose another with --out"
@@ -306,20 +360,24 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
         done = run.manifest(name)
         if done is None:
             continue
-        if name in stages or any(name in STAGES[s].needs for s in stages):
-            try:
-                wanted = inputs(run, name)
-            except InputError:  # what it read is gone, and will be made again
-                continue
-            if done["inputs"] != wanted:
-                raise InputError(_changed(run, name, done["inputs"], wanted))
+        try:
+            wanted = inputs(run, name)
+        except InputError:  # what it read is gone, and will be made again
+            continue
+        before = done["inputs"]
+        if name not in stages and not any(name in STAGES[s].needs for s in stages):
+            # Not touched now: it may wait to be made again, but a directory holds one configuration.
+            upstream = STAGES[name].needs
+            before, wanted = ({k: v for k, v in d.items() if k not in upstream} for d in (before, wanted))
+        if before != wanted:
+            raise InputError(_changed(run, name, before, wanted))
 
 
 def _changed(run: Run, name: str, old: dict[str, str], new: dict[str, str]) -> str:
     what = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     settings = ""
-    if storage.exists(run.path("run.json")):
-        before = storage.read_json(run.path("run.json"))["config"]
+    with suppress(InputError):  # of a damaged run.json: what changed is then said by section alone
+        before = storage.open_run(run.root).config.model_dump(mode="json")
         after = run.config.model_dump(mode="json")
         keys = [k for section in what for k in _differences(section, before.get(section), after.get(section))]
         settings = f" ({'; '.join(keys[:4])})" if keys else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -63,7 +63,14 @@ class Renderer:
         self._content_ids = lru_cache(maxsize=65536)(self._encode_content)
         self._skeleton = lru_cache(maxsize=256)(self._encode_skeleton)
         self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
-        self.end_id, self._control = self._end_id(), self._control_ids()
+        try:
+            self.end_id, self._control = self._end_id(), self._control_ids()
+        except RowError as e:  # no row is at fault: a user's turn and its answer are what every model renders
+            remedy = "mend" if chat_template else "name one with"
+            raise InputError(
+                f"model {self.tokenizer.name_or_path}: its chat template cannot be used ({e}); "
+                f"{remedy} `chat_template` in the template set"
+            ) from e
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
 
@@ -78,7 +85,7 @@ class Renderer:
 
         The mask is 1 on the last message's content and on the token that ends the turn: what a policy
         emits, and what SFT and reward models are trained on. A truncated message has no such token: the
-        policy did not write one (METHOD.md, item 14).
+        policy did not write one (docs/method.md, item 14).
         """
         if messages[-1]["role"] != "assistant":
             raise ValueError("the last message of a dialogue must be the assistant's")
@@ -257,6 +264,52 @@ _FIELD = re.compile(
     r"\{(transcript|response|response_a|response_b|critique|critique_request|revision_request|comparison)\}"
 )
 
+# What each step is given: the fields it must ask with, and those it may also use. `{transcript}` every step has.
+_STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "answer": ((), ()),
+    "critique": (("response", "critique_request"), ()),
+    "revision": (("response", "revision_request"), ("critique", "critique_request")),
+    "feedback": (("response_a", "response_b", "comparison"), ()),
+}
+
+
+def check_templates(templates: TemplateSet, where: str | Path) -> None:
+    """Raises InputError where a step would ask without what it is about, or with what it does not have."""
+    fault = next(_faults(templates), None)
+    if fault:
+        raise InputError(f"template set {where}: {fault}; see cai_ray/templates/general.yaml")
+
+
+def _faults(templates: TemplateSet) -> Iterator[str]:
+    quoted = False
+    for step, (needed, optional) in _STEPS.items():
+        items, found = getattr(templates, step), set()
+        if not items:
+            yield f"{step} is empty; list its messages"
+        for i, item in enumerate(items):
+            if item == "conversation":
+                continue
+            for key in ("role", "content"):
+                if key not in item:
+                    yield f"{step}.{i} lacks `{key}`; a message has `role` and `content`"
+            if item["role"] not in ("system", "user", "assistant"):
+                yield f"{step}.{i}: role {item['role']!r} is none of system, user, assistant"
+            found |= set(_FIELD.findall(item["content"]))
+        for name in needed:
+            if name not in found:
+                yield f"{step} lacks {{{name}}}; put it in one of its messages"
+        for name in sorted(found - {*needed, *optional, "transcript"}):
+            yield f"{step} has no {{{name}}}; leave it out"
+        if "conversation" not in items and (step == "answer" or "transcript" not in found):
+            yield f"{step} lacks the item `conversation`" + (" or {transcript}" if step != "answer" else "")
+        quoted |= "transcript" in found
+    for role in ("user", "assistant", "system"):
+        text = templates.transcript.get(role)
+        if text is None and quoted:
+            yield f"transcript lacks `{role}`, and a step quotes {{transcript}}; say how such a turn looks"
+        if text is not None and role != "system" and "{content}" not in text:
+            yield f"transcript.{role} lacks {{content}}"
+
 
 def plain_messages(messages: Messages) -> list[dict[str, str]]:
     """Messages with their pieces joined: for display, records, and engines that render by themselves."""
@@ -273,7 +326,7 @@ def load_templates(name: str | Path) -> TemplateSet:
     """Reads a template set by path, or by the name of one that ships with the package.
 
     Raises:
-        InputError: it is missing or not well-formed.
+        InputError: it is missing, not well-formed, or lacks what a step needs.
     """
     shipped = Path(__file__).parent / "templates"
     path = Path(name)
@@ -283,15 +336,17 @@ def load_templates(name: str | Path) -> TemplateSet:
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
         raise InputError(f"template set {name}: no such file; give a path, or one of: {names}")
     try:
-        return TemplateSet.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"template set {path}: cannot be read ({' '.join(str(e).split())})") from e
+        templates = TemplateSet.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"])
         raise InputError(
             f"template set {path}: {where}: {first['msg']}; see cai_ray/templates/general.yaml"
         ) from e
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise InputError(f"template set {path}: cannot be read ({' '.join(str(e).split())})") from e
+    check_templates(templates, path)
+    return templates
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -307,8 +362,9 @@ def load_tokenizer(model: str | Path) -> Any:
         raise InputError(f"model {model}: no such folder")
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {model}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from e
+    except Exception as e:  # a broken file makes transformers raise almost anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"model {model}: its tokenizer cannot be loaded ({reason})") from e
 
 
 def _without_added_tokens(tokenizer: Any) -> Any:

@@ -1,7 +1,7 @@
 """The records: rows of parquet datasets, with ids derived from what they are about.
 
 A derived id makes a row's identity independent of the order of processing: the same prompt, in whatever block
-or attempt, is the same row. DESIGN.md's table lists the columns; `SCHEMAS` is the same in Arrow's terms.
+or attempt, is the same row. `SCHEMAS` lists the columns.
 """
 
 from __future__ import annotations

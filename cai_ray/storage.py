@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from cai_ray.config import RunConfig
+from cai_ray.config import RunConfig, validate
 from cai_ray.errors import InputError
 
 
@@ -179,16 +179,26 @@ class Run:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        out = config.out.format(name=config.name)
+        out = config.out.replace("{name}", config.name)
+        if not out.strip():
+            raise InputError("out: is empty; name a run directory, for example --out runs/first")
+        if "{" in out or "}" in out:
+            raise InputError(
+                f"out {config.out}: only {{name}} may stand in braces; choose another with --out"
+            )
         self.root = out if "://" in out else os.path.abspath(os.path.expanduser(out))
 
     def path(self, *parts: str) -> str:
         return join(self.root, *parts)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The stage's manifest, or None while the stage is not complete."""
-        uri = self.path(stage, "manifest.json")
-        return read_json(uri) if exists(uri) else None
+        """The stage's manifest, or None while the stage is not complete.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        folder = self.path(stage)
+        return _read_object(join(folder, "manifest.json"), f"delete {folder} and run the stage again")
 
     def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
         """A stage's rows, in the order of their ids."""
@@ -212,16 +222,48 @@ class Run:
         write_bytes(self.path(stage, "metrics.jsonl"), text.encode())
 
 
+def _read_object(uri: str, remedy: str) -> dict[str, Any] | None:
+    """A JSON object that a run keeps about itself; None where there is no such file.
+
+    Raises:
+        InputError: something else is there.
+    """
+    fs, path = resolve(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.NotFound:
+        return None
+    if kind != pafs.FileType.File:
+        raise InputError(f"{uri}: is no file; {remedy}")
+    try:
+        value = read_json(uri)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{uri}: is no JSON ({e}); {remedy}") from e
+    if not isinstance(value, dict) or not value:
+        raise InputError(f"{uri}: a JSON object with content is needed; {remedy}")
+    return value
+
+
 def open_run(uri: str) -> Run:
     """The run in a directory, as `run.json` describes it.
 
     Raises:
-        InputError: the directory is no run.
+        InputError: the directory is no run, or its run.json is damaged.
     """
+    give = "give the directory that `cai-ray run` wrote"
+    if not uri.strip():  # else it would be the root of the file system
+        raise InputError(f"the run directory is empty; {give}")
     path = join(uri, "run.json")
-    if not exists(path):
-        raise InputError(
-            f"{uri}: no run here (run.json is missing); give the directory that `cai-ray run` wrote"
-        )
-    config = RunConfig.model_validate(read_json(path)["config"])
+    remedy = f"delete it and run `cai-ray run CONFIG --out {uri}` again, which keeps what is done"
+    try:
+        value = _read_object(path, remedy)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e}); {give}") from e
+    if value is None:
+        raise InputError(f"{uri}: no run here (run.json is missing); {give}")
+    if not isinstance(value.get("config"), dict):
+        raise InputError(f"{path}: holds no configuration; {remedy}")
+    try:
+        config = validate(value["config"], path)
+    except InputError as e:
+        raise InputError(f"{e}; {remedy}") from e
     return Run(config.model_copy(update={"out": uri}))

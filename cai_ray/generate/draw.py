@@ -3,7 +3,7 @@
 Each principle gets a number from the hash of (seed, row id, round, principle id), shaped so that the largest one
 falls on a principle with probability proportional to its weight (weighted rendezvous hashing, Schindelhauer and
 Schomaker 2005: -weight / ln(u)). Order of processing plays no part, and a principle that comes or goes redraws
-only the rows that it wins or had won (METHOD.md, item 7).
+only the rows that it wins or had won (docs/method.md, item 7).
 """
 
 from __future__ import annotations

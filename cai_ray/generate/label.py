@@ -2,7 +2,7 @@
 
 Bai et al. 2022 (arXiv 2212.08073), section 4.1: the model reads the conversation, one principle and the options; its
 label is the probability of the two option tokens, normalised over the two. Nothing is generated. Each principle is
-asked in both orders and the two are averaged, so that a liking for a slot cancels (METHOD.md, items 1 to 6).
+asked in both orders and the two are averaged, so that a liking for a slot cancels (docs/method.md, items 1 to 6).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cai_ray import constitution as constitutions
 from cai_ray.config import LabelConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine import Engine, Usage
-from cai_ray.errors import RowError
+from cai_ray.errors import InputError, RowError
 from cai_ray.generate.draw import draw
 from cai_ray.generate.rows import map_rows
 from cai_ray.generate.sources import read_rows, to_messages
@@ -133,17 +133,23 @@ def slot_bias(votes: Sequence[dict[str, Any]]) -> float | None:
 
 def dev_rows(run: Run) -> list[dict[str, Any]]:
     """Development comparisons whose preferred response is known: they measure the labeller, and train nothing."""
-    if run.config.label.dev is None:
+    dev = run.config.label.dev
+    if dev is None:
         return []
+    rows = read_rows(dev, run.config.seed)[: run.config.label.dev_limit]
+    needed = ("messages", "response_a", "response_b", "gold")
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in needed if name not in row]:
+            raise InputError(f"label.dev={dev}: row {number} lacks {', '.join(missing)}")
     return [
         {
             "id": derive_id("dev", r["messages"], r["response_a"], r["response_b"]),
-            "messages": to_messages(r["messages"], run.config.label.dev),
+            "messages": to_messages(r["messages"], dev),
             "response_a": r["response_a"],
             "response_b": r["response_b"],
             "source": str(r["gold"]),
         }
-        for r in read_rows(run.config.label.dev, run.config.seed)[: run.config.label.dev_limit]
+        for r in rows
     ]
 
 

@@ -71,7 +71,7 @@ def map_rows(
     config = run.config
     started = time.time()
     gpu = uses_gpu(config)
-    _check_resources(config.engine, gpu)
+    check_resources(config.engine, gpu)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -168,7 +168,7 @@ def _part_names(name: str) -> Any:
     return PartNames()
 
 
-def _check_resources(engine: EngineConfig, gpu: bool) -> None:
+def check_resources(engine: EngineConfig, gpu: bool) -> None:
     """Short of resources Ray waits for ever without a word; this says so at once."""
     have = capacity()
     need = {

@@ -11,6 +11,7 @@ import gzip
 import json
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,7 +84,11 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
                     f"{where}: `chosen` and `rejected` must share all turns but the assistant's last"
                 )
             messages, chosen, rejected = good[:-1], good[-1]["content"], bad[-1]["content"]
-        target = float(source.target if row.get("target") is None else row["target"])
+        given = source.target if row.get("target") is None else row["target"]
+        try:
+            target = float(given)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise InputError(f"{where}: target {str(given)[:80]!r} is no number; give one in (0.5, 1]") from e
         if not 0.5 < target <= 1:
             raise InputError(f"{where}: target {target} is not in (0.5, 1]")
         out.append(
@@ -119,14 +124,14 @@ def read_rows(path: str, seed: int = 0) -> list[dict[str, Any]]:
             fs, real = storage.resolve(path)
             rows = pq.read_table(real, filesystem=fs, partitioning=None).to_pylist()
         else:
-            files = storage.list_files(path, ".parquet")
+            fs, real = storage.resolve(path)
+            files = [] if fs.get_file_info(real).is_file else storage.list_files(path, ".parquet")
             if not files:
                 raise InputError(
                     f"{path}: is neither JSONL (.jsonl, .jsonl.gz) nor parquet, nor a folder of parquet files"
                 )
-            fs, _ = storage.resolve(path)
             rows = [r for f in files for r in pq.read_table(f, filesystem=fs, partitioning=None).to_pylist()]
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as e:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, pa.ArrowException) as e:
         raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())})") from e
     if not rows:
         raise InputError(f"{path}: holds no rows")
@@ -182,7 +187,7 @@ def normalised(messages: Iterable[dict[str, str]]) -> str:
 
 
 def check_disjoint(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]) -> None:
-    """Raises InputError where an evaluation prompt is also used for training (METHOD.md, item 10)."""
+    """Raises InputError where an evaluation prompt is also used for training (docs/method.md, item 10)."""
     seen = {normalised(r["messages"]) for r in train}
     for row in held:
         if normalised(row["messages"]) in seen:
@@ -213,13 +218,16 @@ def _answer(value: Any, where: str) -> str:
 
 def _json_lines(raw: bytes, path: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(raw.decode("utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise InputError(f"{path}: line {number} is no JSON ({e.msg})") from e
+            except (ValueError, RecursionError) as e:  # numbers of thousands of digits, nesting without end
+                reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
+                raise InputError(
+                    f"{path}: line {number} is no JSON ({reason}); give one JSON object per line"
+                ) from e
             if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is no JSON object")
+                raise InputError(f"{path}: line {number} is no JSON object; give one JSON object per line")
             rows.append(row)
     return rows

@@ -170,5 +170,6 @@ def _check_free(host: str, port: int) -> None:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError as e:
-            raise InputError(f"--host {host} --port {port}: {e.strerror}; choose another") from e
+        except (OSError, OverflowError, TypeError) as e:  # the last two: no port, no name
+            why = getattr(e, "strerror", None) or e
+            raise InputError(f"--host {host} --port {port}: {why}; choose another") from e

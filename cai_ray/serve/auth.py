@@ -28,15 +28,20 @@ def read_token(token_file: str | None, *, no_auth: bool, host: str) -> str | Non
     """The bearer token from a file or the environment; None where authentication is switched off.
 
     Raises:
-        InputError: there is no token, or authentication is off on an address that others reach.
+        InputError: there is no token or one that no client can send, authentication is off on an address that
+            others reach, or it is off and a token is given.
     """
+    if no_auth and token_file is not None:
+        raise InputError(
+            f"--token-file {token_file} with --no-auth: the token would not be asked for; drop one"
+        )
     if no_auth:
         if host not in _LOOPBACK:
             raise InputError(
                 f"--no-auth with --host {host}: others can reach it; set a token or use 127.0.0.1"
             )
         return None
-    if token_file:
+    if token_file is not None:
         try:
             token = Path(token_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
@@ -48,6 +53,13 @@ def read_token(token_file: str | None, *, no_auth: bool, host: str) -> str | Non
     if not token:
         where = f"--token-file {token_file} is empty" if token_file else f"{TOKEN_VARIABLE} is not set"
         raise InputError(f"no bearer token: {where}; set one, give --token-file, or --no-auth on loopback")
+    # A header is one line of ASCII. It may have spaces, but a file with them holds something else than a token.
+    if not (token.isascii() and token.isprintable()) or (token_file is not None and " " in token):
+        where = TOKEN_VARIABLE if token_file is None else f"--token-file {token_file}"
+        raise InputError(
+            f"{where}: holds no token that a client can send; make one with `openssl rand -hex 32`: "
+            "a single line of ASCII without spaces"
+        )
     return token
 
 

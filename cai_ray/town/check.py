@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from cai_ray.errors import InputError
 from cai_ray.prompts import load_tokenizer
 from cai_ray.town import BASE, corpus, grammar
 from cai_ray.town.answers import polite
@@ -32,7 +33,13 @@ class Model:
 
         torch.set_num_threads(threads)
         self.tokenizer = load_tokenizer(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        except Exception as e:  # a broken file makes transformers raise almost anything
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise InputError(
+                f"model {folder}: cannot be loaded ({reason}); give a folder with config.json and safetensors"
+            ) from e
         self.encoder = corpus.Encoder(self.tokenizer)
         self.batch = batch
 

@@ -10,6 +10,7 @@ from typing import Any
 from cai_ray import cluster, config, pipeline, storage
 from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig
+from cai_ray.errors import InputError
 from cai_ray.report import stage as report_stage
 from cai_ray.report import text
 from cai_ray.report.combine import combine
@@ -40,8 +41,9 @@ def run(
         The report over all seeds, as in OUT/report/report.json.
 
     Raises:
-        InputError: see `pipeline.run_stages`.
+        InputError: see `pipeline.run_stages`; also `out` is empty, or a setting is the demo's own.
     """
+    _check(out, overrides)
     started = time.time()
     reports, rows = [], []
     try:
@@ -61,6 +63,17 @@ def run(
     report_stage.write(folder, report)
     _show(report, folder, time.time() - started)
     return report
+
+
+def _check(out: str, overrides: Sequence[str]) -> None:
+    """The demo sets `out` and `seed` of its runs itself: an override of them would be lost without a word."""
+    if not out.strip():  # else the runs would lie in the root of the file system
+        raise InputError("--out is empty; name a directory for the demo's runs")
+    options = {"seed": "--seeds N, which runs the seeds 0 to N-1", "out": "--out DIR"}
+    for item in overrides:
+        key = item.partition("=")[0].split(".")[0].strip()
+        if key in options:
+            raise InputError(f"--set {item}: the demo sets {key} itself; use {options[key]}")
 
 
 def _add_controls(

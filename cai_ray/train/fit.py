@@ -302,7 +302,7 @@ def deepspeed_config(cfg: TrainConfig, numel: int) -> dict[str, Any]:
 
 
 def schedule(step: int, cfg: TrainConfig, total_steps: int) -> float:
-    """The factor on the learning rate at a step, counted from 0: never 0 at the first one (METHOD.md, item 34)."""
+    """The factor on the learning rate at a step, counted from 0: never 0 at the first one (docs/method.md, item 34)."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
     done = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))

@@ -134,7 +134,7 @@ def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[
 
 
 def reference(rows: list[dict[str, Any]], seed: int) -> list[int]:
-    """A fixed set of comparisons (the policy's own samples where there are any): drawn by id, METHOD.md item 15."""
+    """A fixed set of comparisons (docs/method.md, item 15): the policy's own samples where there are any, by id."""
     own = [i for i, row in enumerate(rows) if row["source"] == "ai"] or list(range(len(rows)))
     return sorted(own, key=lambda i: derive_id(seed, "reference", rows[i]["id"]))[:REFERENCE]
 
@@ -239,7 +239,7 @@ class Pairs:
 
 @torch.no_grad()
 def evaluate(model: Trained, data: Pairs, held: list[int], cfg: RmConfig) -> dict[str, float]:
-    """Loss, accuracy and margin on held-out comparisons, apart for AI and human labels (METHOD.md, item 18)."""
+    """Loss, accuracy and margin on held-out comparisons, apart for AI and human labels (docs/method.md, item 18)."""
     from cai_ray.train import fit
 
     sums: dict[str, Tensor] = {}

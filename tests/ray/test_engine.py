@@ -1,4 +1,4 @@
-"""The vLLM engine on the embedded world's base model: METHOD.md items 2, 4, 11, 38."""
+"""The vLLM engine on the embedded world's base model: docs/method.md items 2, 4, 11, 38."""
 
 import asyncio
 import math

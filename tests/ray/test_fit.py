@@ -1,4 +1,4 @@
-"""Ray Train and DeepSpeed under the loops: METHOD.md items 30 and 38, faults, and what is saved."""
+"""Ray Train and DeepSpeed under the loops: docs/method.md items 30 and 38, faults, and what is saved."""
 
 from __future__ import annotations
 

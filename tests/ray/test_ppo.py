@@ -1,4 +1,4 @@
-"""PPO on Ray Train, DeepSpeed and vLLM: METHOD.md items 20, 24, 28, 30, 31, 32, 35, 36, 38.
+"""PPO on Ray Train, DeepSpeed and vLLM: docs/method.md items 20, 24, 28, 30, 31, 32, 35, 36, 38.
 
 The policy is the embedded world's base model, the reward model the same with a random head. All runs but one use one
 engine, which each start of a training group joins anew.
@@ -95,7 +95,7 @@ def test_the_policy_changes_and_keeps_its_folder(one_rank: Run) -> None:
 def test_rollouts_are_kept_for_reading(one_rank: Run) -> None:
     rows = one_rank.rows("ppo")
     assert len(rows) == 4 * 4 and len({r["id"] for r in rows}) == 16
-    assert all(r["policy_version"] == r["step"] - 1 for r in rows), "METHOD.md, item 23"
+    assert all(r["policy_version"] == r["step"] - 1 for r in rows), "docs/method.md, item 23"
     assert all(r["response"] and r["messages"][0]["content"] and r["length"] > 0 for r in rows)
 
 

@@ -1,4 +1,4 @@
-"""Stage `rm` on tiny random models: METHOD.md items 14, 15, 18, and what is trained on."""
+"""Stage `rm` on tiny random models: docs/method.md items 14, 15, 18, and what is trained on."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_reward_model_learns_and_is_saved_with_its_scale(trained: tuple[Run,
     }
     assert result["metrics"]["accuracy_ai"] > 0.8
 
-    # METHOD.md item 14: what is scored ends with the end of the turn; a score before it is another one.
+    # docs/method.md item 14: what is scored ends with the end of the turn; a score before it is another one.
     rows = [r for r in run.rows("label") if not r["error"] and r["id"] != "c000"]
     scores = _scores(folder, run, rows)
     preferred = torch.tensor([r["p_a"] > 0.5 for r in rows]) == (scores[:, 0] > scores[:, 1])

@@ -1,4 +1,4 @@
-"""Rollouts by real vLLM engines: METHOD.md items 14, 19, 20, 23, and what happens when an engine dies."""
+"""Rollouts by real vLLM engines: docs/method.md items 14, 19, 20, 23, and what happens when an engine dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains over Ray Data: METHOD.md items 9 and 37. No model is run."""
+"""Chains over Ray Data: docs/method.md items 9 and 37. No model is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `sft` on tiny random models: what it trains on, what it writes, how it goes on. METHOD.md item 36."""
+"""Stage `sft` on tiny random models: what it trains on, what it writes, how it goes on. docs/method.md item 36."""
 
 from __future__ import annotations
 

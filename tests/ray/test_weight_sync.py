@@ -1,4 +1,4 @@
-"""Weight sync against a real vLLM engine: METHOD.md items 23 and 24.
+"""Weight sync against a real vLLM engine: docs/method.md items 23 and 24.
 
 The update in these tests is of the size of a PPO step at the demo's learning rate (AdamW, 1e-4, four steps).
 """

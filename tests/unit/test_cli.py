@@ -41,6 +41,13 @@ def test_the_commands_are_the_stages() -> None:
         (["run", "errand-town", "--set", "sft.workers=5"], "not divisible by 5 workers; use 45 or 50"),
         (["status", "/nowhere"], "no run here"),
         (["town", "check", "--model", "/nowhere"], "no such folder"),
+        (["status", ""], "the run directory is empty"),
+        (["status", "/" + "a" * 300], "File name too long"),
+        (["run", "errand-town", "--out", ""], "out: is empty"),
+        (["run", "errand-town", "--out", "runs/{name}/{0}"], "out runs/{name}/{0}: only {name} may"),
+        (["demo", "--out", ""], "--out is empty"),
+        (["demo", "--set", "seed=5"], "use --seeds N"),
+        (["demo", "--set", "out=foo"], "use --out DIR"),
     ],
 )
 def test_item_38_bad_input_is_one_line_and_exit_code_2(
@@ -64,6 +71,32 @@ def test_a_constitution_without_a_needed_field(tmp_path: Path, capsys: pytest.Ca
 def test_an_unknown_command_ends_with_2() -> None:
     done = cai_ray("fly")
     assert done.returncode == 2 and "invalid choice" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "required: COMMAND; see `cai-ray --help`"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["status"], "required: run; see `cai-ray status --help`"),
+        (["town", "build"], "required: --out; see `cai-ray town build --help`"),
+        (["demo", "--seeds", "x"], "--seeds: 'x' must be a whole number of at least 1"),
+        (["demo", "--seeds", "0"], "--seeds: '0' must be a whole number of at least 1"),
+        *(
+            (["serve", "run", "--port", p], f"--port: '{p}' must be a port from 1 to 65535")
+            for p in ("0", "-1", "65536", "http", "")
+        ),
+        (["serve", "run", "--host", ""], "--host: is empty; 127.0.0.1 is this machine alone"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], args: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(args)
+    err = capsys.readouterr().err
+    assert done.value.code == 2
+    assert says in err and err.startswith("cai-ray: ") and err.count("\n") == 1 and err.endswith("--help`\n")
 
 
 def test_a_full_disk_is_one_line_wherever_it_was_met(

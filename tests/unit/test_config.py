@@ -81,6 +81,24 @@ def test_a_bad_constitution_is_one_clear_error(tmp_path: Path, text: str, says: 
         constitution.load(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("label.clamp=[0.7, 0.3]", "two rising probabilities"),
+        ("label.clamp=[0.1, 2]", "two rising probabilities"),
+        ("sft.betas=[5, 7]", "less than 1"),
+        ("ppo.kl_coef=.inf", "finite"),
+        ("engine.block_size=-5", "greater than 0"),
+        ("sft.init=rl", "not made yet"),
+        ("rm.init=rm", "not made yet"),
+        ("label.model=rm", "not made yet"),
+    ],
+)
+def test_values_that_no_stage_could_use(override: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        config.load("errand-town", [override])
+
+
 def test_two_principles_with_one_id(tmp_path: Path) -> None:
     document = constitution.load("errand-town").to_yaml()
     (tmp_path / "c.yaml").write_text(document.replace("id: privacy", "id: property"))

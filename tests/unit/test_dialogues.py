@@ -1,4 +1,4 @@
-"""Conversations as training reads them: METHOD.md items 14, 16, 38."""
+"""Conversations as training reads them: docs/method.md items 14, 16, 38."""
 
 from __future__ import annotations
 

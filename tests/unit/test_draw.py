@@ -1,4 +1,4 @@
-"""Which principle a row meets: METHOD.md item 7."""
+"""Which principle a row meets: docs/method.md item 7."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What a PPO step learns from, by hand: METHOD.md items 19, 20, 25 to 27, 30, 31."""
+"""What a PPO step learns from, by hand: docs/method.md items 19, 20, 25 to 27, 30, 31."""
 
 from __future__ import annotations
 

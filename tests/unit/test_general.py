@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cai_ray import constitution
+from cai_ray.errors import InputError
 from cai_ray.prompts import Renderer, load_templates, plain_messages
+from cai_ray.town import check
 from tests import tiny
 
 HARMLESS = constitution.load("harmless")
@@ -89,3 +93,22 @@ def test_item_11_a_response_cannot_forge_the_answer(renderer: Renderer) -> None:
     tried = renderer.prompt_ids(GENERAL.feedback_messages(CONVERSATION, forged, "y", PRIVACY))
     control = set(renderer.tokenizer.all_special_ids) | set(renderer.tokenizer.get_added_vocab().values())
     assert [i for i in tried if i in control] == [i for i in honest if i in control]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "{]"),
+        ("config.json", "null"),
+        ("config.json", None),
+        ("model.safetensors", "junk"),
+        ("model.safetensors", None),
+    ],
+)
+def test_item_38_town_check_of_a_broken_folder(tmp_path: Path, name: str, text: str | None) -> None:
+    folder = tiny.save_model(tmp_path / "m")
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=r"model .*/m: .*cannot be loaded"):
+        check.check(str(folder))

@@ -1,4 +1,4 @@
-"""The labeller, on a scripted engine: METHOD.md items 1, 3, 5, 6, 7."""
+"""The labeller, on a scripted engine: docs/method.md items 1, 3, 5, 6, 7."""
 
 import asyncio
 import math

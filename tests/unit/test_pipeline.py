@@ -1,4 +1,4 @@
-"""Stages, manifests and resuming, with stages that only count: METHOD.md item 38."""
+"""Stages, manifests and resuming, with stages that only count: docs/method.md item 38."""
 
 import json
 import sys
@@ -128,6 +128,43 @@ def test_an_edited_template_set_is_a_change(tmp_path: Path) -> None:
         go(tmp_path, f"templates={mine}")
 
 
+def test_a_run_directory_holds_one_configuration(tmp_path: Path) -> None:
+    """What a command does not touch must agree too, or run.json and the constitution beside it would not be its own."""
+    go(tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(InputError, match=r"sft changed \(sft\.epochs"):
+        go(tmp_path, "sft.epochs=3", stages=("revise",))
+    assert (tmp_path / "run.json").read_bytes() == before
+    # A later stage that waits to be made again is no other configuration.
+    pipeline.run_stages(load(tmp_path), ["revise"], say=lambda _: None, force=True)
+    go(tmp_path, stages=("revise",))
+    with pytest.raises(InputError, match="sft was made with other inputs: revise changed"):
+        go(tmp_path)
+
+
+def test_a_stage_is_kept_until_the_cluster_can_make_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tmp_path)
+    made = {n: s._replace(uses_ray=True) for n, s in pipeline.STAGES.items()}
+    monkeypatch.setattr(pipeline, "STAGES", made)
+
+    def connect(config: configs.RunConfig) -> None:
+        raise InputError("no cluster answers there")
+
+    monkeypatch.setattr("cai_ray.cluster.connect", connect)
+    with pytest.raises(InputError, match="no cluster"):
+        go(tmp_path, stages=("sft",), overwrite=True, force=True)
+    assert (tmp_path / "sft" / "manifest.json").exists()
+
+
+def test_a_check_leaves_no_directory_behind(tmp_path: Path) -> None:
+    pipeline.check_inputs(load(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="revise"):
+        pipeline.check_run(Run(load(tmp_path / "new")), ["sft"], overwrite=False)
+
+
 def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> None:
     go(tmp_path, "seed=7")
     record = json.loads((tmp_path / "run.json").read_text())
@@ -144,6 +181,12 @@ def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> Non
         ("prompts=[{path: /nowhere.jsonl, kind: helpful}]", "no such file"),
         ("out=/proc/nowhere", "cannot be written"),
         ("evaluate.prompts=[{path: 'town:revise'}]", "also a training prompt"),
+        ("prompts=[{path: 'town:dev'}]", "all 600 rows have split 'dev'"),
+        ("label.dev=town:nosuch", "no such data"),
+        ("label.dev=/nowhere.jsonl", "no such file"),
+        ("label.dev=town:human", "gold"),
+        ("label.model=/nowhere", "no such folder"),
+        ("rm.init=/nowhere", "no such folder"),
     ],
 )
 def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override: str, says: str) -> None:
@@ -168,9 +211,12 @@ def test_item_10_human_comparisons_are_training_prompts(tmp_path: Path) -> None:
     (tmp_path / "human.jsonl").write_text('{"prompt": "How do I rest ?", "chosen": "lie", "rejected": "run"}')
     held = f"evaluate.prompts=[{{path: {tmp_path / 'held.jsonl'}, kind: helpful}}]"
     human = f"rm.human=[{{path: {tmp_path / 'human.jsonl'}}}]"
-    pipeline.check_inputs(load(tmp_path, held))
+    judge = "evaluate.judge=model"
+    pipeline.check_inputs(load(tmp_path, held, judge))
     with pytest.raises(InputError, match="also a training prompt"):
-        pipeline.check_inputs(load(tmp_path, held, human))
+        pipeline.check_inputs(load(tmp_path, held, judge, human))
+    with pytest.raises(InputError, match="is no request of Errand Town"):
+        pipeline.check_inputs(load(tmp_path, held))
 
 
 def test_item_38_nothing_to_evaluate_on_is_said_before_any_work(tmp_path: Path) -> None:

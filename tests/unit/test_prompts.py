@@ -1,9 +1,11 @@
-"""Rendering: METHOD.md items 2, 8, 11, 16, 38."""
+"""Rendering: docs/method.md items 2, 8, 11, 16, 38."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,3 +189,121 @@ def test_a_template_that_refuses_a_role_is_the_rows_error() -> None:
     )
     with pytest.raises(RowError, match="refuses the roles"):
         Renderer(WORDS, strict).prompt_ids([{"role": "system", "content": "x"}, *talk("a")])
+
+
+@pytest.mark.parametrize("template", ["{{ bad", "hello", "{{ messages[0].content }}", "{{ 1 / 0 }}"])
+def test_item_38_a_broken_chat_template_is_one_clear_error(tmp_path: Path, template: str) -> None:
+    """Of the model's own, and of the template set's."""
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    says = "its chat template cannot be used .*; {} `chat_template` in the template set"
+    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ".*" + says.format("name one with")):
+        Renderer(tmp_path)
+    with pytest.raises(InputError, match=says.format("mend")):
+        Renderer(WORDS, template)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "[]"),
+        ("config.json", "null"),
+    ],
+)
+def test_item_38_a_broken_tokenizer_is_one_clear_error(tmp_path: Path, name: str, text: str) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+SHORT: dict[str, Any] = {
+    "name": "short",
+    "transcript": {"system": "", "user": "{content}", "assistant": "{content}"},
+    "answer": ["conversation"],
+    "critique": ["conversation", {"role": "user", "content": "{response} {critique_request}"}],
+    "revision": ["conversation", {"role": "user", "content": "{response} {revision_request}"}],
+    "feedback": [{"role": "user", "content": "{transcript} {response_a} {response_b} {comparison}"}],
+    "options": ["A", "B"],
+}
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    (folder / "set.yaml").write_text(yaml.safe_dump(SHORT | changes))
+    return folder / "set.yaml"
+
+
+def test_unknown_fields_of_a_template_set_are_text(tmp_path: Path) -> None:
+    answer = ["conversation", {"role": "user", "content": "Write {code}."}]
+    assert load_templates(saved(tmp_path, answer=answer)).answer[1] == answer[1]
+
+
+@pytest.mark.parametrize(
+    ("step", "items", "says"),
+    [
+        *((s, [], f"{s} is empty") for s in ("answer", "critique", "revision", "feedback")),
+        ("answer", ["conversation", {"role": "user"}], r"answer\.1 lacks `content`"),
+        ("answer", ["conversation", {"content": "x"}], r"answer\.1 lacks `role`"),
+        (
+            "answer",
+            ["conversation", {"role": "human", "content": "x"}],
+            r"answer\.1: role 'human' is none of",
+        ),
+        ("answer", [{"role": "user", "content": "{transcript}"}], "answer lacks the item `conversation`"),
+        (
+            "answer",
+            ["conversation", {"role": "user", "content": "{response_a}"}],
+            "answer has no {response_a}",
+        ),
+        ("critique", ["conversation", "{critique_request}"], "critique lacks {response}"),
+        ("critique", ["conversation", "{response}"], "critique lacks {critique_request}"),
+        (
+            "critique",
+            ["{response} {critique_request}"],
+            "critique lacks the item `conversation` or {transcript}",
+        ),
+        (
+            "critique",
+            ["conversation", "{response} {critique_request} {revision_request}"],
+            "critique has no {revision_request}",
+        ),
+        ("revision", ["conversation", "{revision_request}"], "revision lacks {response}"),
+        ("revision", ["conversation", "{response} {critique}"], "revision lacks {revision_request}"),
+        (
+            "revision",
+            ["{response} {revision_request}"],
+            "revision lacks the item `conversation` or {transcript}",
+        ),
+        ("feedback", ["conversation", "{response_b} {comparison}"], "feedback lacks {response_a}"),
+        ("feedback", ["conversation", "{response_a} {comparison}"], "feedback lacks {response_b}"),
+        ("feedback", ["conversation", "{response_a} {response_b}"], "feedback lacks {comparison}"),
+        ("feedback", ["{response_a} {response_b} {comparison}"], "feedback lacks the item `conversation`"),
+        (
+            "feedback",
+            ["conversation", "{response_a} {response_b} {comparison} {response}"],
+            "feedback has no {response}",
+        ),
+        (
+            "transcript",
+            {"system": "", "user": "", "assistant": "{content}"},
+            "transcript.user lacks {content}",
+        ),
+        ("transcript", {"user": "{content}", "assistant": "{content}"}, "transcript lacks `system`"),
+    ],
+)
+def test_item_38_a_template_set_that_lacks_a_part(tmp_path: Path, step: str, items: Any, says: str) -> None:
+    """A text with fields stands for a user's message."""
+    if isinstance(items, list):
+        items = [{"role": "user", "content": i} if "{" in i and isinstance(i, str) else i for i in items]
+    path = saved(tmp_path, **{step: items})
+    with pytest.raises(InputError, match=f"template set {re.escape(str(path))}: {says}"):
+        load_templates(path)
+
+
+@pytest.mark.parametrize("text", ["name: [", "name: 2024-13-45", "[" * 5000])
+def test_item_38_a_template_set_that_is_no_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "set.yaml").write_text(text)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_templates(tmp_path / "set.yaml")

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from cai_ray.errors import InputError
+from cai_ray.serve.app import _check_free
 from cai_ray.serve.auth import Guard, hash_token, read_token
 from cai_ray.serve.schemas import CompareRequest, CritiqueRequest
 
@@ -81,9 +82,9 @@ def test_a_fault_behind_it_is_a_plain_500() -> None:
 
 def test_token_comes_from_file_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAI_RAY_TOKEN", "from the environment")
-    (tmp_path / "token").write_text("from a file\n")
+    (tmp_path / "token").write_text("from-a-file\n")
     assert read_token(None, no_auth=False, host="0.0.0.0") == "from the environment"
-    assert read_token(str(tmp_path / "token"), no_auth=False, host="0.0.0.0") == "from a file"
+    assert read_token(str(tmp_path / "token"), no_auth=False, host="0.0.0.0") == "from-a-file"
     assert read_token(None, no_auth=True, host="127.0.0.1") is None
 
 
@@ -98,6 +99,40 @@ def test_no_token_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(InputError):
             read_token(file, no_auth=no_auth, host=host)
+
+
+@pytest.mark.parametrize("text", ["one\ntwo\n", "one two", "one\ttwo", "s\u00e9cret", "\ufeffone", "one\x00"])
+def test_a_token_that_no_client_can_send_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="openssl rand") as e:
+        read_token(str(path), no_auth=False, host="127.0.0.1")
+    assert str(path) in str(e.value) and text.strip() not in str(e.value)
+
+
+def test_a_token_in_the_environment_is_one_line_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("one\ntwo", "s\u00e9cret"):
+        monkeypatch.setenv("CAI_RAY_TOKEN", text)
+        with pytest.raises(InputError, match="CAI_RAY_TOKEN: holds no token"):
+            read_token(None, no_auth=False, host="127.0.0.1")
+
+
+def test_a_token_file_with_no_auth_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    with pytest.raises(InputError, match=r"--token-file .* with --no-auth"):
+        read_token(str(tmp_path / "token"), no_auth=True, host="127.0.0.1")
+
+
+def test_an_empty_token_file_name_is_not_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAI_RAY_TOKEN", "secret")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_token("", no_auth=False, host="127.0.0.1")
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("é..b", 8000)])
+def test_an_address_that_is_none_is_refused(host: str, port: int) -> None:
+    with pytest.raises(InputError, match=f"--host {host} --port {port}"):
+        _check_free(host, port)
 
 
 def test_requests_say_what_is_missing() -> None:

@@ -1,4 +1,4 @@
-"""Prompts and comparisons from files: METHOD.md items 8, 10, 37, 38."""
+"""Prompts and comparisons from files: docs/method.md items 8, 10, 37, 38."""
 
 import gzip
 import json
@@ -147,3 +147,34 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     (row,) = read_prompts([PromptSource(path=str(tmp_path / "p.jsonl"), kind="helpful")], seed=0)
     row["messages"][0]["content"].encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "says"),
+    [
+        ("p.jsonl.gz", gzip.compress(b"x" * 999)[:10] + b"\xff" * 99, "cannot be read"),
+        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is no JSON .*4300 digits"),
+        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is no JSON .*recursion"),
+        ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is no JSON .*; give one JSON object per line"),
+        ("p.json", b'[{"text": "a"}]\n', "line 1 is no JSON object; give one JSON object per line"),
+        ("p.csv", b"text\na\n", r"is neither JSONL \(.jsonl, .jsonl.gz\) nor parquet, nor a folder"),
+        ("p.txt", b"a\n", "is neither JSONL"),
+    ],
+)
+def test_item_38_files_that_hold_no_rows_as_wanted(tmp_path: Path, name: str, raw: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(InputError, match=f"{name}: {says}"):
+        read_prompts([PromptSource(path=str(tmp_path / name), kind="helpful")], seed=0)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    (row,) = read_prompts([PromptSource(path=str(tmp_path / "p.jsonl"), kind="helpful")], seed=0)
+    assert row["messages"] == [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize("target", ["high", [0.9], pytest.param(10**400, id="huge")])
+def test_item_38_a_target_that_is_no_number(tmp_path: Path, target: Any) -> None:
+    row = {"prompt": "what?", "chosen": "a", "rejected": "b", "target": target}
+    with pytest.raises(InputError, match=r"row 1: target .* is no number; give one in \(0\.5, 1\]"):
+        read_comparisons(Comparisons(path=write(tmp_path / "c.jsonl", [row])))
