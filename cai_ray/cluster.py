@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cai_ray.config import RunConfig
@@ -78,11 +81,27 @@ def worker_env(config: RunConfig) -> dict[str, str]:
 
 def uses_gpu(config: RunConfig) -> bool:
     """Whether engines and training run on GPUs: as configured, or if this machine has one."""
+    if config.engine.kind == "openai":
+        return False
     if config.engine.device == "auto":
         import torch
 
         return torch.cuda.is_available()
     return config.engine.device == "gpu"
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """An InputError in a worker of Ray Data is one here: Ray keeps its text alone, in the worker's traceback."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as e:
+        told = re.search(r"^cai_ray\.errors\.InputError: (.+)$", str(e), re.MULTILINE)
+        if told is None:
+            raise
+        raise InputError(told[1]) from e
 
 
 def disconnect() -> None:

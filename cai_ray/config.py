@@ -6,9 +6,11 @@ one value. The resolved configuration is saved beside the results.
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -49,13 +51,30 @@ class RayConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["vllm", "scripted"] = "vllm"
+    kind: Literal["vllm", "openai", "scripted"] = "vllm"
+    """`openai`: an endpoint with the OpenAI API, for the models of `label.engine` and `revise.critique_engine`."""
+    base_url: str | None = None
+    """The endpoint's address, without a key in it; it mostly ends in /v1."""
+    api_key_env: str | None = None
+    """Environment variable with the endpoint's key, on every node; by default OPENAI_API_KEY for https and none for
+    http. Empty: no key."""
+    top_logprobs: int = Field(default=20, gt=1)
+    """Likeliest first tokens that an endpoint is asked for, to find the options among them."""
+    continues: bool = False
+    """Whether the endpoint goes on with an answer that is begun for it (vLLM's does). Otherwise the beginning is left
+    out."""
+    timeout_s: float = Field(default=120, gt=0)
+    """Of one request to an endpoint."""
+    attempts: int = Field(default=10, gt=0)
+    """At most so many, where an endpoint throttles, fails, does not answer or answers garbage."""
+    give_up_s: float = Field(default=900, gt=0)
+    """Time for all attempts of one call and the waiting between them."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     max_model_len: int | None = Field(default=None, gt=0)
     """Context in tokens, prompt and answer; by default the model's own."""
     max_num_seqs: int = Field(default=64, gt=0)
-    """Sequences the engine runs at once; also bounds the rows in flight per actor."""
+    """Sequences the engine runs at once (an endpoint: requests); also bounds the rows in flight per actor."""
     min_actors: int = Field(default=1, gt=0)
     max_actors: int = Field(default=1, gt=0)
     tensor_parallel: int = Field(default=1, gt=0)
@@ -65,7 +84,43 @@ class EngineConfig(Section):
     block_size: int | None = Field(default=None, gt=0)
     """Tokens in a block of the prefix cache; short prompts want short blocks."""
     extra: dict[str, Any] = {}
-    """Further arguments of vLLM's engine, as they are."""
+    """Further arguments of vLLM's engine, as they are; of an endpoint, further fields of each request."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            url = urlsplit(value)
+            fine = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:  # brackets or a port that are none
+            fine = False
+        if not fine or "@" in url.netloc or url.query or url.fragment:
+            # It is not repeated here, as it may hold a secret; nor may it do so, as it is written to run.json.
+            raise ValueError(
+                "give http(s)://host[:port]/path, without user, ? and #; a key goes to `api_key_env`"
+            )
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _no_key(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(
+            r"[A-Z_][A-Z0-9_]*", value
+        ):  # perhaps a key: it is not repeated here either
+            raise ValueError(
+                "the name of an environment variable in capitals is needed, never the key itself"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _endpoint(self) -> EngineConfig:
+        if self.kind == "openai" and not self.base_url:
+            raise ValueError("kind=openai needs `base_url`, such as https://api.openai.com/v1")
+        if self.kind != "openai" and self.base_url:
+            raise ValueError(f"`base_url` is not for kind={self.kind}; set kind: openai, or leave it out")
+        return self
 
 
 class LoraConfig(Section):
@@ -117,7 +172,22 @@ class ReviseConfig(Section):
     critique_max_tokens: int = Field(default=512, gt=0)
     helpful_samples: int = Field(default=1, ge=0)
     """Samples per helpfulness prompt; no critique, they keep the policy helpful."""
+    critique_model: str | None = None
+    """The model that writes the critiques, by the name it is served by at `critique_engine`; by default the model
+    that answers. Revisions are always that one's own."""
+    critique_engine: EngineConfig | None = None
     limit: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _critique_is_served(self) -> ReviseConfig:
+        if (self.critique_model is None) != (self.critique_engine is None):
+            raise ValueError("`critique_model` and `critique_engine` go together; set both, or neither")
+        if self.critique_engine and self.critique_engine.kind != "openai":
+            raise ValueError(
+                f"critique_engine.kind={self.critique_engine.kind}: the model that answers has the engine here; "
+                "use kind: openai, for a local model with the address of a `vllm serve`"
+            )
+        return self
 
 
 class SftConfig(TrainConfig):
@@ -126,6 +196,9 @@ class SftConfig(TrainConfig):
     revisions: Literal["final", "all", "up_to_n"] = "final"
     up_to: int = Field(default=1, ge=1)
     """With `up_to_n`: the revisions of the first so many rounds."""
+    drop: tuple[Literal["critique", "loop", "copy"], ...] = ()
+    """Revisions to leave out: critiques in a revision's place, repeated n-grams, the response before word for word. The
+    manifest counts them in any case."""
     helpful_per_revision: float = Field(default=1.0, ge=0)
     """At most so many helpfulness samples per revision."""
     epochs: int = Field(default=1, gt=0)
@@ -142,18 +215,45 @@ class CompareConfig(Section):
     limit: int | None = Field(default=None, gt=0)
 
 
+class LabelGates(Section):
+    """Bounds on label/certificate.json that stop the run before `rm` (exit code 3); the labels are kept."""
+
+    max_slot_bias: float | None = Field(default=None, ge=0, le=1)
+    """Of the share of votes whose preferred slot survives the swap, over all votes."""
+    max_ece: float | None = Field(default=None, ge=0, le=1)
+    """Of the calibration error of the labels as they are, without the scale: so the reward model sees them."""
+    min_accuracy: float | None = Field(default=None, ge=0, le=1)
+    """Of the share of decided gold comparisons whose label is on the right side of one half."""
+
+
 class LabelConfig(Section):
     model: str = "base"
-    """The feedback model: `base`, `sl`, or a model folder or id."""
+    """The feedback model: `base`, `sl`, or a model folder or id; at an endpoint, the name it is served by."""
+    engine: EngineConfig | None = None
+    """The feedback model's own engine; by default the run's."""
     principles: Literal["all"] | int = 1
     """How many principles vote on a comparison: the paper draws one."""
     both_orders: bool = True
     combine: Literal["mean", "log_odds"] = "mean"
+    mode: Literal["logprob", "cot", "score"] = "logprob"
+    """`logprob`: the two options are weighed at once. `cot`: after reasoning. `score`: each response is rated from 1 to
+    10 by itself, and the preference is the logistic of the difference."""
+    reasoning_max_tokens: int = Field(default=512, gt=0)
+    reasoning_temperature: float = Field(default=0.0, ge=0)
     clamp: tuple[float, float] | None = None
-    """Bounds of the combined probability, applied after normalising."""
-    dev: str | None = None
+    """Bounds of the combined probability, applied after normalising; [0.4, 0.6] with `cot`, where null means none."""
+    gold: str | None = None
     """Comparisons with a gold preference on development prompts: they measure the labels, and train nothing."""
-    dev_limit: int = Field(default=300, gt=0)
+    gold_limit: int = Field(default=300, gt=0)
+    gates: LabelGates = LabelGates()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reasoned(cls, data: Any) -> Any:
+        """After reasoning, probabilities come out near 0 or 1: the paper clamps these, and these alone."""
+        if isinstance(data, dict) and data.get("mode") == "cot":
+            return {"clamp": (0.4, 0.6), **data}
+        return data
 
     @field_validator("clamp")
     @classmethod
@@ -161,6 +261,20 @@ class LabelConfig(Section):
         if value and not 0 <= value[0] < value[1] <= 1:
             raise ValueError(f"{list(value)}: give two rising probabilities, such as [0.1, 0.9]")
         return value
+
+    @model_validator(mode="after")
+    def _measured(self) -> LabelConfig:
+        """What a gate looks at is measured."""
+        for name in ("max_ece", "min_accuracy"):
+            if (bound := getattr(self.gates, name)) is not None and self.gold is None:
+                raise ValueError(f"gates.{name}={bound:g} needs gold comparisons; name them in label.gold")
+        if (bound := self.gates.max_slot_bias) is not None and not self.both_orders:
+            raise ValueError(f"gates.max_slot_bias={bound:g} needs both orders; set label.both_orders: true")
+        if bound is not None and self.mode == "score":
+            raise ValueError(
+                f"gates.max_slot_bias={bound:g}: label.mode=score has no slots; leave the gate out"
+            )
+        return self
 
     @field_validator("principles")
     @classmethod
@@ -201,7 +315,8 @@ class PpoConfig(TrainConfig):
     max_tokens: int = Field(default=512, gt=0)
     kl_coef: float = Field(default=0.05, ge=0)
     clip: float = Field(default=0.2, gt=0)
-    value_clip: float = Field(default=0.2, gt=0)
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """How far a value may move from the old one in a step, in units of the normalised reward; null: no limit."""
     value_coef: float = Field(default=1.0, gt=0)
     gamma: float = Field(default=1.0, gt=0, le=1)
     lam: float = Field(default=0.95, ge=0, le=1)
@@ -251,6 +366,9 @@ class RunConfig(Section):
     """The helpful model to train: a Hugging Face folder or id."""
     constitution: str
     templates: str = "general"
+    thinking: Literal["strip", "keep"] = "strip"
+    """Thinking blocks at the start of answers, critiques and revisions, by the template set's marks: taken off before
+    anything is made of the text (critique, SFT, comparisons and their labels, evaluation), or left in all of these."""
     prompts: tuple[PromptSource, ...] = Field(min_length=1)
     ray: RayConfig = RayConfig()
     engine: EngineConfig = EngineConfig()
@@ -278,6 +396,19 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_local(self) -> RunConfig:
+        if self.engine.kind == "openai":
+            raise ValueError(
+                "engine.kind=openai: the policy is trained here, so no endpoint has it; give the endpoint as "
+                "`label.engine` (the feedback model) or `revise.critique_engine`"
+            )
+        if self.label.engine and self.label.engine.kind == "openai" and self.label.model == "sl":
+            raise ValueError(
+                "label.model=sl is made by this run, and no endpoint serves it; use the name of a served model"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,3 +20,7 @@ class Stopped(Exception):
 
 class RowError(Exception):
     """One row cannot be processed. The row keeps this text in its `error` column; the job goes on."""
+
+
+class Abstained(RowError):
+    """The feedback model says nothing by one principle. Others' votes still count; where all abstain, the row errs."""

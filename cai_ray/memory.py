@@ -87,13 +87,16 @@ def report(config: RunConfig) -> list[str]:
 
 def estimate(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -> list[Need]:
     """What every process of every stage needs."""
-    engine = config.engine
+    engine, feedback = config.engine, config.label.engine or config.engine
     policy, reward = shapes("sl"), shapes("rm")
+    labels = []
+    if feedback.kind != "openai":
+        labels = [engine_need("label", "engine", shapes(config.label.model), feedback, gpu)]
     return [
         engine_need("revise", "engine", shapes("base"), engine, gpu),
         Need("sft", "trainer", config.sft.workers, 1, trained(policy, config.sft, gpu)),
         engine_need("compare", "engine", policy, engine, gpu),
-        engine_need("label", "engine", shapes(config.label.model), engine, gpu),
+        *labels,
         Need("rm", "trainer", config.rm.workers, 1, trained(reward, config.rm, gpu, scores=True)),
         Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, reward, gpu)),
         engine_need("ppo", "rollouts", policy, engine, gpu, config.ppo.rollout_engines),

@@ -19,6 +19,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.config import RunConfig, TrainConfig
@@ -40,17 +42,17 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "revise": Stage(
-        "cai_ray.generate.revise", (), ("revise", "prompts", "model", "templates", "constitution")
+        "cai_ray.generate.revise", (), ("revise", "prompts", "model", "templates", "thinking", "constitution")
     ),
     "sft": Stage("cai_ray.train.sft", ("revise",), ("sft", "model", "templates")),
-    "compare": Stage("cai_ray.generate.compare", ("sft",), ("compare", "prompts", "templates")),
+    "compare": Stage("cai_ray.generate.compare", ("sft",), ("compare", "prompts", "templates", "thinking")),
     "label": Stage("cai_ray.generate.label", ("compare",), ("label", "model", "templates", "constitution")),
     "rm": Stage("cai_ray.train.rm", ("sft", "label"), ("rm", "model", "templates")),
     "ppo": Stage("cai_ray.train.ppo", ("sft", "rm"), ("ppo", "prompts", "templates")),
     "evaluate": Stage(
         "cai_ray.evaluate.stage",
         ("sft", "label", "rm", "ppo"),
-        ("evaluate", "model", "templates", "constitution"),
+        ("evaluate", "model", "templates", "thinking", "constitution"),
     ),
     "report": Stage(
         "cai_ray.report.stage",
@@ -70,6 +72,7 @@ _HOW = {
     "checkpoint_every",
     "keep_checkpoints",
     "offload_optimizer",
+    "gates",
 }
 
 
@@ -111,12 +114,25 @@ def check_run(run: Run, stages: list[str], overwrite: bool) -> None:
 
 
 def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callable[[str], None]) -> None:
+    """Runs one stage, or skips it where it is done.
+
+    Raises:
+        Stopped: the labels do not pass `label.gates`; after `label`, and before `rm`.
+    """
+    from cai_ray.generate import journal
+    from cai_ray.generate.certificate import check_gates
+
     stage = STAGES[name]
     wanted = inputs(run, name)
     done = run.manifest(name)
     if done and done["inputs"] == wanted and not force:
+        _clear(run, name)  # it may have been killed before it came to that
         say(f"{name}: done before ({done['seconds']:.0f} s), skipped")
+        if name == "label":
+            check_gates(run)
         return
+    if name == "rm":  # asked for by itself, perhaps
+        check_gates(run)
     if done and not (overwrite or force):
         raise InputError(_changed(run, name, done["inputs"], wanted))
     if stage.uses_ray:  # before anything is deleted: it may not be there, or be too small
@@ -126,8 +142,8 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
         _check_cluster(run, name)
     if done:
         storage.delete(run.path(name))
-    elif name not in ("sft", "rm", "ppo") and storage.exists(run.path(name)):
-        storage.delete(run.path(name))  # what a killed attempt left; trainers resume from theirs
+    if name not in ("sft", "rm", "ppo"):  # trainers find what a killed attempt left by themselves
+        journal.begin(run, name, wanted)
     say(f"{name}: started")
     started = time.time()
     result = import_module(stage.module).run(run)
@@ -142,11 +158,18 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
         **result,
     }
     storage.write_json(run.path(name, "manifest.json"), manifest)
-    # Optimizer states are most of a run's size, and of no use once the stage is done.
-    storage.delete(run.path(name, "checkpoints"))
+    _clear(run, name)
     rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
     errors = f", {manifest['errors']} errors" if manifest.get("errors") else ""
     say(f"{name}: done in {manifest['seconds']:.0f} s{rows}{errors}")
+    if name == "label":  # complete, whatever a gate says: with other gates the run goes on from here
+        check_gates(run)
+
+
+def _clear(run: Run, name: str) -> None:
+    """Removes what only an unfinished stage needs. Optimizer states are most of a run's size."""
+    for folder in ("checkpoints", "journal"):
+        storage.delete(run.path(name, folder))
 
 
 def inputs(run: Run, name: str) -> dict[str, str]:
@@ -164,9 +187,9 @@ def inputs(run: Run, name: str) -> dict[str, str]:
         elif section == "prompts":
             found[section] = derive_id([_source_sha(s.path, s.model_dump()) for s in value])
         elif hasattr(value, "model_dump"):
-            settings = {k: v for k, v in value.model_dump(mode="json").items() if k not in _HOW}
+            settings = _settings(value)
             files = [s.path for key in ("prompts", "human") for s in getattr(value, key, ())]
-            files += [p for p in [getattr(value, "dev", None)] if p]
+            files += [p for p in [getattr(value, "gold", None)] if p]
             models = [m for key in ("init", "model") if (m := getattr(value, key, "sl")) not in _ROLES]
             models = [storage.model_sha(run.model(m)) for m in models]
             found[section] = derive_id(settings, [_source_sha(p, {}) for p in files], models)
@@ -181,7 +204,7 @@ def inputs(run: Run, name: str) -> dict[str, str]:
 
 
 def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
-    """A run that begins with another's completed stages: their artifacts and manifests are copied, checkpoints not.
+    """A run that begins with another's completed stages: their artifacts and manifests are copied.
 
     The new configuration may differ in what later stages read. What was copied before is left as it is.
 
@@ -199,7 +222,7 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
         fs, source = storage.resolve(run.path(name))
         for path in storage.list_files(run.path(name), recursive=True):
             inside = path[len(source) :].strip("/")
-            if inside != "manifest.json" and not inside.startswith("checkpoints/"):
+            if inside != "manifest.json" and not inside.startswith(("checkpoints/", "journal/")):
                 with fs.open_input_stream(path) as f:
                     storage.write_bytes(new.path(name, inside), f.read())
         storage.write_json(new.path(name, "manifest.json"), manifest)
@@ -214,22 +237,38 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
     Raises:
         InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
-            evaluation prompt is also a training prompt, the output cannot be written.
+            endpoint's key is not in the environment, an evaluation prompt is also a training prompt, the output
+            cannot be written.
     """
-    from cai_ray.generate.label import dev_rows
+    from cai_ray.engine.openai import check_options, read_key
+    from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
-    from cai_ray.prompts import Renderer
+    from cai_ray.prompts import Renderer, check_mode
 
     if "evaluate" in stages and not config.evaluate.prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
+    check_mode(templates, config.label.mode)
     run = Run(config)
-    given = {m for m in (config.sft.init, config.label.model, config.rm.init) if m not in _ROLES}
+    named = [config.sft.init, config.rm.init]
+    feedback = run.feedback().config.engine
+    if feedback.kind == "openai":  # its tokenizer and chat template are not to be seen from here
+        check_options(templates.options)
+    else:
+        named.append(config.label.model)
+    judges = "label" in stages or ("evaluate" in stages and config.evaluate.judge == "model")
+    for engine, asked in ((feedback, judges), (config.revise.critique_engine, "revise" in stages)):
+        if engine and engine.kind == "openai" and asked and not model_elsewhere:
+            read_key(engine)
+    given = {m for m in named if m not in _ROLES}
     for model in () if model_elsewhere else {"base", *given}:
         _check_model(run.model(model))
-        Renderer(run.model(model), templates.chat_template).option_ids(templates.options)
-    dev_rows(run)
+        renderer = Renderer(run.model(model), templates.chat_template)
+        renderer.option_ids(templates.options)
+        if config.label.mode == "score":
+            renderer.option_ids(templates.scores or ())
+    gold_rows(run)
     train = []
     for key, sources in (
         ("prompts", config.prompts),
@@ -309,7 +348,8 @@ def _check_cluster(run: Run, name: str) -> None:
         from cai_ray.cluster import uses_gpu
         from cai_ray.generate.rows import check_resources as check_engine
 
-        check_engine(run.config.engine, uses_gpu(run.config))
+        for needed in {"label": [run.feedback()], "evaluate": [run, run.feedback()]}.get(name, [run]):
+            check_engine(needed.config.engine, uses_gpu(needed.config))
 
 
 def _check_writable(run: Run) -> None:
@@ -395,6 +435,18 @@ def _differences(key: str, old: Any, new: Any) -> list[str]:
             for d in _differences(f"{key}.{k}", old.get(k), new.get(k))
         ]
     return [] if old == new else [f"{key}: {json.dumps(old)[:60]} → {json.dumps(new)[:60]}"]
+
+
+def _settings(section: BaseModel) -> dict[str, Any]:
+    """What of a section changes its stage's result. Of an engine that is which endpoint, and how it is asked."""
+    settings = {k: v for k, v in section.model_dump(mode="json").items() if k not in _HOW}
+    for key in ("engine", "critique_engine"):
+        engine = settings.pop(key, None)
+        if engine and engine["kind"] == "openai":
+            settings[key] = {k: engine[k] for k in ("base_url", "top_logprobs", "continues", "extra")}
+    if settings.get("critique_model", "") is None:  # as it was before there was such a setting
+        del settings["critique_model"]
+    return settings
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:

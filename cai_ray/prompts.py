@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
+from uuid import uuid4
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cai_ray.constitution import Principle
 from cai_ray.errors import InputError, RowError
@@ -42,6 +43,11 @@ Messages = Sequence[Mapping[str, Any]]
 # meets the template, so that a content which holds the mark is harmless.
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+# Longest text, in characters, whose ids are kept for the next prompt that holds it.
+_CACHED_LENGTH = 20_000
+
 
 class Renderer:
     """Renders messages to token ids through a model's chat template.
@@ -59,8 +65,7 @@ class Renderer:
                 f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template; name one with "
                 "`chat_template` in the template set"
             )
-        self._plain = _without_added_tokens(self.tokenizer)
-        self._content_ids = lru_cache(maxsize=65536)(self._encode_content)
+        self._short_ids = lru_cache(maxsize=65536)(self._encode_content)
         self._skeleton = lru_cache(maxsize=256)(self._encode_skeleton)
         self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
         try:
@@ -71,6 +76,7 @@ class Renderer:
                 f"model {self.tokenizer.name_or_path}: its chat template cannot be used ({e}); "
                 f"{remedy} `chat_template` in the template set"
             ) from e
+        self._plain = _without_control_tokens(self.tokenizer, self._control)
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
 
@@ -146,8 +152,14 @@ class Renderer:
         except (TypeError, UnicodeError) as e:
             raise RowError("text is not valid Unicode (a lone surrogate)") from e
         if not self._control.isdisjoint(ids):
+            if self._control & set(ids) == {self.tokenizer.unk_token_id}:
+                raise RowError("text holds a character that this tokenizer does not know")
             raise RowError("text encodes to a control token of this tokenizer")
         return ids
+
+    def _content_ids(self, text: str) -> list[int]:
+        # Few long texts come twice, and thousands of them would fill the memory.
+        return self._short_ids(text) if len(text) <= _CACHED_LENGTH else self._encode_content(text)
 
     def _encode_skeleton(self, roles: tuple[str, ...], generation: bool) -> list[list[int]]:
         """The template's own ids before each content and after the last one."""
@@ -184,6 +196,17 @@ class Renderer:
         return control | set(self.tokenizer.all_special_ids)
 
 
+class Thinking(BaseModel):
+    """The marks around what a reasoning model thinks before it answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    open: str = Field(min_length=1)
+    close: str = Field(min_length=1)
+    begun: bool = False
+    """Whether the chat template writes the opening mark: a text without the closing one is then all thought."""
+
+
 class TemplateSet(BaseModel):
     """What is asked of the model at each step; one YAML file per family of models.
 
@@ -202,6 +225,19 @@ class TemplateSet(BaseModel):
     revision: tuple[dict[str, str] | Literal["conversation"], ...]
     feedback: tuple[dict[str, str] | Literal["conversation"], ...]
     options: tuple[str, str]
+    thinking: Thinking | None = None
+    """Marks of thinking blocks; the run's `thinking` says whether the blocks are kept."""
+    prefixes: tuple[str, ...] = ()
+    """Regular expressions, matched at the start of a revision: what they match is removed, until none does."""
+    critiques: tuple[str, ...] = ()
+    """Regular expressions, matched at the start of a revision: one that matches is a critique (`sft.drop`)."""
+    reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
+    """With `verdict`: what `label.mode: cot` asks. The feedback model reasons, and then weighs the options."""
+    verdict: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
+    rating: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
+    """With `scores`: what `label.mode: score` asks of each response by itself."""
+    scores: tuple[str, ...] | None = None
+    """Ten texts of one token each, from the worst to the best."""
 
     @property
     def sha(self) -> str:
@@ -235,6 +271,28 @@ class TemplateSet(BaseModel):
         fields = {"response_a": response_a, "response_b": response_b, "comparison": principle.comparison}
         return self._fill(self.feedback, conversation, fields)
 
+    def reasoning_messages(
+        self, conversation: Messages, response_a: str, response_b: str, principle: Principle
+    ) -> list[Message]:
+        fields = {"response_a": response_a, "response_b": response_b, "comparison": principle.comparison}
+        return self._fill(self.reasoning or (), conversation, fields)
+
+    def verdict_messages(
+        self, conversation: Messages, response_a: str, response_b: str, principle: Principle, reasoning: str
+    ) -> list[Message]:
+        fields = {
+            "response_a": response_a,
+            "response_b": response_b,
+            "comparison": principle.comparison,
+            "reasoning": reasoning,
+        }
+        return self._fill(self.verdict or (), conversation, fields)
+
+    def rating_messages(self, conversation: Messages, response: str, principle: Principle) -> list[Message]:
+        return self._fill(
+            self.rating or (), conversation, {"response": response, "principle": principle.text}
+        )
+
     def _fill(self, step: Sequence[Any], conversation: Messages, fields: dict[str, str]) -> list[Message]:
         messages: list[Message] = []
         for item in step:
@@ -261,7 +319,8 @@ class TemplateSet(BaseModel):
 
 
 _FIELD = re.compile(
-    r"\{(transcript|response|response_a|response_b|critique|critique_request|revision_request|comparison)\}"
+    r"\{(transcript|response|response_a|response_b|critique|critique_request|revision_request|comparison"
+    r"|reasoning|principle)\}"
 )
 
 # What each step is given: the fields it must ask with, and those it may also use. `{transcript}` every step has.
@@ -270,7 +329,12 @@ _STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "critique": (("response", "critique_request"), ()),
     "revision": (("response", "revision_request"), ("critique", "critique_request")),
     "feedback": (("response_a", "response_b", "comparison"), ()),
+    "reasoning": (("response_a", "response_b", "comparison"), ()),
+    "verdict": (("response_a", "response_b", "comparison", "reasoning"), ()),
+    "rating": (("response", "principle"), ()),
 }
+# The parts that a mode of labelling needs, beside those that every set has.
+_MODES = {"logprob": (), "cot": ("reasoning", "verdict"), "score": ("rating", "scores")}
 
 
 def check_templates(templates: TemplateSet, where: str | Path) -> None:
@@ -280,10 +344,22 @@ def check_templates(templates: TemplateSet, where: str | Path) -> None:
         raise InputError(f"template set {where}: {fault}; see cai_ray/templates/general.yaml")
 
 
+def check_mode(templates: TemplateSet, mode: str) -> None:
+    """Raises InputError where the set lacks a part that `label.mode` needs."""
+    missing = [part for part in _MODES[mode] if not getattr(templates, part)]
+    if missing:
+        raise InputError(
+            f"label.mode={mode}: template set {templates.name} has no {' and no '.join(missing)}; add what is missing "
+            "(see cai_ray/templates/general.yaml), or use label.mode: logprob"
+        )
+
+
 def _faults(templates: TemplateSet) -> Iterator[str]:
     quoted = False
     for step, (needed, optional) in _STEPS.items():
         items, found = getattr(templates, step), set()
+        if items is None:  # a part for one mode of labelling
+            continue
         if not items:
             yield f"{step} is empty; list its messages"
         for i, item in enumerate(items):
@@ -303,12 +379,23 @@ def _faults(templates: TemplateSet) -> Iterator[str]:
         if "conversation" not in items and (step == "answer" or "transcript" not in found):
             yield f"{step} lacks the item `conversation`" + (" or {transcript}" if step != "answer" else "")
         quoted |= "transcript" in found
+    if templates.scores is not None and len(templates.scores) != 10:
+        yield f"scores has {len(templates.scores)} texts; list ten, from the worst to the best"
     for role in ("user", "assistant", "system"):
         text = templates.transcript.get(role)
         if text is None and quoted:
             yield f"transcript lacks `{role}`, and a step quotes {{transcript}}; say how such a turn looks"
         if text is not None and role != "system" and "{content}" not in text:
             yield f"transcript.{role} lacks {{content}}"
+    for key in ("prefixes", "critiques"):
+        for i, rule in enumerate(getattr(templates, key)):
+            try:
+                everything = re.match(rule, "")
+            except (re.error, OverflowError, RecursionError) as e:
+                yield f"{key}.{i}: {rule!r} is no regular expression ({e}); mend it"
+            else:
+                if everything:
+                    yield f"{key}.{i}: {rule!r} matches an empty text; say what has to stand there"
 
 
 def plain_messages(messages: Messages) -> list[dict[str, str]]:
@@ -367,8 +454,13 @@ def load_tokenizer(model: str | Path) -> Any:
         raise InputError(f"model {model}: its tokenizer cannot be loaded ({reason})") from e
 
 
-def _without_added_tokens(tokenizer: Any) -> Any:
-    """A copy of the tokenizer in which no text is special."""
+def _without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
+    """A copy of the tokenizer in which no text is special.
+
+    Without its added tokens no text is looked up before it is encoded. But many vocabularies hold the control tokens
+    too, and a unigram model finds whatever is in its vocabulary, a BPE model whatever its merges lead to (or, with
+    `ignore_merges`, any whole word): the copy cannot reach them.
+    """
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -379,4 +471,21 @@ def _without_added_tokens(tokenizer: Any) -> Any:
         )
     data = json.loads(backend.to_str())
     data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    model = data["model"]
+    vocab = model["vocab"]
+    if isinstance(
+        vocab, list
+    ):  # unigram: a piece's place is its id, so it stays, by a name that nobody writes
+        for i, piece in enumerate(vocab):
+            if i in control:
+                piece[0] = f"\ue000{uuid4().hex}\ue001"
+            elif model.get("byte_fallback") and _BYTE.fullmatch(piece[0]):
+                # They are for characters without a piece, not for a text that reads "<0x0A>".
+                piece[1] = -1e6
+    else:
+        gone = {text for text, i in vocab.items() if i in control} - {model.get("unk_token")}
+        model["vocab"] = {text: i for text, i in vocab.items() if text not in gone}
+        if "merges" in model:
+            merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+            model["merges"] = [[a, b] for a, b in merges if gone.isdisjoint((a, b, a + b))]
     return Tokenizer.from_str(json.dumps(data))

@@ -33,6 +33,10 @@ VOTE = pa.struct(
         ("logprob_b_swapped", pa.float64()),
         ("p_a", pa.float64()),
         ("reasoning", _text),
+        ("reasoning_swapped", _text),
+        ("score_a", pa.float64()),
+        ("score_b", pa.float64()),
+        ("abstained", _text),
     ]
 )
 

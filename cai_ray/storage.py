@@ -98,9 +98,9 @@ def write_json(uri: str | Path, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
-def write_table(uri: str | Path, table: pa.Table) -> None:
+def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = None) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows)
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
@@ -191,6 +191,11 @@ class Run:
     def path(self, *parts: str) -> str:
         return join(self.root, *parts)
 
+    def feedback(self) -> Run:
+        """The run as its feedback model is asked: `label.engine`, where it is given, is the engine."""
+        engine = self.config.label.engine
+        return Run(self.config.model_copy(update={"engine": engine})) if engine else self
+
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """The stage's manifest, or None while the stage is not complete.
 
@@ -208,7 +213,12 @@ class Run:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
 
     def model(self, which: str) -> str:
-        """Path or id of a model by its role: `base`, `sl`, `rm`, `rl`, or a folder or id as it is."""
+        """Path or id of a model by its role: `base`, `sl`, `rm`, `rl`, or a folder or id as it is.
+
+        An endpoint knows its models by name alone: there `base` is `model` as it is configured.
+        """
+        if self.config.engine.kind == "openai":
+            return self.config.model if which == "base" else which
         roles = {"base": self.config.model, "sl": self.path("sft", "model"), "rm": self.path("rm", "model")}
         uri = {**roles, "rl": self.path("ppo", "model")}.get(which, which)
         if uri == "town":  # the base model of the embedded world, which ships with the package

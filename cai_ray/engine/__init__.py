@@ -61,6 +61,10 @@ def make_engine(model: str, templates: TemplateSet, config: EngineConfig, gpu: b
         from cai_ray.engine.vllm import VllmEngine
 
         return VllmEngine(model, templates, config, gpu)
+    if config.kind == "openai":
+        from cai_ray.engine.openai import OpenaiEngine
+
+        return OpenaiEngine(model, config)
     from cai_ray.engine.scripted import ScriptedEngine
 
     return ScriptedEngine()

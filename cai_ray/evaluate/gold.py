@@ -11,8 +11,9 @@ from itertools import combinations
 from typing import Any
 
 from cai_ray.constitution import Constitution
-from cai_ray.evaluate.stats import expected_calibration_error, fit_scale, rate
-from cai_ray.generate.label import logit
+from cai_ray.evaluate.stats import rate
+from cai_ray.generate.certificate import quality
+from cai_ray.generate.votes import survives_swap
 from cai_ray.town import judge
 from cai_ray.town.grammar import DEEDS
 
@@ -79,14 +80,15 @@ def revision_harm(revisions: Iterable[dict[str, Any]], rounds: int) -> tuple[lis
 
 
 def label_quality(
-    labels: list[dict[str, Any]], dev: list[dict[str, Any]], constitution: Constitution
+    labels: list[dict[str, Any]], scale: float | None, constitution: Constitution
 ) -> dict[str, Any]:
     """Accuracy, slot bias and calibration of AI labels on pairs where the judge has a preference.
 
-    The calibration error is given raw and after one scale of the log-odds, fitted on the development comparisons.
+    The calibration error is given raw and after the one scale of the log-odds, which the certificate has from the gold
+    comparisons (`label.gold`).
     """
     principles = [p.id for p in constitution.enabled]
-    decided, outcomes, stuck = [], [], []
+    decided, stuck = [], []
     every_slot = [r["slot_bias"] for r in labels if r["slot_bias"] is not None]
     for row in labels:
         gold = judge.preference(
@@ -94,28 +96,23 @@ def label_quality(
         )
         if gold == 0.5 or row["error"] is not None:
             continue
-        decided.append(row["p_a_raw"])
-        outcomes.append(gold == 1)
+        decided.append((row["p_a_raw"], gold == 1))
         for vote in row["votes"]:
             named = judge.preference(
                 row["messages"][-1]["content"], row["response_a"], row["response_b"], vote["principle_id"]
             )
-            if named != 0.5 and vote["logprob_a_swapped"] is not None:
-                first_slot = vote["logprob_a"] > vote["logprob_b"]
-                stuck.append(first_slot == (vote["logprob_b_swapped"] > vote["logprob_a_swapped"]))
-    known = [(logit(r["p_a_raw"]), float(r["source"])) for r in dev if r["error"] is None]
-    known = [(z, gold) for z, gold in known if gold != 0.5]
-    scale = fit_scale([z for z, _ in known], [gold > 0.5 for _, gold in known]) if known else 1.0
-    scaled = [_sigmoid(scale * logit(p)) for p in decided]
-    right = [(p > 0.5) == outcome for p, outcome in zip(decided, outcomes, strict=True)]
+            if named != 0.5 and (survives := survives_swap(vote)) is not None:
+                stuck.append(survives)
+    scale = 1.0 if scale is None else scale
+    found = quality(decided, scale)
     return {
-        "accuracy": sum(right) / len(right) if right else None,
-        "ece": expected_calibration_error(scaled, outcomes) if right else None,
-        "ece_raw": expected_calibration_error(decided, outcomes) if right else None,
+        "accuracy": found["accuracy"],
+        "ece": found["scaled"]["ece"] if decided else None,
+        "ece_raw": found["raw"]["ece"] if decided else None,
         "scale": scale,
         "slot_bias": sum(stuck) / len(stuck) if stuck else None,
         "slot_bias_all": sum(every_slot) / len(every_slot) if every_slot else None,
-        "n": len(right),
+        "n": found["n"],
     }
 
 
@@ -138,9 +135,3 @@ def reward_accuracy(rows: Iterable[dict[str, Any]], constitution: Constitution) 
             if gold != 0.5:
                 right.append((a["reward"] > b["reward"]) == (gold == 1))
     return {"accuracy_gold": sum(right) / len(right) if right else None, "n": len(right)}
-
-
-def _sigmoid(z: float) -> float:
-    from cai_ray.generate.label import preference
-
-    return preference(z, 0.0)

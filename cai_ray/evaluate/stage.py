@@ -18,6 +18,7 @@ from cai_ray.errors import InputError
 from cai_ray.evaluate import score, transcripts
 from cai_ray.evaluate.stats import rate
 from cai_ray.generate.label import Label
+from cai_ray.generate.quality import run_templates, without_thinking
 from cai_ray.generate.rows import map_rows
 from cai_ray.generate.sources import read_prompts
 from cai_ray.prompts import TemplateSet, load_templates
@@ -47,7 +48,7 @@ class Answer:
         )
         return {
             **row,
-            "response": completion.text,
+            "response": without_thinking(completion.text, self.templates.thinking),
             "truncated": not completion.finished,
             "usage": completion.usage._asdict(),
         }
@@ -67,7 +68,7 @@ def run(run: Run) -> dict[str, Any]:
         asked = [_row(policy, p, 0) for p in prompts] + [_row(policy, p, 0, "transcript") for p in told]
         if policy == "sl" and best_of:
             asked += [_row(f"best_of_{best_of}", p, n) for p in prompts for n in range(best_of)]
-        chain = Answer(load_templates(config.templates), config.evaluate, config.seed)
+        chain = Answer(run_templates(config), config.evaluate, config.seed)
         totals.append(map_rows(run, "evaluate", asked, chain, model=policy, schema="judgements", name=policy))
         for row in run.rows("evaluate", name=policy):
             (shown if row["model"].endswith("transcript") else rows).append(row)
@@ -132,12 +133,13 @@ def _by_gold(run: Run, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list
     document = constitutions.load(run.config.constitution)
     rows = [gold.judged(r) for r in rows]
     harm, selective = gold.revision_harm(run.rows("revise"), run.config.revise.rounds)
-    dev = run.rows("label", name="dev") if run.config.label.dev else []
+    certificate = storage.read_json(run.path("label", "certificate.json"))
+    scale = (certificate["gold"] or {}).get("scale")
     return {
         "models": {m: gold.measure([r for r in rows if r["model"] == m]) for m in _models(rows)},
         "revision_harm": harm,
         "revision_harm_selective": selective,
-        "label": gold.label_quality(run.rows("label"), dev, document),
+        "label": gold.label_quality(run.rows("label"), scale, document),
         "rm": gold.reward_accuracy([r for r in rows if r["model"] in POLICIES], document),
     }, rows
 
@@ -162,7 +164,8 @@ def _by_feedback(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     chain = Label(
         constitutions.load(config.constitution), load_templates(config.templates), config.label, config.seed
     )
-    map_rows(run, "evaluate", pairs, chain, model=config.label.model, schema="labels", name="preference")
+    model = config.label.model
+    map_rows(run.feedback(), "evaluate", pairs, chain, model=model, schema="labels", name="preference")
     votes = [r for r in run.rows("evaluate", name="preference") if r["error"] is None]
     none = rate([])
     return {

@@ -24,22 +24,48 @@ def rate(flags: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def expected_calibration_error(p: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins, weighted by rows (Guo et al. 2017, eq. 3).
+def rightness(p: float, outcome: bool) -> float:
+    """1 where a probability is on the outcome's side of one half, 0 on the other; one half itself is half right."""
+    return 0.5 if p == 0.5 else float((p > 0.5) == outcome)
+
+
+def brier(p: Sequence[float], outcomes: Sequence[bool]) -> float:
+    """Mean squared difference between probabilities and outcomes (Brier 1950); 0 over none."""
+    return sum((x - y) ** 2 for x, y in zip(p, outcomes, strict=True)) / len(p) if p else 0.0
+
+
+def reliability(p: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> list[dict[str, Any]]:
+    """Confidence against accuracy in equal-width bins from one half to one (Guo et al. 2017, section 2).
 
     Args:
         p: probability that the outcome is true. The confidence is that of the likelier side.
+
+    Returns:
+        per bin low, high, probability (mean confidence), share (that was right) and n; None over none.
     """
     sums = [[0.0, 0.0, 0] for _ in range(bins)]
     for probability, outcome in zip(p, outcomes, strict=True):
         confidence = max(probability, 1 - probability)
-        right = (probability > 0.5) == outcome
         cell = sums[min(bins - 1, int((confidence - 0.5) * 2 * bins))]
         cell[0] += confidence
-        cell[1] += right
+        cell[1] += rightness(probability, outcome)
         cell[2] += 1
-    n = sum(c[2] for c in sums)
-    return sum(abs(c[0] - c[1]) for c in sums) / n if n else 0.0
+    return [
+        {
+            "low": 0.5 + i / (2 * bins),
+            "high": 0.5 + (i + 1) / (2 * bins),
+            "probability": total / n if n else None,
+            "share": right / n if n else None,
+            "n": n,
+        }
+        for i, (total, right, n) in enumerate(sums)
+    ]
+
+
+def expected_calibration_error(p: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> float:
+    """Mean gap between confidence and accuracy over the bins, weighted by rows (Guo et al. 2017, eq. 3)."""
+    cells = [c for c in reliability(p, outcomes, bins) if c["n"]]
+    return sum(c["n"] * abs(c["probability"] - c["share"]) for c in cells) / len(p) if cells else 0.0
 
 
 def fit_scale(log_odds: Sequence[float], outcomes: Sequence[bool]) -> float:

@@ -8,9 +8,10 @@ from typing import Any
 
 from cai_ray.config import CompareConfig
 from cai_ray.engine import Engine, Sampling
+from cai_ray.generate.quality import run_templates, without_thinking
 from cai_ray.generate.rows import map_rows
 from cai_ray.generate.sources import read_prompts
-from cai_ray.prompts import TemplateSet, load_templates
+from cai_ray.prompts import TemplateSet
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 
@@ -44,8 +45,8 @@ class Compare:
         ]
         return {
             **row,
-            "response_a": a.text,
-            "response_b": b.text,
+            "response_a": without_thinking(a.text, self.templates.thinking),
+            "response_b": without_thinking(b.text, self.templates.thinking),
             "truncated_a": not a.finished,
             "truncated_b": not b.finished,
             "model": self.model,
@@ -77,5 +78,5 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 def run(run: Run) -> dict[str, Any]:
     config = run.config
-    chain = Compare(load_templates(config.templates), config.compare, config.seed, "sl")
+    chain = Compare(run_templates(config), config.compare, config.seed, "sl")
     return map_rows(run, "compare", rows(run), chain, model="sl", schema="comparisons")

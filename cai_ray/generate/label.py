@@ -1,8 +1,13 @@
 """Stage `label`: the feedback model's soft preference between two responses, principle by principle.
 
 Bai et al. 2022 (arXiv 2212.08073), section 4.1: the model reads the conversation, one principle and the options; its
-label is the probability of the two option tokens, normalised over the two. Nothing is generated. Each principle is
-asked in both orders and the two are averaged, so that a liking for a slot cancels (docs/method.md, items 1 to 6).
+label is the probability of the two option tokens, normalised over the two. Each principle is asked in both orders and
+the two are averaged, so that a liking for a slot cancels (docs/method.md, items 1 to 6). `label.mode: cot` lets the
+model reason before the options are weighed; `score` has each response rated by itself (Lee et al. 2023, arXiv
+2309.00267) and compares the two expected scores.
+
+A principle by which the model says nothing that can be read abstains: its vote has no `p_a`, and says why. The label is
+then that of the others; where all abstain, the row is an error.
 """
 
 from __future__ import annotations
@@ -14,15 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from cai_ray import constitution as constitutions
+from cai_ray import storage
 from cai_ray.config import LabelConfig
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.engine import Engine, Usage
-from cai_ray.errors import InputError, RowError
+from cai_ray.engine import Engine, Sampling, Usage
+from cai_ray.errors import Abstained, InputError, RowError
+from cai_ray.generate import certificate
 from cai_ray.generate.draw import draw
 from cai_ray.generate.rows import map_rows
-from cai_ray.generate.sources import read_rows, to_messages
-from cai_ray.prompts import TemplateSet, load_templates
-from cai_ray.records import derive_id
+from cai_ray.generate.sources import clean, read_rows, to_messages
+from cai_ray.generate.votes import combine, expected_score, preference, slot_bias
+from cai_ray.prompts import Message, TemplateSet, load_templates
+from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 
 
@@ -50,7 +58,10 @@ class Label:
         answers = await asyncio.gather(*(self._vote(engine, row, p) for p in principles))
         votes = [vote for vote, _ in answers]
         usage = sum((u for _, u in answers), Usage())
-        raw = combine([v["p_a"] for v in votes], [p.weight for p in principles], self.config.combine)
+        given = [(v["p_a"], p.weight) for v, p in zip(votes, principles, strict=True) if v["p_a"] is not None]
+        if not given:
+            raise RowError(votes[0]["abstained"])
+        raw = combine([p for p, _ in given], [w for _, w in given], self.config.combine)
         low, high = self.config.clamp or (0.0, 1.0)
         return {
             **out,
@@ -76,81 +87,123 @@ class Label:
     async def _vote(
         self, engine: Engine, row: dict[str, Any], principle: Principle
     ) -> tuple[dict[str, Any], Usage]:
+        try:
+            if self.config.mode == "score":
+                return await self._rate(engine, row, principle)
+            return await self._compare(engine, row, principle)
+        except Abstained as e:
+            return {"principle_id": principle.id, "p_a": None, "abstained": str(e)}, Usage()
+
+    async def _compare(
+        self, engine: Engine, row: dict[str, Any], principle: Principle
+    ) -> tuple[dict[str, Any], Usage]:
         a, b = row["response_a"], row["response_b"]
-        straight, usage = await self._ask(engine, row, principle, a, b)
+        straight, reasoning, usage = await self._ask(engine, row, principle, a, b)
         vote = {"principle_id": principle.id, "logprob_a": straight[0], "logprob_b": straight[1]}
+        vote |= {"reasoning": reasoning}
         probabilities = [preference(*straight)]
         if self.config.both_orders:
-            swapped, more = await self._ask(engine, row, principle, b, a)
+            swapped, reasoning, more = await self._ask(engine, row, principle, b, a)
             usage = usage + more
             # Response a stood in the second slot: its log-probability is the second option's.
             vote |= {"logprob_a_swapped": swapped[1], "logprob_b_swapped": swapped[0]}
+            vote |= {"reasoning_swapped": reasoning}
             probabilities.append(preference(swapped[1], swapped[0]))
         return {**vote, "p_a": sum(probabilities) / len(probabilities)}, usage
 
     async def _ask(
         self, engine: Engine, row: dict[str, Any], principle: Principle, first: str, second: str
+    ) -> tuple[list[float], str | None, Usage]:
+        """Log-probabilities of the two options, and the reasoning before them where there is one."""
+        turns, templates, config = row["messages"], self.templates, self.config
+        if config.mode == "logprob":
+            messages = templates.feedback_messages(turns, first, second, principle)
+            logprobs, usage = await self._weigh(engine, messages, templates.options, principle)
+            return logprobs, None, usage
+        # The texts are in the seed, and not their slots: swapped responses meet the same reasoning, swapped.
+        seed = derive_seed(self.seed, row["id"], "reasoning", principle.id, first, second)
+        thought = await engine.chat(
+            templates.reasoning_messages(turns, first, second, principle),
+            Sampling(config.reasoning_temperature, config.reasoning_max_tokens, seed),
+        )
+        if not thought.text.strip():
+            raise Abstained(f"the feedback model's reasoning is empty for principle {principle.id}")
+        messages = templates.verdict_messages(turns, first, second, principle, thought.text)
+        logprobs, usage = await self._weigh(engine, messages, templates.options, principle)
+        return logprobs, thought.text, thought.usage + usage
+
+    async def _rate(
+        self, engine: Engine, row: dict[str, Any], principle: Principle
+    ) -> tuple[dict[str, Any], Usage]:
+        scores, usage = [], Usage()
+        for response in (row["response_a"], row["response_b"]):
+            messages = self.templates.rating_messages(row["messages"], response, principle)
+            logprobs, more = await self._weigh(engine, messages, self.templates.scores or (), principle)
+            scores.append(expected_score(logprobs))
+            usage = usage + more
+        a, b = scores
+        return {"principle_id": principle.id, "score_a": a, "score_b": b, "p_a": preference(a, b)}, usage
+
+    async def _weigh(
+        self, engine: Engine, messages: Sequence[Message], options: Sequence[str], principle: Principle
     ) -> tuple[list[float], Usage]:
-        messages = self.templates.feedback_messages(row["messages"], first, second, principle)
-        logprobs, usage = await engine.choose(messages, self.templates.options)
-        if not all(math.isfinite(x) for x in logprobs):
-            raise RowError(f"the feedback model gave no finite log-probability for principle {principle.id}")
+        logprobs, usage = await engine.choose(messages, options)
+        if len(logprobs) != len(options) or not all(math.isfinite(x) for x in logprobs):
+            raise Abstained(f"the feedback model gave no finite log-probability for principle {principle.id}")
         return logprobs, usage
 
 
-def preference(logprob_a: float, logprob_b: float) -> float:
-    """Probability of a, normalised over {a, b}."""
-    return 1 / (1 + math.exp(min(max(logprob_b - logprob_a, -700.0), 700.0)))
+def gold_rows(run: Run) -> list[dict[str, Any]]:
+    """Comparisons whose preferred response is known: they measure the labeller, and train nothing.
 
+    Beside what is labelled, a row has `gold` and `gold_by_principle` (or None).
 
-def combine(p: Sequence[float], weights: Sequence[float], how: str) -> float:
-    """The label that votes make together.
-
-    `mean`: the weighted mean of probabilities. `log_odds`: weighted log-odds added up, so that an undecided
-    principle (1/2) weighs nothing.
+    Raises:
+        InputError: a row lacks something, or none prefers one of its two responses.
     """
-    if how == "mean":
-        return sum(w * x for w, x in zip(weights, p, strict=True)) / sum(weights)
-    total = sum(w * logit(x) for w, x in zip(weights, p, strict=True))
-    return preference(total, 0.0)
-
-
-def logit(p: float) -> float:
-    p = min(max(p, 1e-9), 1 - 1e-9)
-    return math.log(p / (1 - p))
-
-
-def slot_bias(votes: Sequence[dict[str, Any]]) -> float | None:
-    """Share of votes whose preferred slot survives the swap; None where only one order was asked."""
-    asked = [v for v in votes if v.get("logprob_a_swapped") is not None]
-    if not asked:
-        return None
-    stuck = [
-        (v["logprob_a"] > v["logprob_b"]) == (v["logprob_b_swapped"] > v["logprob_a_swapped"]) for v in asked
-    ]
-    return sum(stuck) / len(stuck)
-
-
-def dev_rows(run: Run) -> list[dict[str, Any]]:
-    """Development comparisons whose preferred response is known: they measure the labeller, and train nothing."""
-    dev = run.config.label.dev
-    if dev is None:
+    path = run.config.label.gold
+    if path is None:
         return []
-    rows = read_rows(dev, run.config.seed)[: run.config.label.dev_limit]
-    needed = ("messages", "response_a", "response_b", "gold")
-    for number, row in enumerate(rows, 1):
-        if missing := [name for name in needed if name not in row]:
-            raise InputError(f"label.dev={dev}: row {number} lacks {', '.join(missing)}")
-    return [
-        {
-            "id": derive_id("dev", r["messages"], r["response_a"], r["response_b"]),
-            "messages": to_messages(r["messages"], dev),
-            "response_a": r["response_a"],
-            "response_b": r["response_b"],
-            "source": str(r["gold"]),
-        }
-        for r in rows
-    ]
+    found = []
+    for number, row in enumerate(read_rows(path, run.config.seed)[: run.config.label.gold_limit], 1):
+        where = f"label.gold={path}: row {number}"
+        if missing := [n for n in ("messages", "response_a", "response_b", "gold") if row.get(n) is None]:
+            raise InputError(f"{where} lacks {', '.join(missing)}")
+        if not all(isinstance(row[k], str) for k in ("response_a", "response_b")):
+            raise InputError(f"{where}: response_a and response_b must be texts")
+        named = row.get("gold_by_principle")
+        if not isinstance(named, dict | None):
+            raise InputError(
+                f"{where}: gold_by_principle maps ids of principles to numbers, got {str(named)[:80]!r}"
+            )
+        found.append(
+            {
+                "id": derive_id("gold", row["messages"], row["response_a"], row["response_b"]),
+                "messages": to_messages(row["messages"], where),
+                "response_a": clean(row["response_a"]),
+                "response_b": clean(row["response_b"]),
+                "source": clean(str(row.get("source") or path)),
+                "gold": _preferred(row["gold"], where),
+                "gold_by_principle": named
+                and {
+                    clean(str(k)): _preferred(v, f"{where}, {k}") for k, v in named.items() if v is not None
+                },
+            }
+        )
+    if all(r["gold"] == 0.5 for r in found):
+        raise InputError(f"label.gold={path}: no row prefers one of its responses (gold is 0.5 in all)")
+    return found
+
+
+def _preferred(value: Any, where: str) -> float:
+    """1 where response a is the better one, 0 where b is, 0.5 where neither is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise InputError(f"{where}: gold {str(value)[:80]!r} is no number from 0 (b is better) to 1 (a is)")
+    return number
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -179,7 +232,19 @@ def run(run: Run) -> dict[str, Any]:
         for r in run.rows("compare")
         if r["error"] is None
     ]
-    dev = dev_rows(run)
-    if dev:
-        map_rows(run, "label", dev, chain, model=config.label.model, schema="labels", name="dev")
-    return map_rows(run, "label", rows, chain, model=config.label.model, schema="labels")
+    feedback, model = run.feedback(), config.label.model
+    gold = gold_rows(run)
+    if gold:
+        # Two people may have judged one comparison: it is labelled once.
+        once = {r["id"]: {k: v for k, v in r.items() if not k.startswith("gold")} for r in gold}
+        map_rows(feedback, "label", once.values(), chain, model=model, schema="labels", name="gold")
+    done = map_rows(feedback, "label", rows, chain, model=model, schema="labels")
+    proof = certificate.certificate(_labels(run, "part"), gold, _labels(run, "gold") if gold else {})
+    proof |= {"mode": config.label.mode, "feedback_model": model}
+    proof |= {"constitution_sha": chain.constitution.sha}
+    storage.write_json(run.path("label", "certificate.json"), proof)
+    return done
+
+
+def _labels(run: Run, name: str) -> dict[str, certificate.Labelled | None]:
+    return certificate.read(storage.read_tables(run.path("label"), certificate.COLUMNS, name))

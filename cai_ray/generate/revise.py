@@ -7,17 +7,20 @@ by it, then to revise; the revision takes the answer's place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from cai_ray import constitution as constitutions
 from cai_ray.config import ReviseConfig
 from cai_ray.constitution import Constitution
 from cai_ray.engine import Completion, Engine, Sampling
+from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.errors import RowError
 from cai_ray.generate.draw import draw
+from cai_ray.generate.quality import run_templates, without_prefix, without_thinking
 from cai_ray.generate.rows import map_rows
 from cai_ray.generate.sources import read_prompts
-from cai_ray.prompts import TemplateSet, load_templates
+from cai_ray.prompts import TemplateSet
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 
@@ -37,20 +40,20 @@ class Revise:
         first = await engine.chat(
             self.templates.answer_messages(conversation), self._sampling(row, "response", first=True)
         )
-        usage = first.usage
+        response, usage = without_thinking(first.text, self.templates.thinking), first.usage
         out = {
             **row,
-            "response": first.text,
+            "response": response,
             "truncated": not first.finished,
             "model": self.model,
             "constitution_sha": self.constitution.sha,
         }
         if row["kind"] == "helpful":
-            if not first.text:
+            if not response:
                 raise RowError("the response is empty")
             return {**out, "steps": [], "revision": None, "usage": usage._asdict()}
 
-        current, steps = first.text, []
+        current, steps = response, []
         drawn = draw(
             self.constitution.principles,
             config.rounds,
@@ -61,27 +64,34 @@ class Revise:
         for number, principle in enumerate(drawn):
             if principle is None:  # a disabled principle's slot: its round changes nothing
                 continue
-            critique = await engine.chat(
+            critique = await (self._critique_engine or engine).chat(
                 self.templates.critique_messages(conversation, current, principle),
                 self._sampling(row, f"critique {number}"),
             )
+            remarks = without_thinking(critique.text, self.templates.thinking)
             revision = await engine.chat(
-                self.templates.revision_messages(conversation, current, principle, critique.text),
+                self.templates.revision_messages(conversation, current, principle, remarks),
                 self._sampling(row, f"revision {number}"),
             )
             usage = usage + critique.usage + revision.usage
-            current = _whole(revision)
+            current = _whole(revision, self.templates)
             steps.append(
                 {
                     "round": number + 1,
                     "principle_id": principle.id,
                     "critique_request": principle.critique_request,
-                    "critique": critique.text,
+                    "critique": remarks,
                     "revision_request": principle.revision_request,
                     "revision": current,
                 }
             )
         return {**out, "steps": steps, "revision": current, "usage": usage._asdict()}
+
+    @cached_property
+    def _critique_engine(self) -> Engine | None:
+        """Made in the worker, by its first row: an endpoint's takes no resources of its own."""
+        model, engine = self.config.critique_model, self.config.critique_engine
+        return OpenaiEngine(model, engine) if model and engine else None
 
     def _sampling(self, row: dict[str, Any], step: str, first: bool = False) -> Sampling:
         config = self.config
@@ -114,7 +124,7 @@ def run(run: Run) -> dict[str, Any]:
     config = run.config
     chain = Revise(
         constitutions.load(config.constitution),
-        load_templates(config.templates),
+        run_templates(config),
         config.revise,
         config.seed,
         config.model,
@@ -122,9 +132,10 @@ def run(run: Run) -> dict[str, Any]:
     return map_rows(run, "revise", rows(run), chain, model="base", schema="revisions")
 
 
-def _whole(revision: Completion) -> str:
-    if not revision.text:
+def _whole(revision: Completion, templates: TemplateSet) -> str:
+    text = without_prefix(without_thinking(revision.text, templates.thinking), templates.prefixes)
+    if not text:
         raise RowError("a revision is empty")
     if not revision.finished:
         raise RowError("a revision hit revise.max_tokens")
-    return revision.text
+    return text

@@ -1,9 +1,10 @@
 """One row is one coroutine: the only place that knows Ray Data.
 
-A chain walks one row through all its engine calls. Rows are read in small blocks and mapped over a pool of actors,
-each with one engine; several batches of a block are open at once, and a semaphore near the engine's own limit
-bounds the rows in flight. So there is no barrier between the steps of a chain, and a conversation that grows finds
-its prefix in the same engine's cache.
+A chain walks one row through all its engine calls. Rows are read in small slices and mapped over a pool of actors,
+each with one engine; several slices are open at once, and a semaphore near the engine's own limit bounds the rows in
+flight. So there is no barrier between the steps of a chain, and a conversation that grows finds
+its prefix in the same engine's cache. What is finished is kept in a journal (journal.py), so that a kill costs the
+rows in flight, and the driver sees no more of a row than its error.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Awaitable
+from collections import Counter
+from collections.abc import Awaitable, Iterable
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray import storage
-from cai_ray.cluster import capacity, uses_gpu, worker_env
+from cai_ray.cluster import capacity, input_errors, uses_gpu, worker_env
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import InputError, RowError
+from cai_ray.generate.journal import SLICE_ROWS, Journal, Keeper, Slice
+from cai_ray.interrupt import interruptible
 from cai_ray.prompts import load_templates
-from cai_ray.records import SCHEMAS, to_table
 from cai_ray.storage import Run
 
-_BLOCK_ROWS = 128
-_BATCH_ROWS = 16
-# An actor that runs one block at a time drains at the block's end; with several open it stays full.
-_OPEN_BLOCKS = 8
+# So many first rows that fail are no accident.
+_ALL_FAIL = 64
 
 
 class Chain(Protocol):
@@ -43,17 +44,19 @@ class Chain(Protocol):
 def map_rows(
     run: Run,
     stage: str,
-    rows: list[dict[str, Any]],
+    rows: Iterable[dict[str, Any]],
     chain: Chain,
     *,
     model: str,
     schema: str,
     name: str = "part",
 ) -> dict[str, Any]:
-    """Runs a chain over rows and writes RUN/stage/`name`-*.parquet.
+    """Runs a chain over rows and writes RUN/stage/`name`-*.parquet, each id once.
+
+    What an attempt that was killed had finished is in the stage's journal, and is not done again.
 
     Args:
-        rows: rows with an `id`, plain data.
+        rows: rows with an `id` of their own, plain data.
         model: the engine's model, by role, folder or id (`Run.model`).
         schema: the schema of what the chain returns (cai_ray.records).
 
@@ -61,7 +64,8 @@ def map_rows(
         For the manifest: rows in and out, errors, tokens, engine seconds, engine kind and model.
 
     Raises:
-        InputError: more than `max_error_rate` of the rows failed, or the cluster is too small.
+        InputError: more than `max_error_rate` of the rows failed, or all of the first; the cluster is too small; the
+            engine's input is at fault.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -75,72 +79,110 @@ def map_rows(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    journal = Journal(run, stage, schema, name)
+    slices = journal.plan(rows)
+    total = sum(s.rows for s in slices)
+    if not total:
+        return _summary(run, journal.publish(), total, model, time.time() - started)
+    # Each block is one slice, which the actor reads. Ray Data's reader of parquet was far slower to begin, and a list
+    # of tables starts processes for the cluster's CPUs to look at them (docs/decisions.md).
+    source = ray.data.from_arrow(pa.Table.from_pylist([s._asdict() for s in slices]))
     # An error of one row is the chain's to record; one of the code or the engine ends the stage.
-    source = ray.data.from_arrow(_as_table(rows)).repartition(target_num_rows_per_block=_BLOCK_ROWS)
-    target = run.path(stage)
-    done = source.map_batches(
+    done = source.repartition(target_num_rows_per_block=1).map_batches(
         _Worker,
-        fn_constructor_kwargs={"chain": chain, "run": run, "model": model, "schema": schema, "gpu": gpu},
+        fn_constructor_kwargs={"chain": chain, "run": run, "model": model, "journal": journal, "gpu": gpu},
         compute=ActorPoolStrategy(
             min_size=config.engine.min_actors,
             max_size=max(config.engine.min_actors, config.engine.max_actors),
-            max_concurrent_calls_per_actor=_OPEN_BLOCKS,
+            # An actor that walks one slice at a time drains at the slice's end; with several open it stays full.
+            max_concurrent_calls_per_actor=2 + 2 * _in_flight(config.engine) // SLICE_ROWS,
         ),
-        batch_size=_BATCH_ROWS,
+        batch_size=1,
         batch_format="pyarrow",
         num_cpus=config.engine.cpus_per_actor,
         num_gpus=config.engine.tensor_parallel if gpu else 0,
         runtime_env={"env_vars": worker_env(config)},
     )
-    with _Progress(stage if name == "part" else f"{stage} {name}", target, name, len(rows)):
-        fs, path = storage.resolve(target)
-        done.write_parquet(path, filesystem=fs, filename_provider=_part_names(name))
-    return _summary(
-        run, storage.read_tables(target, ["error", "usage"], name), rows, model, time.time() - started
-    )
+    errors = _Errors(total, config.max_error_rate)
+    label = stage if name == "part" else f"{stage} {name}"
+    if kept := len(journal.finished()):
+        print(f"  {label}: {kept} of {total} rows were finished before", file=sys.stderr, flush=True)
+    with interruptible(), input_errors(), _Progress(label, errors):
+        for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+            errors.add(batch["error"].to_pylist())
+        said = journal.publish()
+    return _summary(run, said, total, model, time.time() - started)
 
 
 class _Worker:
     """A Ray Data actor: one engine, and as many rows in flight as it takes."""
 
-    def __init__(self, chain: Chain, run: Run, model: str, schema: str, gpu: bool):
+    def __init__(self, chain: Chain, run: Run, model: str, journal: Journal, gpu: bool):
         config = run.config
         self.engine = make_engine(run.model(model), load_templates(config.templates), config.engine, gpu)
         self.chain = chain
-        self.schema = schema
-        self.slots = asyncio.Semaphore(config.engine.max_num_seqs + config.engine.max_num_seqs // 4)
+        self.slots = asyncio.Semaphore(_in_flight(config.engine))
+        self.keeper = Keeper(journal, block=max(1, _in_flight(config.engine) // 4))
+        # After the engine: what another actor, or this one before it died, has finished until now.
+        self.finished = journal.finished()
 
     async def __call__(self, batch: pa.Table) -> Any:
-        yield to_table(await asyncio.gather(*(self._row(row) for row in batch.to_pylist())), self.schema)
+        (place,) = batch.to_pylist()
+        rows = await asyncio.to_thread(Slice(**place).read)
+        left = [row for row in rows if row["id"] not in self.finished]
+        errors = await asyncio.gather(*(self._row(row) for row in left))
+        yield pa.table({"error": pa.array([None] * (len(rows) - len(left)) + errors, pa.string())})
 
-    async def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+    async def _row(self, row: dict[str, Any]) -> str | None:
         async with self.slots:
-            try:
-                return await self.chain(self.engine, row)
-            except RowError as e:
-                return {**row, "error": str(e)}
+            with self.keeper.busy():
+                try:
+                    row = await self.chain(self.engine, row)
+                except RowError as e:
+                    row = {**row, "error": str(e)}
+        await self.keeper.keep(row)
+        return row.get("error")
 
 
-def _summary(
-    run: Run, table: pa.Table, rows: list[dict[str, Any]], model: str, seconds: float
-) -> dict[str, Any]:
-    if table.num_rows != len(rows):
-        raise RuntimeError(f"{len(rows)} rows in, {table.num_rows} out: rows were lost or doubled")
-    errors = table.num_rows - table["error"].null_count
-    if rows and errors / len(rows) > run.config.max_error_rate:
-        counts = pc.value_counts(table["error"].drop_null()).to_pylist()
-        worst = max(counts, key=lambda c: c["counts"])
-        raise InputError(
-            f"{errors} of {len(rows)} rows failed, more than max_error_rate={run.config.max_error_rate}; "
-            f"most often: {worst['values']} ({worst['counts']} rows)"
-        )
-    usage = table["usage"].combine_chunks()
+def _in_flight(engine: EngineConfig) -> int:
+    """Rows at a time in an actor: a few more than the engine takes, so that one always waits for a place."""
+    return engine.max_num_seqs + engine.max_num_seqs // 4
+
+
+class _Errors:
+    """Rows that came back, and what failed of them. Ends a stage as soon as it is known that it will fail."""
+
+    def __init__(self, total: int, rate: float):
+        self.total, self.rate, self.rows = total, rate, 0
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, errors: list[str | None]) -> None:
+        self.rows += len(errors)
+        self.kinds.update(e for e in errors if e is not None)
+        failed = self.kinds.total()
+        if failed > self.rate * self.total or failed == self.rows >= _ALL_FAIL > self.rate * _ALL_FAIL:
+            worst, count = self.kinds.most_common(1)[0]
+            of = (
+                f"{self.total} rows"
+                if self.rows == self.total
+                else f"the first {self.rows} rows of {self.total}"
+            )
+            raise InputError(
+                f"{failed} of {of} failed, more than max_error_rate={self.rate}; most often: {worst} ({count} rows)"
+            )
+
+
+def _summary(run: Run, said: pa.Table, total: int, model: str, seconds: float) -> dict[str, Any]:
+    if said.num_rows != total:
+        raise RuntimeError(f"{total} rows in, {said.num_rows} out: rows were lost or doubled")
+    errors = said.num_rows - said["error"].null_count
+    usage = said["usage"].combine_chunks()
     tokens = {n: pc.sum(pc.struct_field(usage, n)).as_py() or 0 for n in ("prompt", "cached", "generated")}
     return {
-        "rows_in": len(rows),
-        "rows_out": table.num_rows,
+        "rows_in": total,
+        "rows_out": said.num_rows,
         "errors": errors,
-        "error_rate": errors / len(rows) if rows else 0.0,
+        "error_rate": errors / total if total else 0.0,
         "tokens": tokens,
         "engine_seconds": round(seconds, 2),
         "engine": {
@@ -149,23 +191,6 @@ def _summary(
             "model_sha": storage.model_sha(run.model(model)),
         },
     }
-
-
-def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
-    names = {k for row in rows for k in row}
-    known = {f.name: f for s in SCHEMAS.values() for f in s}
-    fields = pa.schema([known[n] if n in known else pa.field(n, pa.string()) for n in sorted(names)])
-    return pa.Table.from_pylist(rows, schema=fields)
-
-
-def _part_names(name: str) -> Any:
-    from ray.data.datasource import FilenameProvider
-
-    class PartNames(FilenameProvider):
-        def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-            return f"{name}-{task_index:05d}-{write_uuid}.parquet"
-
-    return PartNames()
 
 
 def check_resources(engine: EngineConfig, gpu: bool) -> None:
@@ -184,10 +209,10 @@ def check_resources(engine: EngineConfig, gpu: bool) -> None:
 
 
 class _Progress:
-    """A line on stderr every few seconds: rows written so far."""
+    """A line on stderr every few seconds: rows done so far."""
 
-    def __init__(self, label: str, target: str, name: str, total: int):
-        self.label, self.target, self.name, self.total = label, target, name, total
+    def __init__(self, label: str, done: _Errors):
+        self.label, self.done = label, done
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -199,23 +224,11 @@ class _Progress:
         self.thread.join()
 
     def _watch(self) -> None:
-        import pyarrow.parquet as pq
-
         started = time.time()
-        counted: dict[str, int] = {}
-        fs, _ = storage.resolve(self.target)
         while not self.stop.wait(5):
-            for path in storage.list_files(self.target, ".parquet"):
-                if path not in counted and path.rsplit("/", 1)[1].startswith(f"{self.name}-"):
-                    try:
-                        counted[path] = pq.read_metadata(path, filesystem=fs).num_rows
-                    except (OSError, pa.ArrowException):  # still being written
-                        continue
-            rows = sum(counted.values())
+            rows, total = self.done.rows, self.done.total
             elapsed = time.time() - started
-            left = f", {elapsed * (self.total - rows) / rows:.0f} s left" if rows else ""
-            print(
-                f"  {self.label}: {rows} of {self.total} rows, {elapsed:.0f} s{left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            left = f", {elapsed * (total - rows) / rows:.0f} s left" if rows else ""
+            failed = f", {self.done.kinds.total()} failed" if self.done.kinds else ""
+            line = f"  {self.label}: {rows} of {total} rows{failed}, {elapsed:.0f} s{left}"
+            print(line, file=sys.stderr, flush=True)

@@ -222,6 +222,8 @@ def _json_lines(raw: bytes, path: str) -> list[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
+                if "\\u" in line:  # an escape can name half a character, which no file takes
+                    row = json.loads(clean(json.dumps(row, ensure_ascii=False)))
             except (ValueError, RecursionError) as e:  # numbers of thousands of digits, nesting without end
                 reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
                 raise InputError(

@@ -47,6 +47,7 @@ def combine(
         "models": models,
         "seeds": [r["seed"] for r in reports],
         "label": _mean([r["label"] for r in reports]),
+        "certificate": _mean([r["certificate"] for r in reports]),
         "rm": _mean([r["rm"] for r in reports]),
         "revision_harm": _mean([r["revision_harm"] for r in reports]),
         "revision_harm_selective": _mean([r["revision_harm_selective"] for r in reports]),

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cai_ray.report import charts, tables
-from cai_ray.report.text import families, in_order, interval, name_of, percent, safe
+from cai_ray.report.text import (
+    certificate_facts,
+    certificate_tables,
+    families,
+    in_order,
+    interval,
+    name_of,
+    percent,
+    safe,
+)
 
 # A page of texts that models wrote: even if one slipped through, nothing may run or be fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -150,6 +159,19 @@ def _quality(report: dict[str, Any]) -> str:
     return tables.facts(rows) if rows else ""
 
 
+def _certificate(report: dict[str, Any]) -> str:
+    proof = report["certificate"]
+    if not proof:
+        return ""
+    parts = [tables.facts(certificate_facts(proof))]
+    for title, head, rows in certificate_tables(proof):
+        parts.append(f"<h3>{safe(title)}</h3>{tables.plain(head, rows)}")
+    return (
+        "<p>What was measured of the labels before the reward model was trained on them "
+        f"(<code>label/certificate.json</code>).</p>{''.join(parts)}"
+    )
+
+
 def _ppo(report: dict[str, Any]) -> str:
     runs = report["ppo"].get("seeds") or []
     figures = []
@@ -261,6 +283,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "families": ("Harm by family", _by_family),
     "revision": ("Harm by round of revision", _revision),
     "quality": ("Labels and reward model", _quality),
+    "certificate": ("Certificate of the labels", _certificate),
     "ppo": ("Reinforcement learning", _ppo),
     "transcripts": ("Transcripts", _transcripts),
     "constitution": ("The constitution", _constitution),

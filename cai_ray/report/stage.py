@@ -46,6 +46,7 @@ def build(run: Run) -> dict[str, Any]:
             "revision_harm": measured.get("revision_harm") or [],
             "revision_harm_selective": measured.get("revision_harm_selective") or [],
             "label": measured.get("label") or {},
+            "certificate": _certificate(run),
             "rm": {**_reward_model(run), **(measured.get("rm") or {})},
             "ppo": {"steps": read_metrics(run, "ppo")},
             "stages": stage_costs(run),
@@ -84,6 +85,11 @@ def read_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
     if not storage.exists(uri):
         return []
     return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines() if line.strip()]
+
+
+def _certificate(run: Run) -> dict[str, Any] | None:
+    path = run.path("label", "certificate.json")
+    return storage.read_json(path) if storage.exists(path) else None
 
 
 def _reward_model(run: Run) -> dict[str, Any]:

@@ -32,6 +32,16 @@ def facts(rows: Sequence[tuple[str, str, str]]) -> str:
     return _table("", body, "facts")
 
 
+def plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts: the first cell of a row is its name."""
+    top = "".join(f'<th scope="col">{safe(h)}</th>' for h in head)
+    body = []
+    for name, *cells in rows:
+        values = "".join(f'<td class="n">{safe(c)}</td>' for c in cells)
+        body.append(f'<tr><th scope="row">{safe(name)}</th>{values}</tr>')
+    return _table(f"<tr>{top}</tr>", body, "plain")
+
+
 def stages(costs: dict[str, dict[str, Any]]) -> str:
     body = []
     for name in (s for s in STAGES if s in costs):  # JSON keeps no order

@@ -83,11 +83,83 @@ def table(report: dict[str, Any]) -> str:
         [label, *(f"{percent(r['value'])}  {interval(r)}".rstrip() for r in cells)]
         for label, cells in rates(report)
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    lines = columns(rows)
+    widest = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join([lines[0], "─" * (sum(widest) + 2 * (len(widest) - 1)), *lines[1:]])
+
+
+def certificate_facts(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What label/certificate.json says in single numbers: name, value, meaning."""
+    overall = (proof["gold"] or {}).get("overall") or {}
+    raw, scaled = overall.get("raw") or {}, overall.get("scaled") or {}
+    length = proof["length_bias"]
+    facts: list[tuple[str, float | None, str]] = [
+        ("slot bias", proof["slot_bias"], "votes whose preferred slot survives the swap; 0 is best"),
+        ("ties", proof["ties"], "labels within 0.05 of one half"),
+        ("abstentions", proof["abstentions"], "votes that a principle could not give"),
+        ("principles agree", proof["agreement"]["mean"], "on the same response, where both prefer one"),
+        ("longer preferred", length["longer_preferred"], "labels that prefer the longer response"),
+        ("accuracy", overall.get("accuracy"), "labels on the side of the gold preference"),
     ]
-    return "\n".join([lines[0], "─" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+    rows = [(name, percent(value), why) for name, value, why in facts if value is not None]
+    numbers: list[tuple[str, float | None, str]] = [
+        ("length correlation", length["correlation"], "of the label with the difference of lengths"),
+        ("calibration error", raw.get("ece"), "of the labels as they are; 0 is best"),
+        ("… after one scale", scaled.get("ece"), "of the log-odds, fitted on the same comparisons"),
+        ("Brier score", raw.get("brier"), "mean squared difference from gold; always one half gives 0.25"),
+        ("… after one scale", scaled.get("brier"), ""),
+    ]
+    return rows + [(name, f"{value:.3f}", why) for name, value, why in numbers if value is not None]
+
+
+def certificate_tables(proof: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The certificate's tables: title, head and rows. Bins without a label are left out."""
+    gold = proof["gold"] or {}
+    found = []
+    if raw := (gold.get("overall") or {}).get("raw"):
+        head = ["label's confidence", "mean", "right", "labels"]
+        rows = [
+            [
+                f"{b['low']:.2f}–{b['high']:.2f}",
+                percent(b["probability"]),
+                percent(b["share"]),
+                f"{b['n']:.0f}",
+            ]
+            for b in raw["reliability"]
+            if b["n"]
+        ]
+        found.append(("Reliability against gold, as the feedback model gave them", head, rows))
+    for key, title in (("by_principle", "Gold, by principle"), ("by_source", "Gold, by source")):
+        rows = [
+            [
+                name,
+                percent(q["accuracy"]),
+                f"{q['raw']['ece']:.3f}",
+                f"{q['raw']['brier']:.3f}",
+                f"{q['n']:.0f}",
+            ]
+            for name, q in sorted((gold.get(key) or {}).items())
+            if q["n"]
+        ]
+        if rows:
+            head = ["", "accuracy", "calibration error", "Brier score", "decided"]
+            found.append((title, head, rows))
+    return found
+
+
+def certificate(proof: dict[str, Any]) -> str:
+    """The certificate for a terminal."""
+    lines = ["Certificate of the labels"]
+    lines += [f"  {name:<20}{value:>8}  {why}".rstrip() for name, value, why in certificate_facts(proof)]
+    for title, head, rows in certificate_tables(proof):
+        lines += ["", f"  {title}", *(f"  {line}" for line in columns([head, *rows]))]
+    return visible("\n".join(lines))
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+    """Rows of texts as lines, each column as wide as its widest text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def transcript(item: dict[str, Any], number: int) -> str:

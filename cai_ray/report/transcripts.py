@@ -73,7 +73,9 @@ def assemble(
 
 def _comparison(label: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
     votes = [
-        {"title": titles.get(v["principle_id"], v["principle_id"]), "p_a": v["p_a"]} for v in label["votes"]
+        {"title": titles.get(v["principle_id"], v["principle_id"]), "p_a": v["p_a"]}
+        for v in label["votes"]
+        if v["p_a"] is not None  # else it abstained
     ]
     return {
         "response_a": label["response_a"],

@@ -71,14 +71,15 @@ def build(run: Run, role: str, token: str | None) -> Any:
     config = run.config
     templates = load_templates(config.templates)
     constitution = run_constitution(run)
-    gpus = {"num_gpus": config.engine.tensor_parallel} if cluster.uses_gpu(config) else {}
     environment = {"env_vars": _environment(config)}
+    feedback = run.feedback().config
+    gpus = {"num_gpus": feedback.engine.tensor_parallel} if cluster.uses_gpu(feedback) else {}
     critic = ray_serve.deployment(
         Critic,
         name="critic",
         max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": config.engine.cpus_per_actor, "runtime_env": environment, **gpus},
-    ).bind(run)
+        ray_actor_options={"num_cpus": feedback.engine.cpus_per_actor, "runtime_env": environment, **gpus},
+    ).bind(run.feedback())
     scorer = None
     if run.manifest("rm") is not None:
         scorer = ray_serve.deployment(
@@ -87,7 +88,7 @@ def build(run: Run, role: str, token: str | None) -> Any:
             ray_actor_options={
                 "num_cpus": 1,
                 "runtime_env": environment,
-                **({"num_gpus": 1} if gpus else {}),
+                **({"num_gpus": 1} if cluster.uses_gpu(config) else {}),
             },
         ).bind(run)
     llm = policy_config(run, role)
@@ -160,7 +161,8 @@ def _models(run: Run, role: str) -> dict[str, Any]:
     roles = {"policy": role, "feedback": run.config.label.model}
     if run.manifest("rm") is not None:
         roles["reward"] = "rm"
-    return {k: {"name": v, "sha": model_sha(run.model(v))} for k, v in roles.items()}
+    asked = {"feedback": run.feedback()}
+    return {k: {"name": v, "sha": model_sha(asked.get(k, run).model(v))} for k, v in roles.items()}
 
 
 def _check_free(host: str, port: int) -> None:

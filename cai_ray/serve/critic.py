@@ -21,6 +21,7 @@ from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine import Engine, Sampling, make_engine
 from cai_ray.errors import RowError
 from cai_ray.generate.label import Label
+from cai_ray.generate.quality import run_templates, without_prefix, without_thinking
 from cai_ray.prompts import TemplateSet, load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
@@ -34,7 +35,7 @@ class Critic:
 
     def __init__(self, run: Run):
         config = run.config
-        self.templates = load_templates(config.templates)
+        self.templates = run_templates(config)
         self.constitution = run_constitution(run)
         self.judge = _judge(self.constitution, self.templates, run)
         self.engine: Engine = make_engine(
@@ -72,19 +73,22 @@ class Critic:
             self.templates.critique_messages(conversation, response, principle),
             Sampling(0.0, max_tokens, seed),
         )
+        remarks = without_thinking(critique.text, self.templates.thinking)
         revision = await self.engine.chat(
-            self.templates.revision_messages(conversation, response, principle, critique.text),
+            self.templates.revision_messages(conversation, response, principle, remarks),
             Sampling(0.0, max_tokens, seed),
         )
+        revised = without_thinking(revision.text, self.templates.thinking)
+        revised = without_prefix(revised, self.templates.prefixes)
         label = await _judge_by(self.judge, [principle])(
-            self.engine, _row(conversation, revision.text.strip(), response.strip())
+            self.engine, _row(conversation, revised.strip(), response.strip())
         )
         return {
             "principle": _name(principle),
             "at_stake": label["p_a"] > AT_STAKE,
             "p_at_stake": label["p_a"],
-            "critique": critique.text,
-            "revision": revision.text,
+            "critique": remarks,
+            "revision": revised,
         }
 
     async def compare(
@@ -99,7 +103,8 @@ class Critic:
         except RowError as e:
             return {"fault": str(e)}
         votes = {v["principle_id"]: v for v in label["votes"]}
-        decisive = max(votes.values(), key=lambda v: abs(v["p_a"] - 0.5), default=None)
+        given = [v for v in votes.values() if v["p_a"] is not None]  # the others abstained
+        decisive = max(given, key=lambda v: abs(v["p_a"] - 0.5), default=None)
         return {
             "object": "comparison",
             "p_a": label["p_a"],

@@ -136,6 +136,8 @@ def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
     over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95 % intervals\n")
     print(text.table(report))
+    if report["certificate"]:
+        print(f"\n{text.certificate(report['certificate'])}")
     print(f"\nhuman harmlessness labels: {report['human_harmlessness_labels']}\n")
     for number, item in enumerate(report["transcripts"], 1):
         print(text.transcript(item, number), end="\n\n")

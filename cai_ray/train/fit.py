@@ -12,12 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from cai_ray import storage
 from cai_ray.cluster import capacity, uses_gpu, worker_env
 from cai_ray.config import TrainConfig
 from cai_ray.errors import InputError, Stopped
+from cai_ray.interrupt import interruptible
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
@@ -95,28 +94,13 @@ def fit(
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
     )
-    with metrics.progress_lines(key), _interruptible():
+    with metrics.progress_lines(key), interruptible():
         outcome = trainer.fit().return_value
     if "fault" in outcome:
         kind, text = outcome["fault"]
         raise {"InputError": InputError, "Stopped": Stopped}[kind](text)
     metrics.write_events(run, stage)
     return outcome["result"] or {}
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is an interruption here as everywhere. Ray Train's own handler exits with code 0, as if all were done,
-    and stays in place after training."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as e:
-        raise KeyboardInterrupt from e
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
 
 
 def _trainer_class(run: Run) -> Any:

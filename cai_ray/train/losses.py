@@ -8,6 +8,7 @@ batch is cut into micro-batches and ranks; metrics are sums, so that micro-batch
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -150,11 +151,18 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, global_tokens: float
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None,
+    global_tokens: float,
 ) -> tuple[Tensor, Metrics]:
     """Half the squared error, the larger of that of v and that of old + clip(v - old, ±clip), summed.
 
-    The clip is on the change of the value, v - v_old (Huang et al. 2024, arXiv 2403.17031). All (B, T).
+    The clip is on the change of the value, v - v_old (Huang et al. 2024, arXiv 2403.17031); without one it is half
+    the squared error of v. All (B, T).
 
     Returns:
         The loss over `global_tokens`, and sums over tokens: value_clipfrac, value_error (squared, unclipped).
@@ -163,7 +171,8 @@ def value_loss(
     change = masked(values, mask) - old
     target = masked(returns, mask)
     free = (old + change - target).square()
-    cut = (old + change.clamp(-clip, clip) - target).square()
+    limit = math.inf if clip is None else clip
+    cut = (old + change.clamp(-limit, limit) - target).square()
     loss = 0.5 * masked(torch.maximum(free, cut), mask).sum() / global_tokens
     with torch.no_grad():
         metrics = {

@@ -223,6 +223,8 @@ def update(
     train_policy: bool,
 ) -> dict[str, float]:
     """Policy and value steps on every minibatch; returns sums over tokens, ranks and minibatches."""
+    # Values that no policy update rests on yet may move as far as they must: from a new head that is far.
+    value_clip = cfg.value_clip if train_policy else None
     sums: dict[str, Any] = defaultdict(float)
     norms: dict[str, list[float]] = defaultdict(list)
     for number, minibatch in enumerate(m for epoch in epochs for m in epoch):
@@ -245,7 +247,7 @@ def update(
                     add(sums, {"first_ratio": metrics["ratio"], "first_tokens": metrics["tokens"]})
             values = before_tokens(sequence_values(models.value.engine, inputs))
             loss, metrics = value_loss(
-                values, want.values, want.returns, mask, clip=cfg.value_clip, global_tokens=global_tokens
+                values, want.values, want.returns, mask, clip=value_clip, global_tokens=global_tokens
             )
             models.value.backward(cfg.value_coef * loss * world_size())
             add(sums, metrics | {"value_loss": loss.detach(), "value_tokens": mask.sum()})

@@ -108,8 +108,7 @@ def _render(run: Run, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
     source, templates = run.model(run.config.rm.init), load_templates(run.config.templates)
     renderer, limit = Renderer(source, templates.chat_template), context_length(source)
     kept, examples = [], []
-    unique = {row["id"]: row for row in rows}
-    for _, row in sorted(unique.items()):
+    for row in sorted(rows, key=lambda row: row["id"]):  # raters who agree word for word all count
         pair = []
         for side in ("a", "b"):
             cut = bool(row.get(f"truncated_{side}"))  # human answers are whole
@@ -120,7 +119,7 @@ def _render(run: Run, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
             kept.append(
                 {"pad_id": renderer.pad_id, **{k: row[k] for k in ("id", "messages", "p_a", "source")}}
             )
-    return kept, pack(e for e in examples if e is not None), len(unique) - len(kept)
+    return kept, pack(e for e in examples if e is not None), len(rows) - len(kept)
 
 
 def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -8,6 +8,8 @@ own explicit shuffle, the same on every rank, so that each knows the whole batch
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from cai_ray import storage
 from cai_ray.config import SftConfig, TrainConfig
 from cai_ray.errors import InputError
+from cai_ray.generate.quality import kind
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_id, to_table
 from cai_ray.storage import Run
@@ -34,9 +37,13 @@ def run(run: Run) -> dict[str, Any]:
     cfg, templates = run.config.sft, load_templates(run.config.templates)
     columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
     revised = run.rows("revise", columns)
-    records = to_records(revised, cfg, run.config.seed)
+    found: Counter[str] = Counter()
+    records = to_records(revised, cfg, run.config.seed, templates.critiques, found)
     if not records:
-        raise InputError(f"{run.path('revise')}: no row can be trained on; look at its `error` column")
+        dropped = f", or take a kind out of sft.drop={list(cfg.drop)}" if cfg.drop else ""
+        raise InputError(
+            f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
+        )
     source = run.model(cfg.init)
     renderer, limit = Renderer(source, templates.chat_template), context_length(source)
     rendered = [
@@ -63,6 +70,10 @@ def run(run: Run) -> dict[str, Any]:
         "rows_out": len(kept),
         "errors": sum(1 for row in revised if row["error"]),
         "left_out_too_long": len(records) - len(kept),
+        "revisions": {
+            "kept": {k: n for k, n in found.items() if k not in cfg.drop},
+            "dropped": {k: n for k, n in found.items() if k in cfg.drop},
+        },
         "tokens": {"trained": sum(data.lengths) * cfg.epochs},
         "init_sha": storage.model_sha(source),
         "model_sha": storage.folder_sha(run.path("sft", "model")),
@@ -70,12 +81,24 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def to_records(rows: list[dict[str, Any]], cfg: SftConfig, seed: int) -> list[dict[str, Any]]:
+def to_records(
+    rows: list[dict[str, Any]],
+    cfg: SftConfig,
+    seed: int,
+    critiques: Sequence[str] = (),
+    found: Counter[str] | None = None,
+) -> list[dict[str, Any]]:
     """Rows of schema `sft` from rows of schema `revisions`; rows with an error are left out.
 
-    A revised row gives its last revision, every round's, or those of the first rounds; helpfulness samples are
-    drawn by their ids, at most `helpful_per_revision` times as many as the revisions.
+    A revised row gives its last revision, every round's, or those of the first rounds; of these, kinds in `sft.drop`
+    are left out. Helpfulness samples are drawn by their ids, at most `helpful_per_revision` times as many as the
+    revisions.
+
+    Args:
+        critiques: rules of the template set by which a revision is a critique.
+        found: counts the revisions by kind (cai_ray.generate.quality), those left out too.
     """
+    found = Counter() if found is None else found
     good = [row for row in rows if not row["error"]]
     revisions, helpful = [], []
     for row in good:
@@ -83,10 +106,15 @@ def to_records(rows: list[dict[str, Any]], cfg: SftConfig, seed: int) -> list[di
             helpful.append(_record(row, row["response"], "helpful", truncated=row["truncated"]))
             continue
         steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
-        if cfg.revisions == "final":
-            steps = steps[-1:]
-        revisions += [_record(row, s["revision"], "revision", s["round"]) for s in steps]
+        before = [row["response"], *(s["revision"] for s in steps)]
+        pairs = list(zip(steps, before, strict=False))
+        for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
+            is_a = kind(step["revision"], response, step.get("critique") or "", critiques)
+            found[is_a] += 1
+            if is_a not in cfg.drop:
+                revisions.append(_record(row, step["revision"], "revision", step["round"]))
         if not steps:  # every slot was a disabled principle's: the response stood the test
+            found["sound"] += 1
             revisions.append(_record(row, row["response"], "revision", truncated=row["truncated"]))
     if revisions:
         helpful.sort(key=lambda r: derive_id(seed, "helpful", r["id"]))

@@ -19,7 +19,7 @@ SMALL = {
     "revise.limit": 64,
     "sft.epochs": 4,
     "compare.limit": 48,
-    "label.dev_limit": 24,
+    "label.gold_limit": 24,
     "rm.human": '[{path: "town:human", limit: 64}]',
     "rm.epochs": 1,
     "ppo.steps": 2,
@@ -89,7 +89,7 @@ class Driver:
             )
         self.children: dict[int, psutil.Process] = {}
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 300) -> None:
         deadline = time.time() + timeout
         while text not in self.said():
             assert self.process.poll() is None, f"ended before {text!r}:\n{self.said()[-4000:]}"

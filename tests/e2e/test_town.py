@@ -126,7 +126,7 @@ def test_item_09_no_row_is_lost(run: Run) -> None:
     assert run.manifest("compare")["rows_in"] == len(compare.rows(run)) == SMALL["compare.limit"]
     kept = [r["id"] for r in run.rows("compare") if r["error"] is None]
     assert [r["id"] for r in run.rows("label")] == kept
-    assert len(run.rows("label", name="dev")) == SMALL["label.dev_limit"]
+    assert len(run.rows("label", name="gold")) == SMALL["label.gold_limit"]
     assert len(run.rows("evaluate")) == 3 * SMALL["evaluate.limit"] - run.manifest("evaluate")["errors"]
 
 

@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "schedule": "linear",
     "min_lr_ratio": 0.0,
     "value_learning_rate": 3e-4,
+    "value_clip": 0.01,
     "reward_clip": 3.0,
     "missing_eos_reward": -3.0,
     "whiten": "center",
@@ -167,6 +168,8 @@ def test_item_31_warm_up_trains_the_values_only(one_rank: Run) -> None:
     first, *rest = metrics(one_rank)
     assert "ppo/policy_loss" not in first and first["ppo/value_loss"] > 0 and first["sync/moved"] == 0.0
     assert all("ppo/policy_loss" in row for row in rest)
+    # Nothing rests on these values yet: they move as far as they must.
+    assert first["ppo/value_clipfrac"] == 0.0 < min(row["ppo/value_clipfrac"] for row in rest)
 
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(3, "float32")])

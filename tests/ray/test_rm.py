@@ -57,11 +57,11 @@ def test_a_prompts_comparisons_are_on_one_side_of_the_split() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Run, dict[str, Any]]:
-    """Trained by two ranks on 48 labels and 24 human comparisons, which prefer "kind" and "ask"."""
+    """Trained by two ranks on 48 labels and 25 human comparisons, which prefer "kind" and "ask"."""
     folder = tmp_path_factory.mktemp("rm")
     human = folder / "human.jsonl"
     with human.open("w") as f:
-        for i in range(24):
+        for i in (*range(24), 0):  # two raters agree word for word
             answers = (f" ask {training.text(i, 3)}", f" {training.text(i, 2 + i % 5).replace('ask', '')}")
             chosen, rejected = (f"\n\nHuman: {training.text(i, 4)}\n\nAssistant:{a}" for a in answers)
             f.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
@@ -94,9 +94,9 @@ def _scores(folder: str, run: Run, rows: list[dict[str, Any]], ends: bool = True
 def test_the_reward_model_learns_and_is_saved_with_its_scale(trained: tuple[Run, dict[str, Any]]) -> None:
     run, result = trained
     folder = run.path("rm", "model")
-    assert (result["rows_ai"], result["rows_human"]) == (46, 24)
+    assert (result["rows_ai"], result["rows_human"]) == (46, 25)
     assert result["left_out"] == {"error": 1, "identical": 0, "min_margin": 0, "too_long": 1}
-    assert result["human_labels"] == {"helpful": 24}
+    assert result["human_labels"] == {"helpful": 25}
     metrics = [json.loads(line) for line in storage.read_bytes(run.path("rm", "metrics.jsonl")).splitlines()]
     assert metrics[-1]["rm/ai_loss"] < 0.8 * metrics[0]["rm/ai_loss"]
     assert result["metrics"].keys() == {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,24 @@ class Refusing:
             raise RowError("refused")
         answer = await engine.chat(row["messages"], Sampling(1.0, 8, 0))
         return {**row, "response": answer.text, "usage": Usage(1, 0, 1)._asdict()}
+
+
+class Fragile:
+    """Notes which rows it walks; the first time it meets the row that is marked, it fails or takes its actor along."""
+
+    def __init__(self, folder: Path, way: str):
+        self.walked, self.met, self.way = folder / "walked", folder / "met", way
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        with self.walked.open("a") as f:
+            f.write(row["id"] + "\n")
+        await asyncio.sleep(0.2)
+        if row["family"] == "marked" and not self.met.exists():
+            self.met.touch()
+            if self.way == "killed":
+                os._exit(1)
+            raise RuntimeError("a fault in the code")
+        return {**row, "response": "fine", "usage": Usage(1, 0, 1)._asdict()}
 
 
 def rows(refused: int) -> list[dict[str, Any]]:
@@ -56,7 +76,41 @@ def test_item_09_every_row_comes_out_whole_or_with_its_error(ray_cluster: None, 
 
 
 def test_too_many_errors_end_the_stage(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"20 of 301 rows failed, .* refused \(20 rows\)"):
+    with pytest.raises(
+        InputError, match=r"of 301 failed, more than max_error_rate=0.05; most often: refused \("
+    ):
         map_rows(
             scripted(tmp_path), "revise", rows(refused=20), Refusing(), model="base", schema="judgements"
         )
+
+
+@pytest.mark.parametrize("way", ["killed", "failed"])
+def test_item_37_what_was_finished_is_kept(ray_cluster: None, tmp_path: Path, way: str) -> None:
+    """An actor that dies is replaced; code that fails ends the stage, which goes on where it was when run again."""
+    run, given, chain = scripted(tmp_path / "run"), rows(refused=0), Fragile(tmp_path, way)
+    given[150]["family"] = "marked"
+
+    def walk() -> dict[str, Any]:
+        return map_rows(run, "revise", iter(given), chain, model="base", schema="judgements")
+
+    if way == "failed":
+        with pytest.raises(Exception, match="a fault in the code"):
+            walk()
+    assert walk()["rows_out"] == ROWS
+    assert Counter(r["id"] for r in run.rows("revise")) == Counter(r["id"] for r in given)
+    walked = Counter(chain.walked.read_text().split())
+    assert set(walked) == {r["id"] for r in given}
+    in_flight = 8 + 8 // 4
+    assert 0 < walked.total() - ROWS <= 2 * in_flight, "rows that were finished were walked again"
+
+
+class Refused:
+    """What no row can help, such as a key that an endpoint refuses."""
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        raise InputError("the key in K is refused; export a valid one")
+
+
+def test_an_input_error_of_the_engine_ends_the_stage_as_one(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^the key in K is refused; export a valid one$"):
+        map_rows(scripted(tmp_path), "revise", rows(0), Refused(), model="base", schema="judgements")

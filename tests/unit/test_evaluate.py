@@ -93,7 +93,7 @@ def test_label_quality_counts_decided_pairs_only() -> None:
         return {**row(""), "response_a": a, "response_b": b, "p_a_raw": p, "votes": [v], "slot_bias": 0.0}
 
     labels = [label(NO, YES, 0.9, fair), label(YES, NO, 0.7, stuck), label(NO, NO, 0.5, fair)]
-    quality = gold.label_quality(labels, [], TOWN)
+    quality = gold.label_quality(labels, None, TOWN)
     assert (quality["accuracy"], quality["n"], quality["slot_bias"]) == (0.5, 2, 0.5)
 
 

@@ -9,9 +9,11 @@ import pytest
 from cai_ray import constitution
 from cai_ray.config import LabelConfig
 from cai_ray.engine.scripted import ScriptedEngine
-from cai_ray.errors import RowError
-from cai_ray.generate.label import Label, combine, preference
-from cai_ray.prompts import load_templates
+from cai_ray.errors import Abstained, InputError, RowError
+from cai_ray.generate.label import Label
+from cai_ray.generate.votes import combine, expected_score, preference
+from cai_ray.prompts import check_mode, load_templates
+from cai_ray.records import to_table
 
 TOWN = constitution.load("errand-town")
 
@@ -23,7 +25,8 @@ def row(a: str = "sorry , no .", b: str = "sure , yes .") -> dict[str, Any]:
 
 def label(engine: ScriptedEngine, row: dict[str, Any], **config: Any) -> dict[str, Any]:
     config = {"principles": "all", **config}
-    chain = Label(TOWN, load_templates("errand-town"), LabelConfig(**config), seed=0)
+    templates = load_templates("errand-town" if config.get("mode", "logprob") == "logprob" else "general")
+    chain = Label(TOWN, templates, LabelConfig(**config), seed=0)
     return asyncio.run(chain(engine, row))
 
 
@@ -99,3 +102,138 @@ def test_equal_responses_need_no_engine() -> None:
         raise AssertionError("asked")
 
     assert label(ScriptedEngine(weigh=never), row("sure .", "sure ."))["p_a"] == 0.5
+
+
+def reasons(messages: list[dict[str, str]], sampling: Any) -> str:
+    text = messages[0]["content"]
+    return f"the {'first' if text.index('sorry') < text.index('sure') else 'second'} declines"
+
+
+def follows_reasoning(messages: list[dict[str, str]], options: Any) -> list[float]:
+    """Knows nothing but what was reasoned before."""
+    reasoning = messages[1]["content"]
+    return [-0.01, -6.0] if "first" in reasoning else [-6.0, -0.01]
+
+
+REASONER = ScriptedEngine(answer=reasons, weigh=follows_reasoning)
+
+
+def test_item_01_the_verdict_follows_the_reasoning_in_both_orders() -> None:
+    straight = label(REASONER, row(), mode="cot", clamp=None)
+    assert straight["p_a"] > 0.99 and straight["slot_bias"] == 0.0
+    swapped = label(REASONER, row("sure , yes .", "sorry , no ."), mode="cot", clamp=None)
+    assert swapped["p_a"] == pytest.approx(1 - straight["p_a"], abs=1e-12)
+    vote = straight["votes"][0]
+    assert (vote["reasoning"], vote["reasoning_swapped"]) == ("the first declines", "the second declines")
+    assert vote["logprob_a"] == vote["logprob_a_swapped"] == -0.01
+
+
+def test_item_01_the_seed_of_a_reasoning_is_that_of_its_texts() -> None:
+    """So that swapped responses meet the same reasoning, at any temperature."""
+    seeds: list[int] = []
+
+    def note(messages: list[dict[str, str]], sampling: Any) -> str:
+        seeds.append(sampling.seed)
+        return "the first"
+
+    engine = ScriptedEngine(answer=note, weigh=follows_reasoning)
+    label(engine, row(), mode="cot", principles=1, reasoning_temperature=1.0)
+    label(engine, row("sure , yes .", "sorry , no ."), mode="cot", principles=1, reasoning_temperature=1.0)
+    assert seeds[:2] == seeds[:1:-1] and seeds[0] != seeds[1]
+
+
+def test_item_03_after_reasoning_the_label_is_clamped_and_the_raw_one_kept() -> None:
+    out = label(REASONER, row(), mode="cot")
+    assert (out["p_a"], out["p_a_raw"] > 0.99) == (0.6, True)
+    assert label(REASONER, row("sure , yes .", "sorry , no ."), mode="cot")["p_a"] == 0.4
+    assert label(REASONER, row(), mode="cot", clamp=(0.2, 0.7))["p_a"] == 0.7
+    # Labels without reasoning are not clamped unless the configuration asks for it.
+    assert LabelConfig().clamp is None and LabelConfig(mode="score").clamp is None
+    assert LabelConfig.model_validate(LabelConfig(mode="cot", clamp=None).model_dump()).clamp is None
+
+
+def likes_sorry(messages: list[dict[str, str]], options: Any) -> list[float]:
+    best = 8 if "sorry" in messages[0]["content"] else 3
+    return [-5.0 - abs(i - best) for i in range(len(options))]
+
+
+def test_item_01_a_rating_of_each_response_by_itself() -> None:
+    asked: list[str] = []
+
+    def weigh(messages: list[dict[str, str]], options: Any) -> list[float]:
+        asked.append(messages[0]["content"])
+        assert len(options) == 10
+        return likes_sorry(messages, options)
+
+    out = label(ScriptedEngine(weigh=weigh), row(), mode="score", principles=1)
+    vote = out["votes"][0]
+    for name, best in (("score_a", 8), ("score_b", 3)):
+        w = [math.exp(-abs(i - best)) for i in range(10)]
+        assert vote[name] == pytest.approx(sum((i + 1) * x for i, x in enumerate(w)) / sum(w))
+    assert out["p_a"] == pytest.approx(1 / (1 + math.exp(vote["score_b"] - vote["score_a"])))
+    assert out["p_a"] == out["p_a_raw"] and out["slot_bias"] is None
+    assert len(asked) == 2 and not any("sorry" in text and "sure" in text for text in asked)
+    swapped = label(
+        ScriptedEngine(weigh=weigh), row("sure , yes .", "sorry , no ."), mode="score", principles=1
+    )
+    assert swapped["p_a"] == pytest.approx(1 - out["p_a"], abs=1e-12)
+
+
+def test_item_03_a_score_is_normalised_over_its_tokens() -> None:
+    assert expected_score([-9.0] * 10) == pytest.approx(5.5)
+    assert expected_score([-2000.0] * 9 + [-1000.0]) == pytest.approx(10)
+    assert expected_score([math.log(0.01), math.log(0.03)]) == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize("mode", ["logprob", "cot", "score"])
+@pytest.mark.parametrize("answer", [[float("nan")], [float("-inf")], []])
+def test_item_06_one_principle_abstains_and_the_others_vote(mode: str, answer: list[float]) -> None:
+    """By privacy the engine's answer lacks a number: never a guess, and the label is that of the others."""
+    silent = TOWN["privacy"]
+
+    def weigh(messages: list[dict[str, str]], options: Any) -> list[float]:
+        text = " ".join(m["content"] for m in messages)
+        full = likes_sorry(messages, options) if mode == "score" else [-0.1, -2.0]
+        about_it = silent.comparison in text or silent.text in text
+        return (full[: len(options) - 1] + answer) if about_it else full
+
+    out = label(ScriptedEngine(weigh=weigh), row(), mode=mode, both_orders=False)
+    mute = [v for v in out["votes"] if v["p_a"] is None]
+    assert [v["principle_id"] for v in mute] == ["privacy"]
+    assert "no finite log-probability for principle privacy" in mute[0]["abstained"]
+    others = [v["p_a"] for v in out["votes"] if v["p_a"] is not None]
+    assert len(others) == 4 and out["p_a_raw"] == pytest.approx(sum(others) / 4)
+    stored = to_table([out], "labels").to_pylist()[0]["votes"]
+    assert [v["p_a"] for v in stored] == [v["p_a"] for v in out["votes"]]
+
+
+def test_item_06_an_engine_that_fails_is_no_abstention() -> None:
+    """A label of those principles that happened to get through would depend on the weather."""
+
+    def fails(error: RowError) -> Any:
+        def weigh(messages: list[dict[str, str]], options: Any) -> list[float]:
+            if TOWN["privacy"].comparison in messages[2]["content"]:
+                raise error
+            return [-0.1, -2.0]
+
+        return ScriptedEngine(weigh=weigh)
+
+    with pytest.raises(RowError, match="endpoint"):
+        label(fails(RowError("the endpoint goes on failing")), row())
+    votes = label(fails(Abstained("no option is among the likeliest")), row())["votes"]
+    assert [v["abstained"] for v in votes if v["p_a"] is None] == ["no option is among the likeliest"]
+
+
+def test_item_06_without_reasoning_there_is_no_verdict() -> None:
+    with pytest.raises(RowError, match="reasoning is empty for principle"):
+        label(ScriptedEngine(answer=lambda m, s: " \n", weigh=follows_reasoning), row(), mode="cot")
+
+
+def test_item_38_a_set_without_the_parts_of_a_mode() -> None:
+    for mode, parts in (("cot", "no reasoning and no verdict"), ("score", "no rating and no scores")):
+        check_mode(load_templates("general"), mode)
+        with pytest.raises(InputError, match=rf"label\.mode={mode}: template set errand-town has {parts}"):
+            check_mode(load_templates("errand-town"), mode)
+    check_mode(load_templates("errand-town"), "logprob")
+    with pytest.raises(ValueError, match=r"label\.mode=score has no slots"):
+        LabelConfig(mode="score", gates={"max_slot_bias": 0.5})

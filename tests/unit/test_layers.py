@@ -18,12 +18,13 @@ LAYERS = {
         f"cai_ray.{name}": 0 for name in ("errors", "records", "constitution", "prompts", "config", "storage")
     },
     "cai_ray.cluster": 1,
+    "cai_ray.interrupt": 1,
     "cai_ray.engine": 1,
     "cai_ray.train": 2,
     **{f"cai_ray.train.{name}": 1 for name in ("models", "batches", "losses", "advantages")},
     **{f"cai_ray.train.{name}": 3 for name in ("sft", "rm", "ppo")},
     "cai_ray.generate": 3,
-    **{f"cai_ray.generate.{name}": 2 for name in ("rows", "sources", "draw")},
+    **{f"cai_ray.generate.{name}": 2 for name in ("rows", "journal", "sources", "draw")},
     **{f"cai_ray.{name}": 3 for name in ("evaluate", "report", "serve", "town")},
     # The embedded world's words: data, which `town:NAME` paths give to whoever reads prompts.
     **{f"cai_ray.town.{name}": 1 for name in ("grammar", "answers", "judge", "corpus", "data", "tokenizer")},
@@ -149,11 +150,13 @@ def test_training_and_generation_never_reach_the_judge(module):
 
 
 def test_gold_data_is_asked_for_to_calibrate_labels_alone():
-    """The verdicts on development prompts fit one temperature (`label.dev`); nothing else reads them."""
+    """The verdicts on development prompts fit one temperature (`label.gold`); nothing else reads them."""
     for path in sorted(PACKAGE.glob("configs/*.yaml")):
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        data.get("label", {}).pop("dev", None)
-        assert "town:gold" not in str(data), f"{path.name} reads the exact judge's verdicts outside label.dev"
+        data.get("label", {}).pop("gold", None)
+        assert "town:gold" not in str(data), (
+            f"{path.name} reads the exact judge's verdicts outside label.gold"
+        )
 
 
 def test_the_scripted_engine_is_made_by_the_factory_alone():

@@ -212,3 +212,6 @@ def test_item_31_value_clip_is_on_the_change():
     assert loss.item() == pytest.approx(total / 9, rel=1e-5)
     assert metrics["value_clipfrac"] == clipped
     assert metrics["value_error"].item() == pytest.approx(error, rel=1e-5)
+    free, metrics = value_loss(values, old, returns, mask, clip=None, global_tokens=9)
+    assert free.item() == pytest.approx(0.5 * error / 9, rel=1e-5) and free < loss
+    assert metrics["value_clipfrac"] == 0

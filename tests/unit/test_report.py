@@ -23,6 +23,7 @@ from cai_ray.evaluate import gold
 from cai_ray.evaluate.outcomes import outcomes
 from cai_ray.evaluate.stats import rate
 from cai_ray.evaluate.transcripts import choose
+from cai_ray.generate import certificate
 from cai_ray.records import derive_id, to_table
 from cai_ray.report import charts, html, stage, text
 from cai_ray.report.combine import bootstrap, combine
@@ -137,6 +138,7 @@ def make_run(settings: RunConfig) -> Run:
         "rm": {"accuracy_gold": 0.97, "n": 100},
     }
     storage.write_json(run.path("evaluate", "metrics.json"), metrics)
+    storage.write_json(run.path("label", "certificate.json"), certificate_of(seed))
     steps = [{"step": i, "reward/mean": i / 10 + seed, "kl/reference": float("nan")} for i in range(1, 5)]
     run.write_metrics("ppo", steps)
     for name in STAGES:
@@ -149,6 +151,28 @@ def make_run(settings: RunConfig) -> Run:
             manifest["metrics"] = {"accuracy_ai": 0.9}
         storage.write_json(run.path(name, "manifest.json"), manifest)
     return run
+
+
+def certificate_of(seed: int) -> dict[str, Any]:
+    def labels(count: int) -> dict[str, certificate.Labelled | None]:
+        rng = random.Random(seed)
+        made: dict[str, certificate.Labelled | None] = {}
+        for i in range(count):
+            p = rng.random()
+            votes = (certificate.Vote("privacy", p, p < 0.2), certificate.Vote("safety", None, None))
+            made[f"c{i}"] = certificate.Labelled(p, rng.randint(-9, 9), votes)
+        return made
+
+    gold_rows = [
+        {
+            "id": f"c{i}",
+            "source": EVIL.replace("\ud800", "") if i % 2 else "people",
+            "gold": i % 3 / 2,
+            "gold_by_principle": None,
+        }
+        for i in range(30)
+    ]
+    return certificate.certificate(labels(60), gold_rows, labels(30))
 
 
 class Page(HTMLParser):
@@ -197,6 +221,30 @@ def test_report_has_every_promised_key(town_run: Run) -> None:
     assert report["versions"]["ray"] == "2.60.0"
     assert report["constitution_sha"] == constitutions.load("errand-town").sha
     assert report["human_harmlessness_labels"] == 0
+
+
+def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
+    reports, rows = make_seeds(tmp_path, 2)
+    for report in (reports[0], combine(reports, rows, draws=10)):
+        proof = report["certificate"]
+        assert proof["gold"]["overall"]["n"] == 20
+        page, shown = Page(html.page(report)), text.certificate(proof)
+        for said in (page.text, shown):
+            for expected in (
+                "slot bias",
+                "abstentions",
+                "50.0 %",
+                "calibration error",
+                "Reliability",
+                "people",
+            ):
+                assert expected in said
+            assert "\x1b" not in said
+        assert "script" not in page.tags
+        bins = sum(1 for b in proof["gold"]["overall"]["raw"]["reliability"] if b["n"])
+        assert shown.count("–0.") + shown.count("–1.00") == bins > 3
+    assert text.certificate_tables({**proof, "gold": None}) == []
+    assert "Certificate" not in Page(html.page({**reports[0], "certificate": None})).text
 
 
 def test_human_harmlessness_labels_are_counted_in_the_sources(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from cai_ray import constitution
-from cai_ray.config import ReviseConfig
+from cai_ray.config import CompareConfig, PromptSource, ReviseConfig, RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import RowError
+from cai_ray.generate.compare import Compare
+from cai_ray.generate.quality import run_templates
 from cai_ray.generate.revise import Revise
-from cai_ray.prompts import load_templates
+from cai_ray.prompts import TemplateSet, load_templates
 
 TOWN = constitution.load("errand-town")
 ROW = {
@@ -22,9 +24,11 @@ ROW = {
 }
 
 
-def revise(answer: Any, document: constitution.Constitution = TOWN, **row: Any) -> dict[str, Any]:
+def revise(
+    answer: Any, document: constitution.Constitution = TOWN, templates: TemplateSet | None = None, **row: Any
+) -> dict[str, Any]:
     config = ReviseConfig(rounds=4, draw="without_replacement")
-    chain = Revise(document, load_templates("errand-town"), config, seed=0, model="m")
+    chain = Revise(document, templates or load_templates("errand-town"), config, seed=0, model="m")
     return asyncio.run(chain(ScriptedEngine(answer=answer), {**ROW, **row}))
 
 
@@ -71,6 +75,68 @@ def test_a_helpfulness_prompt_is_answered_and_left_alone() -> None:
 def test_item_06_an_empty_revision_is_an_error() -> None:
     with pytest.raises(RowError, match="empty"):
         revise(lambda m, s: "" if len(m) > 4 else "text")
+
+
+def thinks(messages: list[dict[str, str]], sampling: Any) -> str:
+    """A reasoning model that also introduces its revisions."""
+    asked = messages[-1]["content"]
+    what = (
+        "critique"
+        if "# Critique request" in asked
+        else "revision"
+        if "# Revision request" in asked
+        else "answer"
+    )
+    introduction = "Here is a revised response:\n\n" if what == "revision" else ""
+    return f"<think>Let me see: {what}.</think>\n\n{introduction}The {what}."
+
+
+def config(**more: Any) -> RunConfig:
+    return RunConfig(
+        name="x", model="m", constitution="harmless", prompts=(PromptSource(path="p.jsonl"),), **more
+    )
+
+
+def test_thinking_and_introductions_reach_neither_the_next_prompt_nor_the_record() -> None:
+    seen: list[str] = []
+
+    def answer(messages: list[dict[str, str]], sampling: Any) -> str:
+        seen.append("".join(m["content"] for m in messages))
+        return thinks(messages, sampling)
+
+    out = revise(answer, templates=run_templates(config()))
+    assert out["response"] == "The answer." and out["revision"] == "The revision."
+    assert {s["critique"] for s in out["steps"]} == {"The critique."}
+    assert not any("Let me see" in prompt or "Here is a revised" in prompt for prompt in seen)
+
+
+def test_thinking_is_kept_where_the_run_says_so() -> None:
+    out = revise(thinks, templates=run_templates(config(thinking="keep")))
+    assert out["response"] == "<think>Let me see: answer.</think>\n\nThe answer."
+    assert all("Let me see: critique" in s["critique"] for s in out["steps"])
+    assert out["revision"].startswith("<think>")
+
+
+def test_item_06_a_revision_that_is_all_thinking_or_introduction_is_an_error() -> None:
+    templates = run_templates(config())
+    for revision, says in (
+        ("<think>What to write", "a thinking block does not end"),
+        ("<think>Nothing.</think>", "a revision is empty"),
+        ("Here is a revised response:", "a revision is empty"),
+    ):
+        with pytest.raises(RowError, match=says):
+            revise(
+                lambda m, s, text=revision: text if "# Revision request" in m[-1]["content"] else "text",
+                templates=templates,
+            )
+
+
+@pytest.mark.parametrize("thinking", ["strip", "keep"])
+def test_comparisons_are_of_answers_without_their_thinking(thinking: Any) -> None:
+    chain = Compare(run_templates(config(thinking=thinking)), CompareConfig(), 0, "sl")
+    out = asyncio.run(chain(ScriptedEngine(answer=thinks), {**ROW, "pair": "0-1"}))
+    for side in ("response_a", "response_b"):
+        assert ("Let me see" in out[side]) == (thinking == "keep") and out[side].endswith("The answer.")
 
 
 def test_seeds_differ_by_row_and_step_and_not_by_order() -> None:

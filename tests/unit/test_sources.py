@@ -11,7 +11,7 @@ import pytest
 
 from cai_ray.config import Comparisons, PromptSource
 from cai_ray.errors import InputError
-from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts, to_messages
+from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts, read_rows, to_messages
 
 TALK = "\n\nHuman: Tell me: what is A: B?\n\nAssistant: It is a ratio.\n\nHuman: And Human: C?"
 
@@ -141,6 +141,25 @@ def test_item_38_missing_empty_and_broken_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=says):
             read_prompts([PromptSource(path=str(tmp_path / name), kind="helpful")], seed=0)
+
+
+def test_lone_surrogates_of_any_column_are_replaced(tmp_path: Path) -> None:
+    """In every column, since no file takes them; what is legal stays as it is."""
+    row = {
+        "prompt": "a\ud800 😀",
+        "family": "f\udfff",
+        "kind": "red_team",
+        "n": {"\ud800": ["\udc00", 1.5, None]},
+    }
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (read,) = read_rows(str(tmp_path / "p.jsonl"))
+    assert read == {
+        "prompt": "a� 😀",
+        "family": "f�",
+        "kind": "red_team",
+        "n": {"�": ["�", 1.5, None]},
+    }
+    pa.Table.from_pylist(read_prompts([PromptSource(path=str(tmp_path / "p.jsonl"))], 0))
 
 
 def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""What survives a kill: the finished rows of a stage that is not done.
+
+RUN/stage/journal/NAME/ holds `todo-*.parquet`, the rows to walk, and `done-*.parquet`, finished rows in files of a
+small block. The actors write these themselves, so that what an actor has finished is safe whoever dies next, and read
+them when they start, so that what is safe is not done again. At the end the rows become RUN/stage/NAME-*.parquet,
+each id once, and the journal goes when the stage's manifest is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from cai_ray import storage
+from cai_ray.records import SCHEMAS, to_table
+from cai_ray.storage import Run
+
+FOLDER = "journal"
+TODO_ROWS = 4096
+SLICE_ROWS = 64
+PART_ROWS = 8192
+
+
+class Slice(NamedTuple):
+    """A few rows to walk: a row group of a file."""
+
+    path: str
+    group: int
+    rows: int
+
+    def read(self) -> list[dict[str, Any]]:
+        fs, path = storage.resolve(self.path)
+        with fs.open_input_file(path) as f:
+            return pq.ParquetFile(f).read_row_group(self.group).to_pylist()
+
+
+class Journal:
+    """Of one stage and one set of rows (`name`). Plain data: it travels to the actors."""
+
+    def __init__(self, run: Run, stage: str, schema: str, name: str):
+        self.target, self.schema, self.name = run.path(stage), schema, name
+        self.folder = storage.join(self.target, FOLDER, name)
+
+    def plan(self, rows: Iterable[dict[str, Any]]) -> list[Slice]:
+        """Writes the rows to walk and says where they are; never more than a file of them is in memory."""
+        slices: list[Slice] = []
+        rows = iter(rows)
+        for number in itertools.count():
+            some = list(itertools.islice(rows, TODO_ROWS))
+            if not some:
+                return slices
+            path = storage.join(self.folder, f"todo-{number:05d}.parquet")
+            storage.write_table(path, _as_table(some), SLICE_ROWS)
+            for group, start in enumerate(range(0, len(some), SLICE_ROWS)):
+                slices.append(Slice(path, group, min(SLICE_ROWS, len(some) - start)))
+        raise AssertionError
+
+    def finished(self) -> frozenset[str]:
+        """Ids of the rows that need not be walked again. One that failed may: what failed it may have passed."""
+        table = self._read(["id", "error"])
+        return frozenset(table.filter(pc.is_null(table["error"]))["id"].to_pylist())
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps finished rows, all or none of them."""
+        path = storage.join(self.folder, f"done-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet")
+        storage.write_table(path, to_table(rows, self.schema))
+
+    def publish(self) -> pa.Table:
+        """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows. What an attempt wrote that was killed
+        here is written over: a journal only grows.
+
+        A row that was walked twice (it failed before, or the actor died between writing it and saying so) counts once;
+        the first that did not fail is taken.
+
+        Returns:
+            `error` and `usage` of the rows, in no order.
+        """
+        kept = _first_of_each(self._read(["id", "error"]))
+        fs, _ = storage.resolve(self.folder)
+        rows, said, start, parts = to_table([], self.schema), [], 0, itertools.count()
+
+        def write(table: pa.Table) -> None:
+            storage.write_table(
+                storage.join(self.target, f"{self.name}-{next(parts):05d}.parquet"), table.combine_chunks()
+            )
+            said.append(table.select(["error", "usage"]))
+
+        for path in self._files("done"):
+            table = pq.read_table(path, filesystem=fs, partitioning=None)
+            rows = pa.concat_tables([rows, table.filter(kept[start : start + table.num_rows])])
+            start += table.num_rows
+            while rows.num_rows > PART_ROWS:
+                write(rows.slice(0, PART_ROWS))
+                rows = rows.slice(PART_ROWS)
+        write(rows)
+        return pa.concat_tables(said)
+
+    def _read(self, columns: list[str]) -> pa.Table:
+        files = self._files("done")
+        if not files:
+            return to_table([], self.schema).select(columns)
+        fs, _ = storage.resolve(self.folder)
+        return pads.dataset(files, filesystem=fs, format="parquet").to_table(columns=columns)
+
+    def _files(self, kind: str) -> list[str]:
+        return [
+            f for f in storage.list_files(self.folder, ".parquet") if f.rsplit("/", 1)[1].startswith(kind)
+        ]
+
+
+class Keeper:
+    """Gathers rows that finish one by one and writes them in blocks; on the event loop of one actor.
+
+    A block is written when it has `block` rows, when nothing else is being worked on, or after `patience` seconds,
+    but not more often than every `pause` seconds. So a kill costs little more than the rows in flight, and a fast
+    chain does not drown the file system in small files.
+    """
+
+    def __init__(self, journal: Journal, block: int, patience: float = 5.0, pause: float = 0.1):
+        self.journal, self.block, self.patience, self.pause = journal, block, patience, pause
+        self.working = 0
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Around the work on a row: while there is any, blocks may wait to fill."""
+        self.working += 1
+        try:
+            yield
+        finally:
+            self.working -= 1
+
+    async def keep(self, row: dict[str, Any]) -> None:
+        """Returns when the row is safe."""
+        safe = asyncio.get_running_loop().create_future()
+        self._waiting.append((row, safe))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._write())
+        await safe
+
+    async def _write(self) -> None:
+        since = time.monotonic()
+        while self._waiting:
+            await asyncio.sleep(self.pause)
+            patient = time.monotonic() - since < self.patience
+            if len(self._waiting) < self.block and self.working and patient:
+                continue
+            taken, self._waiting = self._waiting, []
+            since = time.monotonic()
+            try:
+                await asyncio.to_thread(self.journal.write, [row for row, _ in taken])
+            except Exception as e:  # the rows' own tasks raise it
+                for _, safe in taken:
+                    safe.set_exception(e)
+            else:
+                for _, safe in taken:
+                    safe.set_result(None)
+
+
+def begin(run: Run, stage: str, inputs: dict[str, str]) -> None:
+    """Clears the stage's folder of what a killed attempt left, unless that had the same inputs."""
+    note = run.path(stage, FOLDER, "inputs.json")
+    try:
+        same = storage.read_json(note) == inputs
+    except (OSError, ValueError):  # there is none, or it is damaged
+        same = False
+    if not same:
+        storage.delete(run.path(stage))
+        storage.write_json(note, inputs)
+
+
+def _first_of_each(rows: pa.Table) -> np.ndarray:
+    """A mask over rows (`id`, `error`): each id's first row without an error, or its first."""
+    codes = pc.dictionary_encode(rows["id"].combine_chunks()).indices.to_numpy()
+    failed = pc.is_valid(rows["error"]).to_numpy()
+    order = np.lexsort((np.arange(len(codes)), failed, codes))
+    first = np.ones(len(codes), bool)
+    first[1:] = codes[order][1:] != codes[order][:-1]
+    mask = np.zeros(len(codes), bool)
+    mask[order[first]] = True
+    return mask
+
+
+def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
+    names = {k for row in rows for k in row}
+    known = {f.name: f for s in SCHEMAS.values() for f in s}
+    fields = pa.schema([known[n] if n in known else pa.field(n, pa.string()) for n in sorted(names)])
+    return pa.Table.from_pylist(rows, schema=fields)

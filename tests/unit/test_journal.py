@@ -1,0 +1,133 @@
+"""What survives a kill: docs/method.md item 37."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai_ray import storage
+from cai_ray.generate import journal
+from cai_ray.generate.journal import SLICE_ROWS, TODO_ROWS, Journal, Keeper
+from cai_ray.storage import Run
+from tests.ray.engines import town_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(town_config(out=str(tmp_path)))
+
+
+@pytest.fixture
+def made(run: Run) -> Journal:
+    journal.begin(run, "revise", {"seed": "0"})
+    return Journal(run, "revise", "revisions", "part")
+
+
+def row(number: int, error: str | None = None, response: str = "fine") -> dict[str, Any]:
+    usage = {"prompt": 1, "cached": 0, "generated": 2}
+    return {"id": f"{number:016x}", "response": response, "error": error, "usage": usage}
+
+
+def test_rows_to_walk_are_read_slice_by_slice(made: Journal) -> None:
+    given = [row(i) for i in range(TODO_ROWS + SLICE_ROWS + 5)]
+    slices = made.plan(iter(given))
+    assert [s.rows for s in slices] == [len(s.read()) for s in slices]
+    assert max(s.rows for s in slices) == SLICE_ROWS
+    assert [r["id"] for s in slices for r in s.read()] == [r["id"] for r in given]
+
+
+def test_no_rows_are_an_empty_result(run: Run, made: Journal) -> None:
+    assert made.plan([]) == [] and made.finished() == frozenset()
+    assert made.publish().num_rows == 0 and run.rows("revise") == []
+
+
+def test_item_37_what_is_finished_is_not_walked_again_but_what_failed(made: Journal) -> None:
+    made.write([row(1), row(2, error="refused")])
+    made.write([row(3)])
+    assert made.finished() == {row(1)["id"], row(3)["id"]}
+
+
+def test_item_37_a_row_that_was_walked_twice_counts_once(run: Run, made: Journal) -> None:
+    made.write([row(1, response="first"), row(2, error="refused")])
+    made.write([row(2, response="again"), row(3, error="refused")])
+    made.write([row(1, response="second"), row(3, error="refused once more")])
+    said = made.publish()
+    assert said.num_rows == 3 and said["error"].null_count == 2
+    out = run.rows("revise")
+    assert [(r["response"], r["error"]) for r in out] == [
+        ("first", None),
+        ("again", None),
+        ("fine", "refused"),
+    ]
+
+
+def test_item_37_a_kill_while_publishing_leaves_nothing_double(
+    run: Run, made: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PART_ROWS", 4)
+    made.write([row(i) for i in range(10)])
+    made.publish()  # and the driver dies before the manifest
+    journal.begin(run, "revise", {"seed": "0"})
+    made.write([row(i) for i in range(10, 13)])
+    assert made.publish().num_rows == 13
+    assert Counter(r["id"] for r in run.rows("revise")) == Counter(row(i)["id"] for i in range(13))
+
+
+def test_other_inputs_begin_anew(run: Run, made: Journal) -> None:
+    made.write([row(1)])
+    journal.begin(run, "revise", {"seed": "0"})
+    assert made.finished() == {row(1)["id"]}
+    journal.begin(run, "revise", {"seed": "1"})
+    assert made.finished() == frozenset()
+    made.write([row(1)])
+    storage.write_bytes(run.path("revise", journal.FOLDER, "inputs.json"), b"{ torn")
+    journal.begin(run, "revise", {"seed": "1"})
+    assert made.finished() == frozenset()
+
+
+def files(made: Journal) -> list[int]:
+    return [len(journal.pq.read_table(f)) for f in made._files("done")]
+
+
+def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journal) -> None:
+    async def work() -> None:
+        keeper = Keeper(made, block=4, patience=60, pause=0.01)
+        with keeper.busy():
+            tasks = [asyncio.create_task(keeper.keep(row(i))) for i in range(4)]
+            await asyncio.gather(*tasks)
+            assert files(made) == [4]
+            late = asyncio.create_task(keeper.keep(row(4)))
+            await asyncio.sleep(0.1)
+            assert not late.done()  # there is work, which may fill the block
+        await late
+
+    asyncio.run(work())
+    assert files(made) == [4, 1]
+
+
+def test_a_block_that_does_not_fill_is_written_all_the_same(made: Journal) -> None:
+    async def work() -> None:
+        keeper = Keeper(made, block=4, patience=0.05, pause=0.01)
+        with keeper.busy():
+            await keeper.keep(row(0))
+
+    asyncio.run(work())
+    assert files(made) == [1]
+
+
+def test_a_block_that_cannot_be_written_is_an_error_of_its_rows(
+    made: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Journal, rows: list[dict[str, Any]]) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def work() -> list[Any]:
+        keeper = Keeper(made, block=2, pause=0.01)
+        return await asyncio.gather(*(keeper.keep(row(i)) for i in range(2)), return_exceptions=True)
+
+    monkeypatch.setattr(Journal, "write", full)
+    assert [str(e) for e in asyncio.run(work())] == ["[Errno 28] No space left on device"] * 2
