@@ -91,17 +91,21 @@ def uses_gpu(config: RunConfig) -> bool:
 
 
 @contextmanager
-def input_errors() -> Iterator[None]:
-    """An InputError in a worker of Ray Data is one here: Ray keeps its text alone, in the worker's traceback."""
+def worker_errors() -> Iterator[None]:
+    """An InputError in a worker of Ray Data, or what the system refused it, is one here: Ray keeps its text alone, in
+    the worker's traceback."""
     from ray.exceptions import RayError
 
     try:
         yield
     except RayError as e:
         told = re.search(r"^cai_ray\.errors\.InputError: (.+)$", str(e), re.MULTILINE)
-        if told is None:
-            raise
-        raise InputError(told[1]) from e
+        if told is not None:
+            raise InputError(told[1]) from e
+        told = re.search(r"^\w+: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?$", str(e), re.MULTILINE)
+        if told is not None:
+            raise OSError(int(told[1]), told[2], told[3]) from e
+        raise
 
 
 def disconnect() -> None:

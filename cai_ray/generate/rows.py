@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray import storage
-from cai_ray.cluster import capacity, input_errors, uses_gpu, worker_env
+from cai_ray.cluster import capacity, worker_errors, uses_gpu, worker_env
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import InputError, RowError
@@ -107,7 +107,7 @@ def map_rows(
     label = stage if name == "part" else f"{stage} {name}"
     if kept := len(journal.finished()):
         print(f"  {label}: {kept} of {total} rows were finished before", file=sys.stderr, flush=True)
-    with interruptible(), input_errors(), _Progress(label, errors):
+    with interruptible(), worker_errors(), _Progress(label, errors):
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             errors.add(batch["error"].to_pylist())
         said = journal.publish()
