@@ -11,7 +11,7 @@ from typing import Any, Literal
 from cai_ray import cluster
 from cai_ray.engine import Engine, Sampling, make_engine
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.sources import clean
+from cai_ray.generate.files import clean
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_seed
 from cai_ray.report.text import name_of, visible

@@ -25,6 +25,7 @@ from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.config import RunConfig, TrainConfig
 from cai_ray.errors import InputError
+from cai_ray.generate.files import data_files
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
@@ -450,11 +451,12 @@ def _settings(section: BaseModel) -> dict[str, Any]:
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:
-    """A prompt file's content hash; a folder's, of the names and sizes in it."""
+    """A prompt file's content hash; of several files, of their names and sizes."""
     if path.startswith("town:"):
         return derive_id(path, settings)
     fs, real = storage.resolve(path)
-    if storage.exists(path) and fs.get_file_info(real).is_file:
+    files = data_files(path)
+    if files == [real]:
         return derive_id(settings, hashlib.sha256(storage.read_bytes(path)).hexdigest())
-    infos = [fs.get_file_info(f) for f in storage.list_files(path)]
+    infos = fs.get_file_info(files)
     return derive_id(settings, [(i.base_name, i.size) for i in infos])

@@ -16,6 +16,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from cai_ray import constitution as constitutions
@@ -26,8 +27,9 @@ from cai_ray.engine import Engine, Sampling, Usage
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate import certificate
 from cai_ray.generate.draw import draw
+from cai_ray.generate.files import clean
 from cai_ray.generate.rows import map_rows
-from cai_ray.generate.sources import clean, read_rows, to_messages
+from cai_ray.generate.sources import iter_rows, to_messages
 from cai_ray.generate.votes import combine, expected_score, preference, slot_bias
 from cai_ray.prompts import Message, TemplateSet, load_templates
 from cai_ray.records import derive_id, derive_seed
@@ -165,7 +167,7 @@ def gold_rows(run: Run) -> list[dict[str, Any]]:
     if path is None:
         return []
     found = []
-    for number, row in enumerate(read_rows(path, run.config.seed)[: run.config.label.gold_limit], 1):
+    for number, row in enumerate(islice(iter_rows(path, run.config.seed), run.config.label.gold_limit), 1):
         where = f"label.gold={path}: row {number}"
         if missing := [n for n in ("messages", "response_a", "response_b", "gold") if row.get(n) is None]:
             raise InputError(f"{where} lacks {', '.join(missing)}")

@@ -6,6 +6,7 @@ by it, then to revise; the revision takes the answer's place.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -102,10 +103,12 @@ class Revise:
         )
 
 
-def rows(run: Run) -> list[dict[str, Any]]:
+def rows(run: Run, left_out: Counter[str] | None = None) -> list[dict[str, Any]]:
     """One row per red-team prompt, `helpful_samples` per helpfulness prompt."""
     config = run.config.revise
-    prompts = [p for p in read_prompts(run.config.prompts, run.config.seed) if p["split"] == "train"]
+    prompts = [
+        p for p in read_prompts(run.config.prompts, run.config.seed, left_out) if p["split"] == "train"
+    ]
     out = []
     for prompt in prompts[: config.limit]:
         samples = 1 if prompt["kind"] == "red_team" else config.helpful_samples
@@ -129,7 +132,9 @@ def run(run: Run) -> dict[str, Any]:
         config.seed,
         config.model,
     )
-    return map_rows(run, "revise", rows(run), chain, model="base", schema="revisions")
+    left_out: Counter[str] = Counter()
+    made = map_rows(run, "revise", rows(run, left_out), chain, model="base", schema="revisions")
+    return {**made, "prompts_left_out": dict(left_out)}
 
 
 def _whole(revision: Completion, templates: TemplateSet) -> str:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray import storage
-from cai_ray.cluster import capacity, worker_errors, uses_gpu, worker_env
+from cai_ray.cluster import capacity, uses_gpu, worker_env, worker_errors
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import InputError, RowError

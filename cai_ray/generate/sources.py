@@ -1,26 +1,24 @@
 """Prompts and human comparisons from files in the formats people have.
 
-Rows may be JSON lines (also .gz), parquet, or a folder of parquet files. A conversation is a list of messages, a
-plain text, or a transcript of the form "\\n\\nHuman: … \\n\\nAssistant: …", of which every turn is kept. Sources
-whose path starts with `town:` are drawn from the embedded world.
+A conversation is a list of messages, a plain text, or a transcript of the form
+"\\n\\nHuman: … \\n\\nAssistant: …", of which every turn is kept. Sources whose path starts with `town:` are drawn
+from the embedded world.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import unicodedata
-import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cai_ray import storage
 from cai_ray.config import Comparisons, PromptSource
 from cai_ray.errors import InputError
+from cai_ray.generate import files
+from cai_ray.generate.files import clean
+from cai_ray.generate.near import NearDuplicates
 from cai_ray.records import derive_id
 
 _COLUMNS = ("messages", "prompt", "text", "chosen")
@@ -28,23 +26,33 @@ _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def read_prompts(sources: Iterable[PromptSource], seed: int) -> list[dict[str, Any]]:
+def read_prompts(
+    sources: Iterable[PromptSource], seed: int, left_out: Counter[str] | None = None
+) -> list[dict[str, Any]]:
     """Rows of schema `prompts`, each conversation once, in the order of the sources.
+
+    Args:
+        left_out: counts rows that were read before (`same`) and those that nearly were (`near`).
 
     Raises:
         InputError: a file is missing or unreadable, has no usable column, or its prompts have no kind.
     """
+    sources = list(sources)
     rows: dict[str, dict[str, Any]] = {}
+    left_out = Counter() if left_out is None else left_out
+    # One index for each threshold, over the prompts of all sources: the same list may be split over files.
+    near = {t: NearDuplicates(t) for s in sources if (t := s.near_duplicates) is not None}
     for source in sources:
-        data = read_rows(source.path, seed)
-        column = source.column or next((c for c in _COLUMNS if data and c in data[0]), None)
-        if data and (column is None or column not in data[0]):
-            wanted = source.column or " or ".join(_COLUMNS)
-            raise InputError(
-                f"{source.path}: no column {wanted}; it has {', '.join(data[0])} (set `column` to the one with prompts)"
-            )
-        for number, row in enumerate(data[: source.limit], 1):
-            messages = _prompt(row.get(column or ""), source.path, number)
+        column = source.column
+        for number, row in enumerate(islice(iter_rows(source.path, seed), source.limit), 1):
+            column = column or next((c for c in _COLUMNS if c in row), None)
+            if column not in row:
+                wanted = column or " or ".join(_COLUMNS)
+                raise InputError(
+                    f"{source.path}: row {number} has no column {wanted}; it has {', '.join(row)} "
+                    "(set `column` to the one with prompts)"
+                )
+            messages = _prompt(row[column], source.path, number)
             kind = source.kind or row.get("kind")
             if kind not in ("red_team", "helpful"):
                 raise InputError(
@@ -52,24 +60,29 @@ def read_prompts(sources: Iterable[PromptSource], seed: int) -> list[dict[str, A
                 )
             split = row.get("split") or "train"
             identity = derive_id(messages, kind, split)
-            rows.setdefault(
-                identity,
-                {
-                    "id": identity,
-                    "messages": messages,
-                    "kind": kind,
-                    "family": row.get("family"),
-                    "split": split,
-                    "source": row.get("source") or source.path,
-                },
-            )
+            if identity in rows:
+                left_out["same"] += 1
+                continue
+            text = normalised(messages) if near else ""
+            seen = {threshold: index.seen(text) for threshold, index in near.items()}
+            if source.near_duplicates is not None and seen[source.near_duplicates]:
+                left_out["near"] += 1
+                continue
+            rows[identity] = {
+                "id": identity,
+                "messages": messages,
+                "kind": kind,
+                "family": row.get("family"),
+                "split": split,
+                "source": row.get("source") or source.path,
+            }
     return list(rows.values())
 
 
 def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]:
     """Human comparisons as rows: id, messages, response_a (the chosen one), response_b, p_a, source `human`."""
     out = []
-    for number, row in enumerate(read_rows(source.path, seed)[: source.limit], 1):
+    for number, row in enumerate(islice(iter_rows(source.path, seed), source.limit), 1):
         where = f"{source.path}: row {number}"
         if "chosen" not in row or "rejected" not in row:
             raise InputError(f"{where} lacks `chosen` or `rejected`; it has {', '.join(row)}")
@@ -104,8 +117,8 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
     return out
 
 
-def read_rows(path: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of a JSONL or parquet source, lone surrogates replaced.
+def iter_rows(path: str, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of a source: of the embedded world (`town:`), or of files (files.py).
 
     Raises:
         InputError: it is missing, unreadable, empty, or of another format.
@@ -113,29 +126,9 @@ def read_rows(path: str, seed: int = 0) -> list[dict[str, Any]]:
     if path.startswith("town:"):
         from cai_ray.town import data
 
-        return data.rows(path.removeprefix("town:"), seed)
-    if not storage.exists(path):
-        raise InputError(f"{path}: no such file; give JSONL or parquet")
-    try:
-        if path.endswith((".jsonl", ".json", ".jsonl.gz")):
-            raw = storage.read_bytes(path)
-            rows = _json_lines(gzip.decompress(raw) if path.endswith(".gz") else raw, path)
-        elif path.endswith(".parquet"):
-            fs, real = storage.resolve(path)
-            rows = pq.read_table(real, filesystem=fs, partitioning=None).to_pylist()
-        else:
-            fs, real = storage.resolve(path)
-            files = [] if fs.get_file_info(real).is_file else storage.list_files(path, ".parquet")
-            if not files:
-                raise InputError(
-                    f"{path}: is neither JSONL (.jsonl, .jsonl.gz) nor parquet, nor a folder of parquet files"
-                )
-            rows = [r for f in files for r in pq.read_table(f, filesystem=fs, partitioning=None).to_pylist()]
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error, pa.ArrowException) as e:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())})") from e
-    if not rows:
-        raise InputError(f"{path}: holds no rows")
-    return rows
+        yield from data.rows(path.removeprefix("town:"), seed)
+    else:
+        yield from files.iter_rows(path)
 
 
 def to_messages(value: Any, where: str) -> list[dict[str, str]]:
@@ -175,11 +168,6 @@ def _joined(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     return messages
 
 
-def clean(text: str) -> str:
-    """Text that every tokenizer and file takes: lone surrogates become the replacement character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def normalised(messages: Iterable[dict[str, str]]) -> str:
     """A conversation's text with case, width and spacing removed: what is compared to keep splits apart."""
     text = "\n".join(m["content"] for m in messages)
@@ -214,22 +202,3 @@ def _answer(value: Any, where: str) -> str:
     if messages[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message of `chosen` and `rejected` must be the assistant's")
     return messages[-1]["content"]
-
-
-def _json_lines(raw: bytes, path: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(raw.decode("utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if "\\u" in line:  # an escape can name half a character, which no file takes
-                    row = json.loads(clean(json.dumps(row, ensure_ascii=False)))
-            except (ValueError, RecursionError) as e:  # numbers of thousands of digits, nesting without end
-                reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
-                raise InputError(
-                    f"{path}: line {number} is no JSON ({reason}); give one JSON object per line"
-                ) from e
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is no JSON object; give one JSON object per line")
-            rows.append(row)
-    return rows

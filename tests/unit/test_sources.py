@@ -1,7 +1,9 @@
 """Prompts and comparisons from files: docs/method.md items 8, 10, 37, 38."""
 
+import csv
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from cai_ray.config import Comparisons, PromptSource
 from cai_ray.errors import InputError
-from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts, read_rows, to_messages
+from cai_ray.generate.sources import check_disjoint, iter_rows, read_comparisons, read_prompts, to_messages
 
 TALK = "\n\nHuman: Tell me: what is A: B?\n\nAssistant: It is a ratio.\n\nHuman: And Human: C?"
 
@@ -49,6 +51,70 @@ def test_item_08_every_format_keeps_the_conversation(tmp_path: Path, name: str) 
     rows = read_prompts([PromptSource(path=path, kind="red_team")], seed=0)
     assert [len(r["messages"]) for r in rows] == [3, 1]
     assert len({r["id"] for r in rows}) == 2
+
+
+def test_csv_has_commas_lines_and_empty_cells(tmp_path: Path) -> None:
+    told = 'prompt,kind,family\n"one, ""two""\nthree",helpful,\nfour,red_team,privacy\n'
+    (tmp_path / "p.csv").write_text(told)
+    rows = read_prompts([PromptSource(path=str(tmp_path / "p.csv"))], seed=0)
+    assert [(r["messages"][0]["content"], r["kind"], r["family"]) for r in rows] == [
+        ('one, "two"\nthree', "helpful", None),
+        ("four", "red_team", "privacy"),
+    ]
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with gzip.open(tmp_path / "q.csv.gz", "wt", newline="") as f:
+        csv.writer(f).writerows([["messages"], [json.dumps(said)]])
+    (row,) = read_prompts([PromptSource(path=str(tmp_path / "q.csv.gz"), kind="helpful")], seed=0)
+    assert row["messages"] == said[:1]
+
+
+@pytest.mark.parametrize("form", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_a_folder_of_arrow_files(tmp_path: Path, form: Any) -> None:
+    """As `datasets` saves a split: Arrow files beside descriptions of them."""
+    for number, text in enumerate(("one", "two")):
+        table = pa.table({"prompt": [text]})
+        with form(tmp_path / f"data-{number:05d}-of-00002.arrow", table.schema) as out:
+            out.write_table(table)
+    (tmp_path / "state.json").write_text("{}")
+    rows = read_prompts([PromptSource(path=str(tmp_path), kind="helpful")], seed=0)
+    assert [r["messages"][0]["content"] for r in rows] == ["one", "two"]
+
+
+def test_a_pattern_takes_some_files_of_a_folder(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "test-0"):
+        write(tmp_path / f"{name}.parquet", [{"prompt": name}])
+    source = PromptSource(path=str(tmp_path / "train-*.parquet"), kind="helpful")
+    assert [r["messages"][0]["content"] for r in read_prompts([source], seed=0)] == ["train-0", "train-1"]
+    with pytest.raises(InputError, match=r"valid-.*: no such files"):
+        read_prompts([PromptSource(path=str(tmp_path / "valid-*"), kind="helpful")], seed=0)
+
+
+def test_folders_of_splits_are_named_not_mixed(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write(tmp_path / split / "a.parquet", [{"prompt": split}])
+    with pytest.raises(InputError, match=r"its rows are in folders; name one of them \(test, train\)"):
+        read_prompts([PromptSource(path=str(tmp_path), kind="helpful")], seed=0)
+
+
+def test_near_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
+    lock = "How do I open the lock of my neighbour's shed at night without a key?"
+    path = write(tmp_path / "a.jsonl", [{"text": lock}, {"text": "What goes well with rice and beans?"}])
+    texts = [lock, f"{lock}?", lock.upper(), lock.replace("night", "noon"), "Which lock is the best?"]
+    more = write(tmp_path / "b.jsonl", [{"text": text} for text in texts])
+
+    def read(threshold: float | None) -> tuple[list[str], dict[str, int]]:
+        left_out: Counter[str] = Counter()
+        sources = [
+            PromptSource(path=path, kind="red_team"),
+            PromptSource(path=more, kind="red_team", near_duplicates=threshold),
+        ]
+        rows = read_prompts(sources, 0, left_out)
+        return [r["messages"][0]["content"] for r in rows[2:]], dict(left_out)
+
+    assert read(None) == (texts[1:], {"same": 1})
+    assert read(0.7) == (texts[-1:], {"same": 1, "near": 3})
+    assert read(0.9) == ([texts[3], texts[4]], {"same": 1, "near": 2})
 
 
 def test_a_folder_of_parquet_and_the_same_prompt_twice(tmp_path: Path) -> None:
@@ -152,7 +218,7 @@ def test_lone_surrogates_of_any_column_are_replaced(tmp_path: Path) -> None:
         "n": {"\ud800": ["\udc00", 1.5, None]},
     }
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
-    (read,) = read_rows(str(tmp_path / "p.jsonl"))
+    (read,) = iter_rows(str(tmp_path / "p.jsonl"))
     assert read == {
         "prompt": "a� 😀",
         "family": "f�",
@@ -176,8 +242,11 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
         ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is no JSON .*recursion"),
         ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is no JSON .*; give one JSON object per line"),
         ("p.json", b'[{"text": "a"}]\n', "line 1 is no JSON object; give one JSON object per line"),
-        ("p.csv", b"text\na\n", r"is neither JSONL \(.jsonl, .jsonl.gz\) nor parquet, nor a folder"),
-        ("p.txt", b"a\n", "is neither JSONL"),
+        ("p.csv", b"text\na,b\n", "row 1 has more cells than the header"),
+        ("p.csv", b'text\n"a\n', "cannot be read"),
+        ("p.csv", b"messages\nhello\n", "row 1: `messages` is no JSON list"),
+        ("p.arrow", b"no stream", "cannot be read"),
+        ("p.txt", b"a\n", r"is of another format; give a file or a folder of .jsonl, .jsonl.gz, .csv"),
     ],
 )
 def test_item_38_files_that_hold_no_rows_as_wanted(tmp_path: Path, name: str, raw: bytes, says: str) -> None:
