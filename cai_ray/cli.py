@@ -105,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
     for name, text in STAGE_HELP.items():
         _with_config(commands.add_parser(name, help=text)).set_defaults(function=_stage)
 
+    redteam = commands.add_parser(
+        "redteam", help="more red-team prompts, written by the model after the run's own"
+    )
+    _with_config(redteam).set_defaults(function=_stage)
+
     status = commands.add_parser("status", help="what is done in a run directory")
     status.add_argument("run")
     status.add_argument("--json", action="store_true")

@@ -208,6 +208,23 @@ class SftConfig(TrainConfig):
     """Rows per optimizer step, over all workers."""
 
 
+class RedTeamConfig(Section):
+    """Of `cai-ray redteam`, which writes more prompts like the run's own red-team prompts."""
+
+    count: int = Field(default=1000, gt=0)
+    """Prompts wanted, the same number of each family."""
+    oversample: float = Field(default=1.5, ge=1)
+    """So many times as many are asked for, since some will repeat others."""
+    examples: int = Field(default=5, gt=0)
+    """Prompts of one family that the model is shown."""
+    near_duplicates: float = Field(default=0.7, gt=0, lt=1)
+    """Leave out what shares more than this of its character 5-grams with another prompt."""
+    model: str = "base"
+    """Who writes: `base`, or a Hugging Face folder or id."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=256, gt=0)
+
+
 class CompareConfig(Section):
     samples: int = Field(default=2, ge=2)
     temperature: float = Field(default=1.0, gt=0)
@@ -374,6 +391,7 @@ class RunConfig(Section):
     prompts: tuple[PromptSource, ...] = Field(min_length=1)
     ray: RayConfig = RayConfig()
     engine: EngineConfig = EngineConfig()
+    redteam: RedTeamConfig = RedTeamConfig()
     revise: ReviseConfig = ReviseConfig()
     sft: SftConfig = SftConfig()
     compare: CompareConfig = CompareConfig()
@@ -390,11 +408,12 @@ class RunConfig(Section):
         """A stage starts from a model that is there when it runs."""
         for key, value, later in (
             ("sft.init", self.sft.init, ("sl", "rm", "rl")),
+            ("redteam.model", self.redteam.model, ("sl", "rm", "rl")),
             ("label.model", self.label.model, ("rm", "rl")),
             ("rm.init", self.rm.init, ("rm", "rl")),
         ):
             if value in later:
-                earlier = "`base`" if key == "sft.init" else "`base`, `sl`"
+                earlier = "`base`" if "sl" in later else "`base`, `sl`"
                 raise ValueError(
                     f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
                 )

@@ -63,6 +63,15 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
+# Before a run, if at all: `cai-ray run` leaves them out.
+BEFORE: dict[str, Stage] = {
+    "redteam": Stage(
+        "cai_ray.generate.redteam",
+        (),
+        ("redteam", "prompts", "evaluate", "model", "templates", "thinking"),
+    ),
+}
+
 # Models of the run itself: what they depend on is compared as such.
 _ROLES = {"base", "sl", "rm", "rl"}
 # How a stage is run, not what it yields: changing these starts nothing anew.
@@ -123,7 +132,7 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
     from cai_ray.generate import journal
     from cai_ray.generate.certificate import check_gates
 
-    stage = STAGES[name]
+    stage = _stage(name)
     wanted = inputs(run, name)
     done = run.manifest(name)
     if done and done["inputs"] == wanted and not force:
@@ -167,6 +176,10 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
         check_gates(run)
 
 
+def _stage(name: str) -> Stage:
+    return (BEFORE | STAGES)[name]
+
+
 def _clear(run: Run, name: str) -> None:
     """Removes what only an unfinished stage needs. Optimizer states are most of a run's size."""
     for folder in ("checkpoints", "journal"):
@@ -175,7 +188,7 @@ def _clear(run: Run, name: str) -> None:
 
 def inputs(run: Run, name: str) -> dict[str, str]:
     """What a stage's result depends on, each as a short hash."""
-    stage, config = STAGES[name], run.config
+    stage, config = _stage(name), run.config
     found: dict[str, str] = {"seed": str(config.seed)}
     for section in stage.reads:
         value = getattr(config, section)
@@ -242,6 +255,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             cannot be written.
     """
     from cai_ray.engine.openai import check_options, read_key
+    from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
     from cai_ray.prompts import Renderer, check_mode
@@ -252,7 +266,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     templates = load_templates(config.templates)
     check_mode(templates, config.label.mode)
     run = Run(config)
-    named = [config.sft.init, config.rm.init]
+    named = [config.sft.init, config.rm.init, *([config.redteam.model] if "redteam" in stages else [])]
     feedback = run.feedback().config.engine
     if feedback.kind == "openai":  # its tokenizer and chat template are not to be seen from here
         check_options(templates.options)
@@ -270,6 +284,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
     gold_rows(run)
+    if "redteam" in stages:
+        redteam.check(run)
     train = []
     for key, sources in (
         ("prompts", config.prompts),
@@ -384,7 +400,7 @@ def _open(run: Run) -> None:
 def _check_needs(run: Run, stages: list[str]) -> None:
     """What each stage reads is complete, or is made before it."""
     for place, name in enumerate(stages):
-        for upstream in STAGES[name].needs:
+        for upstream in _stage(name).needs:
             if upstream not in stages[:place] and run.manifest(upstream) is None:
                 raise InputError(_missing(run, name, upstream))
 
@@ -397,7 +413,8 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
     """Before anything starts: no completed stage that is to be run or read has other inputs."""
     if overwrite:
         return
-    for name in STAGES:
+    # Prompts that were written before are mostly named as a source after that, which changes what they came from.
+    for name in [*(n for n in BEFORE if n in stages), *STAGES]:
         done = run.manifest(name)
         if done is None:
             continue
@@ -406,9 +423,9 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
         except InputError:  # what it read is gone, and will be made again
             continue
         before = done["inputs"]
-        if name not in stages and not any(name in STAGES[s].needs for s in stages):
+        if name not in stages and not any(name in _stage(s).needs for s in stages):
             # Not touched now: it may wait to be made again, but a directory holds one configuration.
-            upstream = STAGES[name].needs
+            upstream = _stage(name).needs
             before, wanted = ({k: v for k, v in d.items() if k not in upstream} for d in (before, wanted))
         if before != wanted:
             raise InputError(_changed(run, name, before, wanted))

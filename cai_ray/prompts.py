@@ -231,6 +231,8 @@ class TemplateSet(BaseModel):
     """Regular expressions, matched at the start of a revision: what they match is removed, until none does."""
     critiques: tuple[str, ...] = ()
     """Regular expressions, matched at the start of a revision: one that matches is a critique (`sft.drop`)."""
+    red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
+    """What `cai-ray redteam` asks; {transcript} quotes the examples as turns of a person."""
     reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     """With `verdict`: what `label.mode: cot` asks. The feedback model reasons, and then weighs the options."""
     verdict: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
@@ -293,6 +295,13 @@ class TemplateSet(BaseModel):
             self.rating or (), conversation, {"response": response, "principle": principle.text}
         )
 
+    def red_team_messages(self, examples: Sequence[str]) -> list[Message]:
+        if self.red_team is None:
+            raise InputError(
+                f"template set {self.name} has no red_team; add it (see cai_ray/templates/general.yaml)"
+            )
+        return self._fill(self.red_team, [Message(role="user", content=e) for e in examples], {})
+
     def _fill(self, step: Sequence[Any], conversation: Messages, fields: dict[str, str]) -> list[Message]:
         messages: list[Message] = []
         for item in step:
@@ -332,6 +341,7 @@ _STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "reasoning": (("response_a", "response_b", "comparison"), ()),
     "verdict": (("response_a", "response_b", "comparison", "reasoning"), ()),
     "rating": (("response", "principle"), ()),
+    "red_team": ((), ()),
 }
 # The parts that a mode of labelling needs, beside those that every set has.
 _MODES = {"logprob": (), "cot": ("reasoning", "verdict"), "score": ("rating", "scores")}
@@ -358,7 +368,7 @@ def _faults(templates: TemplateSet) -> Iterator[str]:
     quoted = False
     for step, (needed, optional) in _STEPS.items():
         items, found = getattr(templates, step), set()
-        if items is None:  # a part for one mode of labelling
+        if items is None:  # a part that not everyone needs
             continue
         if not items:
             yield f"{step} is empty; list its messages"

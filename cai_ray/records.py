@@ -84,6 +84,9 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("error", _text),
         ]
     ),
+    "red_team": pa.schema(
+        [*PROMPT, ("examples", pa.list_(_text)), ("usage", USAGE), ("error", _text)],
+    ),
     "sft": pa.schema(
         [
             ("id", _text),
