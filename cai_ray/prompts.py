@@ -208,7 +208,8 @@ class Thinking(BaseModel):
 
 
 class TemplateSet(BaseModel):
-    """What is asked of the model at each step; one YAML file per family of models.
+    """What is asked of the model at each step; one YAML file per family of models. One that `extends` another
+    has the other's parts where it has none of its own.
 
     Each step is a list of messages; the item `conversation` stands for the row's own turns. In a content,
     `{name}` is replaced once, as data: nothing inside a replacement is looked at again.
@@ -433,7 +434,11 @@ def load_templates(name: str | Path) -> TemplateSet:
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
         raise InputError(f"template set {name}: no such file; give a path, or one of: {names}")
     try:
-        templates = TemplateSet.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and "extends" in data:
+            basis = load_templates(str(data.pop("extends")))
+            data = basis.model_dump() | data
+        templates = TemplateSet.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"])

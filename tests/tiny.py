@@ -42,7 +42,14 @@ def tokenizer(texts: list[str] | None = None) -> Any:
     return made
 
 
-def save_model(folder: Path, family: Family = "llama", reward: bool = False, seed: int = 0) -> Path:
+def save_model(
+    folder: Path,
+    family: Family = "llama",
+    reward: bool = False,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+) -> Path:
     """A random causal LM, or with `reward` a random sequence classifier with its `reward_head.json`."""
     import torch
     from transformers import (
@@ -56,9 +63,9 @@ def save_model(folder: Path, family: Family = "llama", reward: bool = False, see
     torch.manual_seed(seed)
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
         vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=4096,

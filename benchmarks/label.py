@@ -1,0 +1,201 @@
+"""Labelling by many principles: labels a second beside the bare engine, and beside a prompt that shares nothing.
+
+    python benchmarks/label.py [--rows N] [--runs N]
+
+Sixteen principles of about 25 tokens, both orders, on comparisons whose conversation and responses have about 300
+tokens in all, by a random model (its answers mean nothing, its work is real). A label is one comparison by all.
+
+- `ours`: stage `label` as it runs, through Ray Data, with the standard last and prefix caching.
+- `engine`: the same prompts and the same engine, as coroutines in one process.
+- `unshared`: the engine alone, the standard before the responses as in the paper (templates/paper-layout.yaml), no
+  prefix caching.
+
+Seconds are from the first comparison begun to the last one labelled; starting an engine is timed apart. Each
+measurement is a process of its own; they take turns, and medians are compared. The last line is JSON: `vs_unshared` and
+`vs_engine` are ours over theirs, `agreement` is the share of comparisons that both layouts label alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cai_ray import constitution as constitutions
+from cai_ray import pipeline
+from cai_ray.cluster import connect
+from cai_ray.config import RunConfig
+from cai_ray.engine import make_engine
+from cai_ray.generate.label import Label
+from cai_ray.generate.rows import _in_flight, map_rows
+from cai_ray.prompts import load_templates
+from cai_ray.storage import Run
+from tests import tiny
+
+KINDS = ("ours", "engine", "unshared")
+HIDDEN, LAYERS = 256, 4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=48, help="comparisons (default 48)")
+    parser.add_argument("--runs", type=int, default=3, help="measurements of each kind (default 3)")
+    parser.add_argument("--part", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        with tempfile.TemporaryDirectory(prefix="cai-ray-label-") as folder:
+            print(json.dumps(measure(args.part, args.model, args.rows, folder)))
+        return 0
+
+    load = os.getloadavg()[0]
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory(prefix="cai-ray-label-model-") as folder:
+        model = str(tiny.save_model(Path(folder), hidden=HIDDEN, layers=LAYERS))
+        for _ in range(args.runs):
+            for kind in KINDS:
+                found[kind].append(_in_a_process(kind, model, args.rows))
+    rates = {kind: statistics.median(args.rows / f["seconds"] for f in found[kind]) for kind in KINDS}
+    labels = {kind: found[kind][0]["labels"] for kind in KINDS}
+    alike = [(labels["ours"][i] > 0.5) == (p > 0.5) for i, p in labels["unshared"].items()]
+    print(
+        json.dumps(
+            {
+                "benchmark": "label",
+                "vs_unshared": round(rates["ours"] / rates["unshared"], 2),
+                "vs_engine": round(rates["ours"] / rates["engine"], 3),
+                "agreement": round(sum(alike) / len(alike), 3),
+                "labels_per_s": {kind: round(rate, 3) for kind, rate in rates.items()},
+                "seconds": {kind: [round(f["seconds"], 1) for f in found[kind]] for kind in KINDS},
+                "start_seconds": {kind: [round(f["start"], 1) for f in found[kind]] for kind in KINDS},
+                "cached_share": {
+                    kind: round(found[kind][0]["cached"] / found[kind][0]["prompt"], 3) for kind in KINDS
+                },
+                "prompt_tokens_per_call": round(
+                    found["ours"][0]["prompt"] / args.rows / found["ours"][0]["calls"], 1
+                ),
+                "rows": args.rows,
+                "model": {"hidden": HIDDEN, "layers": LAYERS},
+                "max_num_seqs": _config(model, "", "ours").engine.max_num_seqs,
+                "cores": len(os.sched_getaffinity(0)),
+                "threads": os.environ.get("OMP_NUM_THREADS"),
+                "load_before": round(load, 2),
+                "versions": pipeline.versions(),
+            }
+        )
+    )
+    return 0
+
+
+def _in_a_process(kind: str, model: str, rows: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--part", kind, "--model", model, "--rows", str(rows)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    print(f"{kind}: {rows} labels in {said['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return said
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A chain that notes when it began and ended with each row."""
+
+    chain: Label
+    folder: str
+
+    async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
+        began = time.time()
+        out = await self.chain(engine, row)
+        with open(os.path.join(self.folder, f"times-{os.getpid()}"), "a") as f:
+            f.write(f"{began} {time.time()}\n")
+        return out
+
+
+def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
+    """Labels once: seconds of work, seconds before it, tokens, and the labels by id."""
+    run = Run(_config(model, folder, kind))
+    config = run.config
+    document = constitutions.load(config.constitution)
+    chain = Timed(Label(document, load_templates(config.templates), config.label, config.seed), folder)
+    asked, started = comparisons(rows), time.time()
+    if kind == "ours":
+        connect(config)
+        map_rows(run, "label", asked, chain, model="base", schema="labels")
+        labelled = run.rows("label")
+    else:
+        labelled = asyncio.run(_bare(run, asked, chain))
+    lines = [line.split() for p in Path(folder).glob("times-*") for line in p.read_text().splitlines()]
+    first, last = min(float(b) for b, _ in lines), max(float(e) for _, e in lines)
+    return {
+        "seconds": last - first,
+        "start": first - started,
+        "prompt": sum(r["usage"]["prompt"] for r in labelled),
+        "cached": sum(r["usage"]["cached"] for r in labelled),
+        "calls": 2 * len(document.enabled),
+        "labels": {r["id"]: r["p_a_raw"] for r in labelled},
+    }
+
+
+async def _bare(run: Run, rows: list[dict[str, Any]], chain: Timed) -> list[dict[str, Any]]:
+    engine = make_engine(
+        run.model("base"), load_templates(run.config.templates), run.config.engine, gpu=False
+    )
+    slots = asyncio.Semaphore(_in_flight(run.config.engine))
+
+    async def one(row: dict[str, Any]) -> dict[str, Any]:
+        async with slots:
+            return await chain(engine, row)
+
+    try:
+        return list(await asyncio.gather(*(one(row) for row in rows)))
+    finally:
+        engine.shutdown()  # type: ignore[attr-defined]
+
+
+def comparisons(rows: int) -> list[dict[str, Any]]:
+    """Texts of the shipped constitution's words: for this tokenizer 168 of them are about 300 tokens."""
+    words = " ".join(p.text for p in constitutions.load("harmless").principles).split()
+
+    def text(start: int, length: int) -> str:
+        return " ".join(words[(start + i) % len(words)] for i in range(length))
+
+    return [
+        {
+            "id": f"{n:06x}",
+            "messages": [{"role": "user", "content": text(37 * n, 50)}],
+            "response_a": text(41 * n + 5, 59),
+            "response_b": text(43 * n + 9, 59),
+        }
+        for n in range(rows)
+    ]
+
+
+def _config(model: str, out: str, kind: str) -> RunConfig:
+    shared = kind != "unshared"
+    engine = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 16}
+    return RunConfig.model_validate(
+        {
+            "name": "label",
+            "out": out or "none",
+            "model": model,
+            "constitution": "harmless",
+            "templates": "general" if shared else "paper-layout",
+            "prompts": [{"path": "none.jsonl", "kind": "red_team"}],
+            "label": {"principles": "all"},
+            "engine": engine | ({} if shared else {"extra": {"enable_prefix_caching": False}}),
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
