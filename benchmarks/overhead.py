@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from benchmarks.watch import measure
@@ -144,13 +143,18 @@ class Rendered:
     run: Run
 
     async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
-        return await self.chain(self._engine, row)
+        return await self.chain(_rendering(self.run.model("base"), self.run.config.templates), row)
 
-    @cached_property
-    def _engine(self) -> RenderingEngine:
-        return RenderingEngine(
-            Renderer(self.run.model("base"), load_templates(self.run.config.templates).chat_template)
-        )
+
+_ENGINES: dict[tuple[str, str], RenderingEngine] = {}
+
+
+def _rendering(model: str, templates: str) -> RenderingEngine:
+    """One per process. (A cached property has a lock, and what is defined in a script is pickled by value.)"""
+    if (model, templates) not in _ENGINES:
+        renderer = Renderer(model, load_templates(templates).chat_template)
+        _ENGINES[model, templates] = RenderingEngine(renderer)
+    return _ENGINES[model, templates]
 
 
 async def passthrough(engine: Any, row: dict[str, Any]) -> dict[str, Any]:
