@@ -24,7 +24,7 @@ LAYERS = {
     **{f"cai_ray.train.{name}": 1 for name in ("models", "batches", "losses", "advantages")},
     **{f"cai_ray.train.{name}": 3 for name in ("sft", "rm", "ppo")},
     "cai_ray.generate": 3,
-    **{f"cai_ray.generate.{name}": 2 for name in ("rows", "journal", "sources", "draw")},
+    **{f"cai_ray.generate.{name}": 2 for name in ("rows", "journal", "sources", "files", "near", "draw")},
     **{f"cai_ray.{name}": 3 for name in ("evaluate", "report", "serve", "town")},
     # The embedded world's words: data, which `town:NAME` paths give to whoever reads prompts.
     **{f"cai_ray.town.{name}": 1 for name in ("grammar", "answers", "judge", "corpus", "data", "tokenizer")},
