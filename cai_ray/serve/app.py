@@ -124,6 +124,7 @@ def policy_config(run: Run, role: str) -> Any:
     gpu = cluster.uses_gpu(config)
     engine = engine_args(model, config.engine, gpu)
     del engine["model"]
+    engine.pop("distributed_executor_backend", None)  # Ray Serve LLM chooses it
     template = load_templates(config.templates).chat_template
     if template:
         engine["chat_template"] = template
