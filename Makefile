@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-unit-ray test-e2e test-gpu check format mutants clean
+.PHONY: help setup demo test test-unit test-gpu check format mutants clean
 
 help:
 	@echo "make setup    the environment in $(VENV), once (again when the lock changes)"
@@ -37,16 +37,8 @@ $(INSTALLED): requirements-cpu.lock pyproject.toml
 demo: setup
 	$(BIN)/cai-ray demo
 
-# Side by side, since end-to-end tests mostly wait for one engine after another to start. They are the longer half, and
-# go first where both want a core; their output comes when they are done.
 test: setup
-	@$(MAKE) --no-print-directory -j2 test-unit-ray test-e2e
-
-test-unit-ray: setup
-	nice -n 15 $(BIN)/python -m pytest tests/unit tests/ray
-
-test-e2e: setup
-	$(BIN)/python -m pytest tests/e2e > $(VENV)/test-e2e.log 2>&1; code=$$?; echo; cat $(VENV)/test-e2e.log; exit $$code
+	$(BIN)/python -m pytest tests/unit tests/ray tests/e2e
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit

@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
             folder = tmp_path_factory.mktemp(family)
             drivers[family] = Driver(folder / "log", "run", _config(folder, family, train))
         for driver in drivers.values():
-            assert driver.process.wait(600) == 0, driver.said()[-8000:]
+            assert driver.process.wait(1200) == 0, driver.said()[-8000:]
         yield {family: open_run(str(driver.log.parent / "run")) for family, driver in drivers.items()}
     finally:
         for driver in drivers.values():
