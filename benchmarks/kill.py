@@ -135,22 +135,12 @@ class Counted:
 def drive(run: Run) -> None:
     """The stage as the pipeline runs it, with its chain counted, up to where its rows are written."""
     from cai_ray import cluster
-    from cai_ray import constitution as constitutions
-    from cai_ray.generate.quality import run_templates
-    from cai_ray.generate.revise import Revise
+    from cai_ray.generate.revise import make_chain
 
-    config = run.config
     folder = Path(run.path("begun"))
     folder.mkdir(parents=True, exist_ok=True)
-    chain = Revise(
-        constitutions.load(config.constitution),
-        run_templates(config),
-        config.revise,
-        config.seed,
-        config.model,
-    )
-    cluster.connect(config)
-    counted = Counted(chain, str(folder))
+    cluster.connect(run.config)
+    counted = Counted(make_chain(run.config), str(folder))
     generate.map_rows(run, "revise", _rows(run), counted, model="base", schema="revisions")
 
 

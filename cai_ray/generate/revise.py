@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from cai_ray import constitution as constitutions
-from cai_ray.config import ReviseConfig
+from cai_ray.config import ReviseConfig, RunConfig
 from cai_ray.constitution import Constitution
 from cai_ray.engine import Completion, Engine, Sampling
 from cai_ray.engine.openai import OpenaiEngine
@@ -123,17 +123,21 @@ def rows(run: Run, left_out: Counter[str] | None = None) -> list[dict[str, Any]]
     return out
 
 
-def run(run: Run) -> dict[str, Any]:
-    config = run.config
-    chain = Revise(
+def make_chain(config: RunConfig) -> Revise:
+    return Revise(
         constitutions.load(config.constitution),
         run_templates(config),
         config.revise,
         config.seed,
         config.model,
     )
+
+
+def run(run: Run) -> dict[str, Any]:
     left_out: Counter[str] = Counter()
-    made = map_rows(run, "revise", rows(run, left_out), chain, model="base", schema="revisions")
+    made = map_rows(
+        run, "revise", rows(run, left_out), make_chain(run.config), model="base", schema="revisions"
+    )
     return {**made, "prompts_left_out": dict(left_out)}
 
 
