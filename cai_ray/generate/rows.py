@@ -121,8 +121,12 @@ class _Worker:
         config = run.config
         self.engine = make_engine(run.model(model), load_templates(config.templates), config.engine, gpu)
         self.chain = chain
-        self.slots = asyncio.Semaphore(_in_flight(config.engine))
-        self.keeper = Keeper(journal, block=max(1, _in_flight(config.engine) // 4))
+        in_flight = _in_flight(config.engine)
+        self.slots = asyncio.Semaphore(in_flight)
+        # Rows that a kill would cost: where the disk is slow, the engine waits before more than these are at stake.
+        self.at_stake = asyncio.Semaphore(in_flight + max(1, in_flight // 2))
+        self.keeper = Keeper(journal, block=max(1, in_flight // 4))
+        self.fault: Exception | None = None
         # After the engine: what another actor, or this one before it died, has finished until now.
         self.finished = journal.finished()
 
@@ -134,13 +138,19 @@ class _Worker:
         yield pa.table({"error": pa.array([None] * (len(rows) - len(left)) + errors, pa.string())})
 
     async def _row(self, row: dict[str, Any]) -> str | None:
-        async with self.slots:
-            with self.keeper.busy():
-                try:
-                    row = await self.chain(self.engine, row)
-                except RowError as e:
-                    row = {**row, "error": str(e)}
-        await self.keeper.keep(row)
+        async with self.at_stake:
+            async with self.slots:
+                if self.fault:  # the stage has ended, and Ray Data lets its actors live on for seconds
+                    raise self.fault
+                with self.keeper.busy():
+                    try:
+                        row = await self.chain(self.engine, row)
+                    except RowError as e:
+                        row = {**row, "error": str(e)}
+                    except Exception as e:
+                        self.fault = e
+                        raise
+            await self.keeper.keep(row)
         return row.get("error")
 
 

@@ -101,7 +101,7 @@ def test_item_37_what_was_finished_is_kept(ray_cluster: None, tmp_path: Path, wa
     walked = Counter(chain.walked.read_text().split())
     assert set(walked) == {r["id"] for r in given}
     in_flight = 8 + 8 // 4
-    assert 0 < walked.total() - ROWS <= 2 * in_flight, "rows that were finished were walked again"
+    assert 0 < walked.total() - ROWS <= 1.5 * in_flight, "rows that were finished were walked again"
 
 
 class Refused:
