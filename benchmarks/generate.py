@@ -147,7 +147,7 @@ def coroutines(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
         try:
             return list(await asyncio.gather(*(chain(engine, row) for row in rows)))
         finally:
-            engine.shutdown()
+            await engine.close()
 
     return sum(row["usage"]["generated"] for row in asyncio.run(all_rows()))
 
@@ -310,6 +310,9 @@ class Spread:
         raise NotImplementedError
 
     async def sample(self, ids: Any, sampling: Sampling) -> Any:
+        raise NotImplementedError
+
+    async def close(self) -> None:
         raise NotImplementedError
 
 

@@ -159,7 +159,7 @@ async def _bare(run: Run, rows: list[dict[str, Any]], chain: Timed) -> list[dict
     try:
         return list(await asyncio.gather(*(one(row) for row in rows)))
     finally:
-        engine.shutdown()  # type: ignore[attr-defined]
+        await engine.close()
 
 
 def comparisons(rows: int) -> list[dict[str, Any]]:

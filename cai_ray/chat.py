@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from cai_ray import cluster
 from cai_ray.engine import Engine, Sampling, make_engine
@@ -32,7 +32,7 @@ def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
     for key, value in {**cluster.worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(key, value)
     config = run.config
-    engine: Any = make_engine(
+    engine = make_engine(
         run.model(which), load_templates(config.templates), config.engine, cluster.uses_gpu(config)
     )
     try:
@@ -40,8 +40,7 @@ def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
     finally:
-        if hasattr(engine, "shutdown"):
-            engine.shutdown()
+        asyncio.run(engine.close())
     return 0
 
 

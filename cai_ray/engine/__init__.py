@@ -54,6 +54,10 @@ class Engine(Protocol):
 
     async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample: ...
 
+    async def close(self) -> None:
+        """Frees what the engine holds. Nothing is in flight then, and nothing is asked of it any more."""
+        ...
+
 
 def make_engine(model: str, templates: TemplateSet, config: EngineConfig, gpu: bool) -> Engine:
     """The engine that a configuration names, on this process's node."""

@@ -30,3 +30,6 @@ class ScriptedEngine:
 
     async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
         return Sample(list(ids), [0.0] * len(ids), True)
+
+    async def close(self) -> None:
+        pass

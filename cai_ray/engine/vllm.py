@@ -133,7 +133,7 @@ class VllmEngine:
         logprobs = [step[i].logprob for step, i in zip(out.logprobs, out.token_ids, strict=True)]
         return Sample(list(out.token_ids), logprobs, finished)
 
-    def shutdown(self) -> None:
+    async def close(self) -> None:
         self.llm.shutdown()
 
     async def _generate(self, ids: list[int], sampling: Sampling, **more: Any) -> tuple[Any, bool]:

@@ -19,7 +19,7 @@ from cai_ray.evaluate import score, transcripts
 from cai_ray.evaluate.stats import rate
 from cai_ray.generate.label import Label
 from cai_ray.generate.quality import run_templates, without_thinking
-from cai_ray.generate.rows import map_rows
+from cai_ray.generate.rows import Rows, map_rows, map_sets
 from cai_ray.generate.sources import read_prompts
 from cai_ray.prompts import TemplateSet, load_templates
 from cai_ray.records import derive_id, derive_seed, to_table
@@ -60,18 +60,20 @@ def run(run: Run) -> dict[str, Any]:
     if not prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts to evaluate on")
     told = transcripts.choose(run.rows("revise"))
-    totals: list[dict[str, Any]] = []
+    best_of = config.evaluate.best_of
+    asked = {
+        policy: [_row(policy, p, 0) for p in prompts] + [_row(policy, p, 0, "transcript") for p in told]
+        for policy in POLICIES
+    }
+    if best_of:
+        asked["sl"] += [_row(f"best_of_{best_of}", p, n) for p in prompts for n in range(best_of)]
+    chain = Answer(run_templates(config), config.evaluate, config.seed)
+    sets = {policy: Rows(given, policy) for policy, given in asked.items()}
+    made = list(map_sets(run, "evaluate", sets, chain, schema="judgements").values())
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    best_of = config.evaluate.best_of
-    for policy in POLICIES:
-        asked = [_row(policy, p, 0) for p in prompts] + [_row(policy, p, 0, "transcript") for p in told]
-        if policy == "sl" and best_of:
-            asked += [_row(f"best_of_{best_of}", p, n) for p in prompts for n in range(best_of)]
-        chain = Answer(run_templates(config), config.evaluate, config.seed)
-        totals.append(map_rows(run, "evaluate", asked, chain, model=policy, schema="judgements", name=policy))
-        for row in run.rows("evaluate", name=policy):
-            (shown if row["model"].endswith("transcript") else rows).append(row)
+    for row in (row for policy in POLICIES for row in run.rows("evaluate", name=policy)):
+        (shown if row["model"].endswith("transcript") else rows).append(row)
     answered = [r for r in rows + shown if r["error"] is None]
     for row, reward in zip(answered, score.rewards(run, answered), strict=True):
         row["reward"] = reward
@@ -92,13 +94,13 @@ def run(run: Run) -> dict[str, Any]:
         storage.delete_rows(run.path("evaluate"), policy)
     storage.write_json(run.path("evaluate", "metrics.json"), metrics)
     return {
-        "rows_in": sum(t["rows_in"] for t in totals),
+        "rows_in": sum(m["rows_in"] for m in made),
         "rows_out": len(rows),
         "errors": len(failed),
-        "tokens": {k: sum(t["tokens"][k] for t in totals) for k in totals[0]["tokens"]},
-        "engine_seconds": round(sum(t["engine_seconds"] for t in totals), 2),
-        "engine": totals[0]["engine"],
-        "models": {t["engine"]["model"]: t["engine"]["model_sha"] for t in totals},
+        "tokens": {k: sum(m["tokens"][k] for m in made) for k in made[0]["tokens"]},
+        "engine_seconds": made[0]["engine_seconds"],  # of all three: their actors are the same
+        "engine": made[0]["engine"],
+        "models": {m["engine"]["model"]: m["engine"]["model_sha"] for m in made},
     }
 
 

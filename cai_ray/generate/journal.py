@@ -35,6 +35,7 @@ PART_ROWS = 8192
 class Slice(NamedTuple):
     """A few rows to walk: a row group of a file."""
 
+    name: str
     path: str
     group: int
     rows: int
@@ -63,7 +64,7 @@ class Journal:
             path = storage.join(self.folder, f"todo-{number:05d}.parquet")
             storage.write_table(path, _as_table(some), SLICE_ROWS)
             for group, start in enumerate(range(0, len(some), SLICE_ROWS)):
-                slices.append(Slice(path, group, min(SLICE_ROWS, len(some) - start)))
+                slices.append(Slice(self.name, path, group, min(SLICE_ROWS, len(some) - start)))
         raise AssertionError
 
     def finished(self) -> frozenset[str]:

@@ -28,7 +28,7 @@ from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate import certificate
 from cai_ray.generate.draw import draw
 from cai_ray.generate.files import clean
-from cai_ray.generate.rows import map_rows
+from cai_ray.generate.rows import Rows, map_sets
 from cai_ray.generate.sources import iter_rows, to_messages
 from cai_ray.generate.votes import combine, expected_score, preference, slot_bias
 from cai_ray.prompts import Message, TemplateSet, load_templates
@@ -236,11 +236,10 @@ def run(run: Run) -> dict[str, Any]:
     ]
     feedback, model = run.feedback(), config.label.model
     gold = gold_rows(run)
-    if gold:
-        # Two people may have judged one comparison: it is labelled once.
-        once = {r["id"]: {k: v for k, v in r.items() if not k.startswith("gold")} for r in gold}
-        map_rows(feedback, "label", once.values(), chain, model=model, schema="labels", name="gold")
-    done = map_rows(feedback, "label", rows, chain, model=model, schema="labels")
+    # Two people may have judged one comparison: it is labelled once.
+    once = {r["id"]: {k: v for k, v in r.items() if not k.startswith("gold")} for r in gold}
+    sets = {"gold": Rows(once.values(), model), "part": Rows(rows, model)}
+    done = map_sets(feedback, "label", sets, chain, schema="labels")["part"]
     proof = certificate.certificate(_labels(run, "part"), gold, _labels(run, "gold") if gold else {})
     proof |= {"mode": config.label.mode, "feedback_model": model}
     proof |= {"constitution_sha": chain.constitution.sha}

@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Iterable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,6 +68,23 @@ def map_rows(
         InputError: more than `max_error_rate` of the rows failed, or all of the first; the cluster is too small; the
             engine's input is at fault.
     """
+    return map_sets(run, stage, {name: Rows(rows, model)}, chain, schema=schema)[name]
+
+
+class Rows(NamedTuple):
+    """Rows with an `id` of their own, plain data; and their model, by role, folder or id (`Run.model`)."""
+
+    rows: Iterable[dict[str, Any]]
+    model: str
+
+
+def map_sets(
+    run: Run, stage: str, sets: Mapping[str, Rows], chain: Chain, *, schema: str
+) -> dict[str, dict[str, Any]]:
+    """`map_rows` over several sets by name, one after the other, by the same actors: they start once.
+
+    Where the next set has another model, an actor ends its engine and starts one for that: without importing vllm anew.
+    """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -79,18 +97,30 @@ def map_rows(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    journal = Journal(run, stage, schema, name)
-    slices = journal.plan(rows)
-    total = sum(s.rows for s in slices)
-    if not total:
-        return _summary(run, journal.publish(), total, model, time.time() - started)
+    journals = {name: Journal(run, stage, schema, name) for name in sets}
+    slices = [s for name, given in sets.items() for s in journals[name].plan(given.rows)]
+    totals = {name: sum(s.rows for s in slices if s.name == name) for name in sets}
+
+    def publish() -> dict[str, dict[str, Any]]:
+        said = {name: journal.publish() for name, journal in journals.items()}
+        seconds = time.time() - started
+        return {name: _summary(run, said[name], totals[name], sets[name].model, seconds) for name in sets}
+
+    if not slices:
+        return publish()
     # Each block is one slice, which the actor reads. Ray Data's reader of parquet was far slower to begin, and a list
     # of tables starts processes for the cluster's CPUs to look at them (docs/decisions.md).
     source = ray.data.from_arrow(pa.Table.from_pylist([s._asdict() for s in slices]))
     # An error of one row is the chain's to record; one of the code or the engine ends the stage.
     done = source.repartition(target_num_rows_per_block=1).map_batches(
         _Worker,
-        fn_constructor_kwargs={"chain": chain, "run": run, "model": model, "journal": journal, "gpu": gpu},
+        fn_constructor_kwargs={
+            "chain": chain,
+            "run": run,
+            "models": {name: given.model for name, given in sets.items()},
+            "journals": journals,
+            "gpu": gpu,
+        },
         compute=ActorPoolStrategy(
             min_size=config.engine.min_actors,
             max_size=max(config.engine.min_actors, config.engine.max_actors),
@@ -103,46 +133,79 @@ def map_rows(
         num_gpus=config.engine.tensor_parallel if gpu else 0,
         runtime_env={"env_vars": worker_env(config)},
     )
-    errors = _Errors(total, config.max_error_rate)
-    label = stage if name == "part" else f"{stage} {name}"
-    if kept := len(journal.finished()):
-        print(f"  {label}: {kept} of {total} rows were finished before", file=sys.stderr, flush=True)
-    with interruptible(), worker_errors(), _Progress(label, errors):
+    errors = {
+        name: _Errors(stage if name == "part" else f"{stage} {name}", total, config.max_error_rate)
+        for name, total in totals.items()
+    }
+    for name, journal in journals.items():
+        if kept := len(journal.finished()):
+            line = f"  {errors[name].label}: {kept} of {totals[name]} rows were finished before"
+            print(line, file=sys.stderr, flush=True)
+    with interruptible(), worker_errors(), _Progress(list(errors.values())):
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            errors.add(batch["error"].to_pylist())
-        said = journal.publish()
-    return _summary(run, said, total, model, time.time() - started)
+            for name in pc.unique(batch["name"]).to_pylist():
+                errors[name].add(batch["error"].filter(pc.equal(batch["name"], name)).to_pylist())
+        return publish()
 
 
 class _Worker:
     """A Ray Data actor: one engine, and as many rows in flight as it takes."""
 
-    def __init__(self, chain: Chain, run: Run, model: str, journal: Journal, gpu: bool):
-        config = run.config
-        self.engine = make_engine(run.model(model), load_templates(config.templates), config.engine, gpu)
-        self.chain = chain
-        in_flight = _in_flight(config.engine)
+    def __init__(
+        self, chain: Chain, run: Run, models: dict[str, str], journals: dict[str, Journal], gpu: bool
+    ):
+        self.chain, self.run, self.models, self.gpu = chain, run, models, gpu
+        self.model = next(iter(models.values()))
+        self.engine = self._make_engine()
+        self.open = 0
+        self.closed = asyncio.Condition()
+        in_flight = _in_flight(run.config.engine)
         self.slots = asyncio.Semaphore(in_flight)
         # Rows that a kill would cost: where the disk is slow, the engine waits before more than these are at stake.
         self.at_stake = asyncio.Semaphore(in_flight + max(1, in_flight // 2))
-        self.keeper = Keeper(journal, block=max(1, in_flight // 4))
+        self.keepers = {n: Keeper(journal, block=max(1, in_flight // 4)) for n, journal in journals.items()}
         self.fault: Exception | None = None
         # After the engine: what another actor, or this one before it died, has finished until now.
-        self.finished = journal.finished()
+        self.finished = {n: journal.finished() for n, journal in journals.items()}
+
+    def _make_engine(self) -> Engine:
+        config = self.run.config
+        return make_engine(
+            self.run.model(self.model), load_templates(config.templates), config.engine, self.gpu
+        )
 
     async def __call__(self, batch: pa.Table) -> Any:
-        (place,) = batch.to_pylist()
-        rows = await asyncio.to_thread(Slice(**place).read)
-        left = [row for row in rows if row["id"] not in self.finished]
-        errors = await asyncio.gather(*(self._row(row) for row in left))
-        yield pa.table({"error": pa.array([None] * (len(rows) - len(left)) + errors, pa.string())})
+        slice = Slice(**batch.to_pylist()[0])
+        rows = await asyncio.to_thread(slice.read)
+        left = [row for row in rows if row["id"] not in self.finished[slice.name]]
+        errors: list[str | None] = [None] * (len(rows) - len(left))
+        async with self._engine_of(self.models[slice.name]):
+            errors += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
+        yield pa.table({"name": [slice.name] * len(rows), "error": pa.array(errors, pa.string())})
 
-    async def _row(self, row: dict[str, Any]) -> str | None:
+    @asynccontextmanager
+    async def _engine_of(self, model: str) -> AsyncIterator[None]:
+        """Waits until no slice of another model is open, and then has the engine changed, once."""
+        async with self.closed:
+            await self.closed.wait_for(lambda: self.model == model or not self.open)
+            if self.model != model:
+                await self.engine.close()
+                self.model = model
+                self.engine = self._make_engine()
+            self.open += 1
+        try:
+            yield
+        finally:
+            async with self.closed:
+                self.open -= 1
+                self.closed.notify_all()
+
+    async def _row(self, row: dict[str, Any], keeper: Keeper) -> str | None:
         async with self.at_stake:
             async with self.slots:
                 if self.fault:  # the stage has ended, and Ray Data lets its actors live on for seconds
                     raise self.fault
-                with self.keeper.busy():
+                with keeper.busy():
                     try:
                         row = await self.chain(self.engine, row)
                     except RowError as e:
@@ -150,7 +213,7 @@ class _Worker:
                     except Exception as e:
                         self.fault = e
                         raise
-            await self.keeper.keep(row)
+            await keeper.keep(row)
         return row.get("error")
 
 
@@ -160,10 +223,10 @@ def _in_flight(engine: EngineConfig) -> int:
 
 
 class _Errors:
-    """Rows that came back, and what failed of them. Ends a stage as soon as it is known that it will fail."""
+    """Rows of a set that came back, and what failed of them. Ends a stage as soon as it is known that it will fail."""
 
-    def __init__(self, total: int, rate: float):
-        self.total, self.rate, self.rows = total, rate, 0
+    def __init__(self, label: str, total: int, rate: float):
+        self.label, self.total, self.rate, self.rows = label, total, rate, 0
         self.kinds: Counter[str] = Counter()
 
     def add(self, errors: list[str | None]) -> None:
@@ -219,10 +282,10 @@ def check_resources(engine: EngineConfig, gpu: bool) -> None:
 
 
 class _Progress:
-    """A line on stderr every few seconds: rows done so far."""
+    """A line on stderr every few seconds: rows done so far, of the set that is being walked."""
 
-    def __init__(self, label: str, done: _Errors):
-        self.label, self.done = label, done
+    def __init__(self, sets: list[_Errors]):
+        self.sets = sets
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -236,9 +299,10 @@ class _Progress:
     def _watch(self) -> None:
         started = time.time()
         while not self.stop.wait(5):
-            rows, total = self.done.rows, self.done.total
+            done = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
+            rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
             elapsed = time.time() - started
             left = f", {elapsed * (total - rows) / rows:.0f} s left" if rows else ""
-            failed = f", {self.done.kinds.total()} failed" if self.done.kinds else ""
-            line = f"  {self.label}: {rows} of {total} rows{failed}, {elapsed:.0f} s{left}"
+            failed = f", {done.kinds.total()} failed" if done.kinds else ""
+            line = f"  {done.label}: {done.rows} of {done.total} rows{failed}, {elapsed:.0f} s{left}"
             print(line, file=sys.stderr, flush=True)

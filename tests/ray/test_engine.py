@@ -39,7 +39,7 @@ def engine(loop: asyncio.Runner) -> Iterator[VllmEngine]:
 
         made = loop.run(make())
         yield made
-        made.shutdown()
+        loop.run(made.close())
 
 
 def test_the_base_model_helps_when_asked(engine: VllmEngine, loop: asyncio.Runner) -> None:

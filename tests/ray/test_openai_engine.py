@@ -123,7 +123,7 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
             with pytest.raises(InputError, match=r"wants a key \(401\)"):
                 await OpenaiEngine("town", nobody).chat(ASK, Sampling(0, 4, 0))
         finally:
-            here.shutdown()
+            await here.close()
             await there.close()
 
     asyncio.run(both())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 
 from cai_ray.engine import Engine, Sampling, Usage
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.rows import map_rows
+from cai_ray.generate.rows import Rows, map_rows, map_sets
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
+from cai_ray.town import BASE
 from tests.ray.engines import town_config
 
 # Not a multiple of a batch nor of a block.
@@ -102,6 +104,38 @@ def test_item_37_what_was_finished_is_kept(ray_cluster: None, tmp_path: Path, wa
     assert set(walked) == {r["id"] for r in given}
     in_flight = 8 + 8 // 4
     assert 0 < walked.total() - ROWS <= 1.5 * in_flight, "rows that were finished were walked again"
+
+
+class Noting:
+    """Notes with which engine a row was walked, and when."""
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        began = time.monotonic()
+        await asyncio.sleep(0.01)
+        noted = {"response": str(id(engine)), "family": f"{began} {time.monotonic()}"}
+        return {**row, **noted, "usage": Usage(1, 0, 1)._asdict()}
+
+
+def test_sets_of_rows_with_models_of_their_own(ray_cluster: None, tmp_path: Path) -> None:
+    """By the same actor, one set after the other, each with an engine of its own model; errors are counted by set."""
+    run, given = scripted(tmp_path), rows(refused=0)
+    sets = {"one": Rows(given[:200], "base"), "none": Rows([], "base"), "two": Rows(iter(given), str(BASE))}
+    said = map_sets(run, "evaluate", sets, Noting(), schema="judgements")
+    found = {name: run.rows("evaluate", name=name) for name in sets}
+    assert {name: m["rows_out"] for name, m in said.items()} == {"one": 200, "none": 0, "two": ROWS}
+    assert {name: m["engine"]["model"] for name, m in said.items()} == {n: s.model for n, s in sets.items()}
+    assert [len({r["response"] for r in found[name]}) for name in ("one", "two")] == [1, 1]
+    assert found["one"][0]["response"] != found["two"][0]["response"]
+    ended = max(float(r["family"].split()[1]) for r in found["one"])
+    assert ended <= min(float(r["family"].split()[0]) for r in found["two"])
+
+
+def test_each_set_may_fail_by_itself_alone(ray_cluster: None, tmp_path: Path) -> None:
+    """A small set whose rows all fail is not hidden by a large one."""
+    given = rows(refused=7)
+    sets = {"few": Rows(given[:7], "base"), "part": Rows(given[7:], "base")}
+    with pytest.raises(InputError, match=r"7 of 7 rows failed.*refused"):
+        map_sets(scripted(tmp_path), "revise", sets, Refusing(), schema="judgements")
 
 
 class Refused:
