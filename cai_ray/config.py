@@ -80,6 +80,12 @@ class EngineConfig(Section):
     min_actors: int = Field(default=1, gt=0)
     max_actors: int = Field(default=1, gt=0)
     tensor_parallel: int = Field(default=1, gt=0)
+    """GPUs among which each layer is split."""
+    pipeline_parallel: int = Field(default=1, gt=0)
+    """Groups of layers, each on GPUs of its own. Not for PPO's rollouts, whose weights change."""
+    quantization: str | None = None
+    """How weights are quantised when they are loaded (`fp8`, `bitsandbytes`, …); by default as the checkpoint is. Not
+    for PPO's rollouts, which have the trainer's precision."""
     cpus_per_actor: float = Field(default=1, gt=0)
     kv_cache_mb: int = Field(default=256, gt=0)
     """KV cache on CPU; on a GPU it is what the card has left."""
@@ -115,6 +121,11 @@ class EngineConfig(Section):
                 "the name of an environment variable in capitals is needed, never the key itself"
             )
         return value
+
+    @property
+    def span(self) -> int:
+        """GPUs of one engine."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @model_validator(mode="after")
     def _endpoint(self) -> EngineConfig:
@@ -402,6 +413,11 @@ class RunConfig(Section):
     check: CheckConfig = CheckConfig()
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
     """A generation stage ends with an error when a larger share of its rows failed."""
+
+    @property
+    def rollout_engine(self) -> EngineConfig:
+        """PPO's, in the trainer's precision: log-probabilities of another one would be of another policy."""
+        return self.engine.model_copy(update={"dtype": self.ppo.dtype, "quantization": None})
 
     @model_validator(mode="after")
     def _made_before(self) -> RunConfig:

@@ -31,6 +31,8 @@ _ENGINE_SHARE = 0.92
 _LOGIT_CHUNK = 1024
 _NAMES = {"trainer": "training worker", "engine": "engine", "rollouts": "rollout engine"}
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes of a weight that an engine quantises, scales left out; other methods count as not quantised.
+_QUANTISED = {"fp8": 1.0, "bitsandbytes": 0.5, "awq": 0.5, "gptq": 0.5, "awq_marlin": 0.5, "gptq_marlin": 0.5}
 
 
 class Shape(NamedTuple):
@@ -99,7 +101,7 @@ def estimate(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -> li
         *labels,
         Need("rm", "trainer", config.rm.workers, 1, trained(reward, config.rm, gpu, scores=True)),
         Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, reward, gpu)),
-        engine_need("ppo", "rollouts", policy, engine, gpu, config.ppo.rollout_engines),
+        engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
         engine_need("evaluate", "engine", policy, engine, gpu),
     ]
 
@@ -168,14 +170,13 @@ def engine_need(
     """An engine: weights, and the KV cache that it cannot do without, one sequence of full length."""
     width = _WIDTH[engine_dtype(cfg, gpu)]
     context = cfg.max_model_len or shape.context
-    tp = cfg.tensor_parallel
-    cache = 2 * shape.layers * shape.kv * context * width / tp
+    cache = 2 * shape.layers * shape.kv * context * width / cfg.span
     parts = {
-        "weights": shape.params * width / tp,
+        "weights": shape.params * _QUANTISED.get(cfg.quantization or "", width) / cfg.span,
         "kv cache": cache if gpu else max(cache, cfg.kv_cache_mb * 2**20),
         "other": _GPU_RESERVE if gpu else _CPU_PROCESS,
     }
-    return Need(stage, role, processes or max(cfg.min_actors, cfg.max_actors), tp, parts)
+    return Need(stage, role, processes or max(cfg.min_actors, cfg.max_actors), cfg.span, parts)
 
 
 def engine_dtype(cfg: EngineConfig, gpu: bool) -> str:

@@ -74,6 +74,7 @@ BEFORE: dict[str, Stage] = {
 
 # Models of the run itself: what they depend on is compared as such.
 _ROLES = {"base", "sl", "rm", "rl"}
+_TRAINED = ("sft", "rm", "ppo")
 # How a stage is run, not what it yields: changing these starts nothing anew.
 _HOW = {
     "workers",
@@ -152,7 +153,7 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
         _check_cluster(run, name)
     if done:
         storage.delete(run.path(name))
-    if name not in ("sft", "rm", "ppo"):  # trainers find what a killed attempt left by themselves
+    if name not in _TRAINED:  # trainers find what a killed attempt left by themselves
         journal.begin(run, name, wanted)
     say(f"{name}: started")
     started = time.time()
@@ -209,6 +210,8 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             found[section] = derive_id(settings, [_source_sha(p, {}) for p in files], models)
         else:
             found[section] = derive_id(value)
+    if config.engine.quantization and name not in _TRAINED:
+        found["engine"] = config.engine.quantization
     for upstream in stage.needs:
         manifest = run.manifest(upstream)
         if manifest is None:
@@ -262,6 +265,11 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
     if "evaluate" in stages and not config.evaluate.prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
+    if "ppo" in stages and config.engine.pipeline_parallel > 1:
+        raise InputError(
+            f"engine.pipeline_parallel={config.engine.pipeline_parallel}: PPO sends its weights to "
+            "engines that hold all layers; use engine.tensor_parallel, or stop earlier with --until rm"
+        )
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
     check_mode(templates, config.label.mode)
@@ -270,6 +278,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     feedback = run.feedback().config.engine
     if feedback.kind == "openai":  # its tokenizer and chat template are not to be seen from here
         check_options(templates.options)
+        if config.label.mode == "score":
+            check_options(templates.scores or ())
     else:
         named.append(config.label.model)
     judges = "label" in stages or ("evaluate" in stages and config.evaluate.judge == "model")
@@ -280,6 +290,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     for model in () if model_elsewhere else {"base", *given}:
         _check_model(run.model(model))
         renderer = Renderer(run.model(model), templates.chat_template)
+        if feedback.kind == "openai":
+            continue
         renderer.option_ids(templates.options)
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
@@ -456,12 +468,15 @@ def _differences(key: str, old: Any, new: Any) -> list[str]:
 
 
 def _settings(section: BaseModel) -> dict[str, Any]:
-    """What of a section changes its stage's result. Of an engine that is which endpoint, and how it is asked."""
+    """What of a section changes its stage's result. Of an engine that is which endpoint, and how it is asked, or how
+    its weights are rounded."""
     settings = {k: v for k, v in section.model_dump(mode="json").items() if k not in _HOW}
     for key in ("engine", "critique_engine"):
         engine = settings.pop(key, None)
         if engine and engine["kind"] == "openai":
             settings[key] = {k: engine[k] for k in ("base_url", "top_logprobs", "continues", "extra")}
+        elif engine and engine["quantization"]:
+            settings[key] = {"quantization": engine["quantization"]}
     if settings.get("critique_model", "") is None:  # as it was before there was such a setting
         del settings["critique_model"]
     return settings

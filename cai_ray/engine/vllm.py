@@ -23,6 +23,8 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
         "dtype": config.dtype if config.dtype != "auto" or gpu else "float32",
         "max_num_seqs": config.max_num_seqs,
         "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "quantization": config.quantization,
         "disable_log_stats": True,
         "trust_remote_code": False,
         "enable_prefix_caching": True,
@@ -35,7 +37,7 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
         # Compiling costs more than it saves on CPU. A seeded request whose prefill is chunked kills the CPU engine
         # (0.29), so a prefill is never chunked; the batch must then hold the longest prompt.
         context = config.max_model_len or model_context(model)
-        if config.tensor_parallel == 1:
+        if config.span == 1:
             # The engine's own process does the work. vLLM would start one more for it, whose threads it can bind to
             # cores; here the threads are the environment's (OMP_NUM_THREADS), and a start costs a third less.
             args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"

@@ -130,7 +130,7 @@ def map_sets(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=config.engine.cpus_per_actor,
-        num_gpus=config.engine.tensor_parallel if gpu else 0,
+        num_gpus=config.engine.span if gpu else 0,
         runtime_env={"env_vars": worker_env(config)},
     )
     errors = {
@@ -179,7 +179,7 @@ class _Worker:
         rows = await asyncio.to_thread(slice.read)
         left = [row for row in rows if row["id"] not in self.finished[slice.name]]
         errors: list[str | None] = [None] * (len(rows) - len(left))
-        async with self._engine_of(self.models[slice.name]):
+        async with self._engine_of(self.models[slice.name] if left else self.model):
             errors += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
         yield pa.table({"name": [slice.name] * len(rows), "error": pa.array(errors, pa.string())})
 
@@ -271,13 +271,14 @@ def check_resources(engine: EngineConfig, gpu: bool) -> None:
     have = capacity()
     need = {
         "CPU": engine.cpus_per_actor * engine.min_actors,
-        "GPU": engine.tensor_parallel * engine.min_actors,
+        "GPU": engine.span * engine.min_actors,
     }
     for kind in ("CPU", "GPU") if gpu else ("CPU",):
         if have.get(kind, 0) < need[kind]:
             raise InputError(
                 f"engine: {engine.min_actors} actors need {need[kind]:g} {kind}s, "
-                f"the cluster has {have.get(kind, 0):g}; lower engine.min_actors or engine.tensor_parallel"
+                f"the cluster has {have.get(kind, 0):g}; lower engine.min_actors, "
+                "engine.tensor_parallel or engine.pipeline_parallel"
             )
 
 

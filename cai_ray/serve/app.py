@@ -73,7 +73,7 @@ def build(run: Run, role: str, token: str | None) -> Any:
     constitution = run_constitution(run)
     environment = {"env_vars": _environment(config)}
     feedback = run.feedback().config
-    gpus = {"num_gpus": feedback.engine.tensor_parallel} if cluster.uses_gpu(feedback) else {}
+    gpus = {"num_gpus": feedback.engine.span} if cluster.uses_gpu(feedback) else {}
     critic = ray_serve.deployment(
         Critic,
         name="critic",
@@ -132,7 +132,7 @@ def policy_config(run: Run, role: str) -> Any:
     return LLMConfig(
         model_loading_config={"model_id": role, "model_source": model},
         accelerator_config={"kind": "gpu" if gpu else "cpu"},
-        placement_group_config={"bundles": [bundle] * config.engine.tensor_parallel},
+        placement_group_config={"bundles": [bundle] * config.engine.span},
         engine_kwargs=engine,
         deployment_config={"num_replicas": 1, "max_ongoing_requests": 4 * config.engine.max_num_seqs},
         runtime_env={"env_vars": _environment(config)},

@@ -224,7 +224,7 @@ def open_pool(config: RunConfig, model: str, end_id: int, gpu: bool) -> Any:
 
     from cai_ray.engine.vllm import engine_args
 
-    engine, ppo = config.engine, config.ppo
+    engine, ppo = config.rollout_engine, config.ppo
     bundle = {"CPU": float(engine.cpus_per_actor)} | ({"GPU": float(engine.tensor_parallel)} if gpu else {})
     # Engines and workers run at once: with too little for both, one would wait for the other for ever.
     workers = {"CPU": ppo.workers * ppo.cpus_per_worker, "GPU": ppo.workers}
@@ -236,8 +236,7 @@ def open_pool(config: RunConfig, model: str, end_id: int, gpu: bool) -> Any:
                 f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers} need {need:g} {resource}s, "
                 f"the cluster has {have.get(resource, 0):g}; use fewer of them, or more nodes"
             )
-    # The trainer's dtype: log-probabilities of another one would be of another policy.
-    arguments = engine_args(model, engine.model_copy(update={"dtype": ppo.dtype}), gpu)
+    arguments = engine_args(model, engine, gpu)
     group = placement_group([bundle] * ppo.rollout_engines, strategy="PACK")
     spec = EngineSpec(model, arguments, end_id, group, bundle["CPU"], bundle.get("GPU", 0))
     return ray.remote(Keeper).options(num_cpus=0).remote(spec, ppo.rollout_engines)

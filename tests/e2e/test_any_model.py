@@ -197,6 +197,20 @@ def test_published_prompts_through_the_first_stage(tmp_path: Path) -> None:
         assert (row["revision"] is None) == (row["error"] is not None)
 
 
+def test_red_team_prompts_written_by_the_model_are_a_source(tmp_path: Path) -> None:
+    config = _config(tmp_path, "llama", {})
+    # A random model often runs to the length limit, which makes a row an error.
+    few = {"redteam.count": 4, "redteam.oversample": 2, "redteam.max_tokens": 96, "max_error_rate": 0.9}
+    succeed("redteam", config, *settings(few))
+    written = tmp_path / "run" / "redteam"
+    manifest = json.loads((written / "manifest.json").read_text())
+    assert manifest["engine"]["kind"] == "vllm" and manifest["asked"] == 8
+    assert 0 < manifest["rows_out"] <= 4
+    more = json.dumps([{"path": str(tmp_path / "prompts.jsonl")}, {"path": str(written / "prompts")}])
+    said = succeed("run", config, "--check", "--out", tmp_path / "next", "--set", f"prompts={more}").stdout
+    assert said.splitlines()[-1] == "ok: nothing was started"
+
+
 # ------------------------------------------------------------------------------------------------------------ made up
 
 

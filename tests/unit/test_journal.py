@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cai_ray import storage
-from cai_ray.generate import journal
+from cai_ray.generate import journal, rows
 from cai_ray.generate.journal import SLICE_ROWS, TODO_ROWS, Journal, Keeper
 from cai_ray.storage import Run
 from tests.ray.engines import town_config
@@ -75,6 +77,40 @@ def test_item_37_a_kill_while_publishing_leaves_nothing_double(
     made.write([row(i) for i in range(10, 13)])
     assert made.publish().num_rows == 13
     assert Counter(r["id"] for r in run.rows("revise")) == Counter(row(i)["id"] for i in range(13))
+
+
+def test_item_37_a_slow_disk_holds_the_engine_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill costs the rows that were begun and are not safe: half more than those in flight, and never more."""
+    run = Run(town_config(out=str(tmp_path), engine={"kind": "scripted", "max_num_seqs": 8}))
+    made = Journal(run, "revise", "revisions", "part")
+    in_flight, begun, safe = 8 + 8 // 4, 0, 0
+    at_stake = []
+    write = Journal.write
+
+    async def chain(engine: Any, row: dict[str, Any]) -> dict[str, Any]:
+        nonlocal begun
+        begun += 1
+        at_stake.append(begun - safe)
+        await asyncio.sleep(0.001)
+        return row
+
+    def slowly(self: Journal, rows: list[dict[str, Any]]) -> None:
+        nonlocal safe
+        time.sleep(0.2)
+        write(self, rows)
+        safe += len(rows)
+
+    monkeypatch.setattr(Journal, "write", slowly)
+    slices = made.plan([row(i) for i in range(SLICE_ROWS)])
+
+    async def walk() -> None:
+        worker = rows._Worker(chain, run, {"part": "base"}, {"part": made}, gpu=False)
+        async for _ in worker(pa.Table.from_pylist([slices[0]._asdict()])):
+            pass
+
+    asyncio.run(walk())
+    assert begun == safe == SLICE_ROWS
+    assert in_flight < max(at_stake) <= 1.5 * in_flight
 
 
 def test_other_inputs_begin_anew(run: Run, made: Journal) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cai_ray import config, memory
-from cai_ray.config import LoraConfig, TrainConfig
+from cai_ray.config import EngineConfig, LoraConfig, TrainConfig
 from cai_ray.errors import InputError
 from tests import tiny
 
@@ -52,6 +52,29 @@ def test_full_ppo_of_8b_is_some_290_gb() -> None:
     )
     held = sum(need.parts[k] for k in ("weights", "gradients", "optimizer", "frozen"))
     assert held / 1e9 == pytest.approx(280, abs=10)
+
+
+def test_an_engine_over_several_gpus_and_quantised(llama_8b: memory.Shape) -> None:
+    def need(**settings: object) -> memory.Need:
+        return memory.engine_need(
+            "label", "engine", llama_8b, EngineConfig.model_validate(settings), gpu=True
+        )
+
+    alone, split = need(), need(tensor_parallel=2, pipeline_parallel=4)
+    assert (alone.gpus, split.gpus) == (1, 8)
+    for part in ("weights", "kv cache"):
+        assert split.parts[part] == alone.parts[part] / 8
+    assert alone.parts["weights"] == 2 * llama_8b.params
+    assert need(quantization="fp8").parts["weights"] == llama_8b.params
+
+
+def test_rollouts_have_the_trainers_precision() -> None:
+    cfg = load("engine.quantization=fp8", "ppo.dtype=bfloat16")
+    found = {
+        (n.stage, n.role): n.parts["weights"]
+        for n in memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True)
+    }
+    assert found["ppo", "rollouts"] == 2 * found["revise", "engine"]
 
 
 def test_adapter_is_counted_as_peft_makes_it(tmp_path: Path) -> None:

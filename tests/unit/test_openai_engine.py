@@ -484,6 +484,19 @@ def test_check_looks_for_the_key_and_not_for_a_tokenizer(
     assert not [line for line in out.splitlines() if line.startswith("label")], "it needs no memory here"
 
 
+def test_item_38_scores_that_an_endpoint_cannot_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_KEY", KEY)
+    (tmp_path / "own.yaml").write_text(
+        'name: own\nextends: general\nscores: ["0", " 0", "2", "3", "4", "5", "6", "7", "8", "9"]\n'
+    )
+    set_ = f"templates={tmp_path}/own.yaml"
+    pipeline.check_inputs(load(tmp_path / "run", ENDPOINT, set_))  # which no vote asks for
+    with pytest.raises(InputError, match=r"'0', ' 0'.* differ in spaces alone"):
+        pipeline.check_inputs(load(tmp_path / "run", ENDPOINT, set_, "label.mode=score"))
+
+
 def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> None:
     def label(*overrides: str) -> str:
         return json.dumps(pipeline._settings(load(tmp_path, *overrides).label), sort_keys=True)
@@ -492,6 +505,7 @@ def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> N
     assert set(pipeline._settings(plain.label)) == set(plain.label.model_dump()) - {"engine", "gates"}
     assert not set(pipeline._settings(plain.revise)) & {"critique_model", "critique_engine"}
     assert label("label.engine={kv_cache_mb: 99}") == label(), "an engine here is how, not what"
+    assert label("label.engine={quantization: fp8}") != label(), "rounded weights say something else"
     here, there = label(ENDPOINT), label(ENDPOINT.replace("x.example", "y.example"))
     assert len({label(), here, there}) == 3
     assert label(ENDPOINT, "label.engine.max_num_seqs=3", "label.engine.timeout_s=9") == here

@@ -199,6 +199,13 @@ def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override:
     assert CALLS == []
 
 
+def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
+    config = configs.load("errand-town", ["engine.pipeline_parallel=2"], out=str(tmp_path))
+    pipeline.check_inputs(config, ["revise", "label"])
+    with pytest.raises(InputError, match="pipeline_parallel=2: PPO sends its weights to engines that hold"):
+        pipeline.check_inputs(config, ["ppo"])
+
+
 @pytest.mark.parametrize("stage", ["compare", "ppo"])
 def test_item_10_prompts_of_one_stage_are_training_prompts(tmp_path: Path, stage: str) -> None:
     (tmp_path / "own.jsonl").write_text('{"prompt": "how do i rest ?"}')
