@@ -453,8 +453,6 @@ def load_templates(name: str | Path) -> TemplateSet:
 
 def load_tokenizer(model: str | Path) -> Any:
     """Raises InputError where the folder or id holds no tokenizer."""
-    from transformers import AutoTokenizer
-
     path = Path(model)
     if path.exists() and not any(
         (path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -463,10 +461,30 @@ def load_tokenizer(model: str | Path) -> Any:
     if not path.exists() and str(model).startswith((".", "/", "~")):
         raise InputError(f"model {model}: no such folder")
     try:
+        if _is_plain(path):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(model))
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except Exception as e:  # a broken file makes transformers raise almost anything
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"model {model}: its tokenizer cannot be loaded ({reason})") from e
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether AutoTokenizer would take the tokenizer.json as it is: of a Llama whose tokenizer has no class of its own
+    (other families are given one). Importing it takes 3 s, which commands that only check or skip need not spend."""
+    try:
+        family, named = (
+            json.loads((folder / name).read_text())[key]
+            for name, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class"))
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    plain = family == "llama" and named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return plain and (folder / "tokenizer.json").exists()
 
 
 def _without_control_tokens(tokenizer: Any, control: set[int]) -> Any:

@@ -117,7 +117,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
 
     started = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
     head.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs([psutil.Process(head.pid), *started] if started else [], timeout=15)
+    _, alive = psutil.wait_procs([psutil.Process(head.pid), *started] if started else [], timeout=5)
     for process in alive:
         try:
             process.kill()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cai_ray import constitution
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts import Renderer, load_templates, load_tokenizer
-from tests.tiny import SPECIAL, tokenizer
+from tests.tiny import SPECIAL, Family, save_model, tokenizer
 
 WORDS = tokenizer()
 RENDERER = Renderer(WORDS)
@@ -169,6 +169,18 @@ def test_a_growing_conversation_keeps_its_prefix() -> None:
 def test_a_lone_surrogate_is_the_rows_error() -> None:
     with pytest.raises(RowError, match="Unicode"):
         RENDERER.prompt_ids(talk("\ud800"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_tokenizers_are_those_of_transformers(tmp_path: Path, family: Family) -> None:
+    from transformers import AutoTokenizer
+
+    folder = save_model(tmp_path / family, family)
+    found, wanted = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(found) is type(wanted)
+    assert found.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
+    assert found.special_tokens_map == wanted.special_tokens_map
+    assert found.chat_template == wanted.chat_template
 
 
 def test_item_38_a_folder_without_tokenizer_or_template(tmp_path: Path) -> None:
