@@ -38,7 +38,7 @@ demo: setup
 	$(BIN)/cai-ray demo
 
 test: setup
-	$(BIN)/python -m pytest tests/unit tests/ray tests/e2e
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/unit tests/ray tests/e2e
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit

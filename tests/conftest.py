@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,46 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 FOLDERS = {"ray", "e2e", "gpu"}
+# What one process runs where there are several (`make test`): tests that share a run or a cluster. The longest first.
+SHARED = {
+    "tests/e2e/test_jobs.py": "run",
+    "tests/e2e/test_kill.py": "run",
+    "tests/e2e/test_town.py": "run",
+    "tests/ray": "ray",
+    "tests/e2e/test_any_model.py": "any model",
+    "tests/e2e/test_serve.py": "serve",
+}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for folder in FOLDERS & set(Path(item.path).parts):
             item.add_marker(folder)
+    if hasattr(config, "workerinput"):  # one of several processes
+        order = list(dict.fromkeys(SHARED.values()))
+        items.sort(key=lambda item: order.index(g) if (g := _group(item.nodeid)) in order else len(order))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _cuda():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs CUDA, and this machine has none"))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """pytest-xdist's own groups (`xdist_group`) are lost with pytest 9.2, which keeps a test's id elsewhere."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return ByGroup(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """What the test shares, or its file."""
+    return next(
+        (group for path, group in SHARED.items() if nodeid.startswith(path)), nodeid.partition("::")[0]
+    )
 
 
 def _cuda() -> bool:
