@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from cai_ray.config import EngineConfig
@@ -68,9 +70,28 @@ def _import_for_engine() -> None:
     imported by then. (A fork of this process would copy the locks of Ray's threads.)
     """
     multiprocessing.set_forkserver_preload(
-        ["vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"]
+        [__name__, "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"]
     )
     forkserver.ensure_running()
+
+
+class _EngineProcess(ForkServerProcess):
+    """Ends with the process that asked for it: its parent is the fork server, so nobody else would end it."""
+
+    def run(self) -> None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        super().run()
+
+
+class _EngineContext(ForkServerContext):
+    Process = _EngineProcess  # type: ignore[assignment]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
@@ -79,7 +100,7 @@ def _engine_from_fork_server() -> Iterator[None]:
     from vllm.v1.engine import utils
 
     usual = utils.get_mp_context
-    utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+    utils.get_mp_context = _EngineContext
     try:
         yield
     finally:

@@ -2,9 +2,14 @@
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cai_ray import constitution
@@ -108,3 +113,39 @@ def test_sample_takes_and_gives_token_ids(engine: VllmEngine, loop: asyncio.Runn
     out = loop.run(engine.sample(prompt, Sampling(1.0, 40, 7)))
     assert out.finished and out.ids[-1] == engine.renderer.end_id
     assert len(out.ids) == len(out.logprobs) and all(x <= 0 for x in out.logprobs)
+
+
+ALONE = """
+import asyncio
+from cai_ray.config import EngineConfig
+from cai_ray.engine.vllm import VllmEngine
+from cai_ray.prompts import load_templates
+from cai_ray.town import BASE
+
+async def wait():
+    made = VllmEngine(BASE, load_templates("errand-town"), EngineConfig(max_model_len=192, kv_cache_mb=64))
+    print("up", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(wait())
+"""
+
+
+def test_an_engine_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
+    """A killed actor leaves no engine behind, and no fork server."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "alone.py"], env={**os.environ, **WORKER_ENV}, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) != b"up\n":  # vLLM may say something before
+            assert line, "it ended before its engine was up"
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any("EngineCor" in p.name() or "EngineCor" in " ".join(p.cmdline()) for p in started)
+    finally:
+        process.kill()
+        process.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == []
