@@ -148,4 +148,6 @@ def test_an_engine_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     _, alive = psutil.wait_procs(started, timeout=20)
+    for left in alive:
+        left.kill()
     assert alive == []
