@@ -238,7 +238,7 @@ def run(run: Run) -> dict[str, Any]:
     gold = gold_rows(run)
     # Two people may have judged one comparison: it is labelled once.
     once = {r["id"]: {k: v for k, v in r.items() if not k.startswith("gold")} for r in gold}
-    sets = {"gold": Rows(once.values(), model), "part": Rows(rows, model)}
+    sets = ({"gold": Rows(once.values(), model)} if gold else {}) | {"part": Rows(rows, model)}
     done = map_sets(feedback, "label", sets, chain, schema="labels")["part"]
     proof = certificate.certificate(_labels(run, "part"), gold, _labels(run, "gold") if gold else {})
     proof |= {"mode": config.label.mode, "feedback_model": model}

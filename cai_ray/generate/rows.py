@@ -179,8 +179,9 @@ class _Worker:
         rows = await asyncio.to_thread(slice.read)
         left = [row for row in rows if row["id"] not in self.finished[slice.name]]
         errors: list[str | None] = [None] * (len(rows) - len(left))
-        async with self._engine_of(self.models[slice.name] if left else self.model):
-            errors += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
+        if left:
+            async with self._engine_of(self.models[slice.name]):
+                errors += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
         yield pa.table({"name": [slice.name] * len(rows), "error": pa.array(errors, pa.string())})
 
     @asynccontextmanager
