@@ -1,6 +1,6 @@
 """Generation in rounds: our tokens a second beside the bare engine's, and beside ray.data.llm's processors.
 
-    python benchmarks/generate.py [--rows N] [--runs N] [--only KIND ...]
+    python benchmarks/generate.py [--rows N] [--runs N]
 
 Prompts are answered, criticised and revised by a random model (its texts mean nothing, its work is real). Every text
 has a length of its own, drawn evenly from 8 to 64 tokens by the seed of its call, so that all kinds write the same.
@@ -14,29 +14,22 @@ One round, three calls a row:
 - `ours_once`: as `ours`.
 - `ray_data_llm`: three processors of ray.data.llm that share one engine deployment of Ray Serve.
 
-Seconds are from the first call begun to the last one ended; what comes before is start-up. Each measurement is a
-process of its own; the kinds take turns, and medians are compared. The last line is JSON: `vs_engine` is ours over the
+Tokens a second are those of steady state (turns.py), start-up is apart. Each measurement is a process of its own;
+the kinds take turns, and medians are compared. The last line is JSON: `vs_engine` is ours over the
 faster of the two bare engines, `vs_steps` over the first of them, `vs_ray_data_llm` is ours over ray.data.llm, one
 round each.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.turns import Found, Turns, median_of, note, worked
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline
 from cai_ray.cluster import connect
 from cai_ray.config import RunConfig
 from cai_ray.engine import Completion, Sampling, Usage, make_engine
@@ -47,74 +40,28 @@ from cai_ray.generate.rows import map_rows
 from cai_ray.prompts import Renderer, load_templates, plain_messages
 from cai_ray.records import derive_seed
 from cai_ray.storage import Run
-from tests import tiny
 
 KINDS = {"ours": 4, "steps": 4, "coroutines": 4, "ours_once": 1, "ray_data_llm": 1}
 """Rounds by kind."""
 SHORTEST, LONGEST = 8, 64
-HIDDEN, LAYERS = 128, 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=512, help="prompts (default 512)")
-    parser.add_argument("--runs", type=int, default=3, help="measurements of each kind (default 3)")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="these kinds alone")
-    parser.add_argument("--part", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part:
-        with tempfile.TemporaryDirectory(prefix="cai-ray-generate-") as folder:
-            print(json.dumps(measure(args.part, args.model, args.rows, folder)))
-        return 0
-
-    load = os.getloadavg()[0]
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in args.only}
-    with tempfile.TemporaryDirectory(prefix="cai-ray-generate-model-") as folder:
-        model = str(tiny.save_model(Path(folder), hidden=HIDDEN, layers=LAYERS))
-        for _ in range(args.runs):
-            for kind in args.only:
-                found[kind].append(_in_a_process(kind, model, args.rows))
-    rates = {k: statistics.median(f["generated"] / f["seconds"] for f in fs) for k, fs in found.items()}
-
-    def ratio(ours: str, *others: str) -> float | None:
-        if not all(kind in rates for kind in (ours, *others)):
-            return None
-        return round(rates[ours] / max(rates[kind] for kind in others), 3)
-
-    print(
-        json.dumps(
-            {
-                "benchmark": "generate",
-                "vs_engine": ratio("ours", "steps", "coroutines"),
-                "vs_steps": ratio("ours", "steps"),
-                "vs_ray_data_llm": ratio("ours_once", "ray_data_llm"),
-                "generated_per_s": {kind: round(rate) for kind, rate in rates.items()},
-                "generated": {kind: fs[0]["generated"] for kind, fs in found.items()},
-                "seconds": {kind: [round(f["seconds"], 1) for f in fs] for kind, fs in found.items()},
-                "start_seconds": {kind: [round(f["start"], 1) for f in fs] for kind, fs in found.items()},
-                "rows": args.rows,
-                "lengths": [SHORTEST, LONGEST],
-                "model": {"hidden": HIDDEN, "layers": LAYERS},
-                "engine": _config(model, "", "ours").engine.model_dump(exclude_defaults=True),
-                "cores": len(os.sched_getaffinity(0)),
-                "threads": os.environ.get("OMP_NUM_THREADS"),
-                "load_before": round(load, 2),
-                "versions": pipeline.versions(),
-            }
-        )
-    )
-    return 0
+    turns = Turns(__file__, __doc__, KINDS, rows=512, hidden=128, layers=2)
+    return turns.main(measure, summary)
 
 
-def _in_a_process(kind: str, model: str, rows: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--part", kind, "--model", model, "--rows", str(rows)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    said = json.loads(done.stdout.splitlines()[-1])
-    print(f"{kind}: {said['generated']} tokens in {said['seconds']:.1f} s", file=sys.stderr, flush=True)
-    return said
+def summary(found: Found, rows: int) -> dict[str, Any]:
+    rates = median_of(found, "rate")
+    return {
+        "vs_engine": round(rates["ours"] / max(rates["steps"], rates["coroutines"]), 3),
+        "vs_steps": round(rates["ours"] / rates["steps"], 3),
+        "vs_ray_data_llm": round(rates["ours_once"] / rates["ray_data_llm"], 3),
+        "generated_per_s": {kind: round(rate) for kind, rate in rates.items()},
+        "generated": {kind: fs[0]["amount"] for kind, fs in found.items()},
+        "lengths": [SHORTEST, LONGEST],
+        "engine": _config("none", "", "ours").engine.model_dump(exclude_defaults=True),
+    }
 
 
 def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
@@ -122,9 +69,9 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
     run, started = Run(_config(model, folder, kind)), time.time()
     how = {"steps": steps, "coroutines": coroutines, "ray_data_llm": ray_data_llm}.get(kind, ours)
     generated = how(run, prompts(rows), folder)
-    lines = [line.split() for p in Path(folder).glob("times-*") for line in p.read_text().splitlines()]
-    first, last = min(float(b) for b, _ in lines), max(float(e) for _, e in lines)
-    return {"generated": generated, "seconds": last - first, "start": first - started}
+    found = worked(folder, started)
+    assert found["amount"] == generated, (found, generated)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ ways to do it
@@ -132,13 +79,13 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
 
 def ours(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
     connect(run.config)
-    made = map_rows(run, "revise", rows, Timed(_chain(run), folder), model="base", schema="revisions")
+    made = map_rows(run, "revise", rows, Spreading(_chain(run), folder), model="base", schema="revisions")
     assert made["errors"] == 0, made
     return int(made["tokens"]["generated"])
 
 
 def coroutines(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
-    chain = Timed(_chain(run), folder)
+    chain = Spreading(_chain(run), folder)
 
     async def all_rows() -> list[dict[str, Any]]:
         engine: Any = make_engine(
@@ -163,6 +110,7 @@ def steps(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
 
     def step(name: str, messages: list[Any]) -> list[str]:
         nonlocal generated
+        began = time.time()
         params = [
             SamplingParams(
                 temperature=config.revise.temperature,
@@ -175,10 +123,11 @@ def steps(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
         ]
         asked = [{"prompt_token_ids": renderer.prompt_ids(m)} for m in messages]
         outputs = llm.generate(asked, params, use_tqdm=False)
-        generated += sum(len(o.outputs[0].token_ids) for o in outputs)
+        written = sum(len(o.outputs[0].token_ids) for o in outputs)
+        note(folder, began, written)
+        generated += written
         return [renderer.decode(o.outputs[0].token_ids).strip() for o in outputs]
 
-    began = time.time()
     current = step("response", [templates.answer_messages(row["messages"]) for row in rows])
     drawn = [
         draw(
@@ -204,7 +153,6 @@ def steps(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
                 if p
             ],
         )
-    _note(folder, began)
     return generated
 
 
@@ -241,7 +189,7 @@ def ray_data_llm(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
         }
 
     def answered(row: dict[str, Any], name: str) -> dict[str, Any]:
-        _note(folder, row["began"])
+        note(folder, row["began"], row["usage"]["completion_tokens"])
         kept: dict[str, Any] = {
             k: row[k] for k in ("id", "messages", "response", "critique", "generated") if k in row
         }
@@ -283,27 +231,26 @@ def ray_data_llm(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A chain whose texts have drawn lengths, and which notes when it began and ended with each row."""
+class Spreading:
+    """A chain whose texts have drawn lengths."""
 
     chain: Revise
     folder: str
 
     async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
-        began = time.time()
-        out = await self.chain(Spread(engine), row)
-        _note(self.folder, began)
-        return out
+        return await self.chain(Spread(engine, self.folder), row)
 
 
 class Spread:
-    """An engine whose every text has the length that its seed says."""
+    """An engine whose every text has the length that its seed says, and is noted."""
 
-    def __init__(self, engine: Any):
-        self.engine = engine
+    def __init__(self, engine: Any, folder: str):
+        self.engine, self.folder = engine, folder
 
     async def chat(self, messages: Any, sampling: Sampling) -> Completion:
+        began = time.time()
         done = await self.engine.chat(messages, sampling._replace(max_tokens=length(sampling.seed)))
+        note(self.folder, began, done.usage.generated)
         return Completion(done.text or "x", True, done.usage)
 
     async def choose(self, messages: Any, options: Any) -> tuple[list[float], Usage]:
@@ -336,11 +283,6 @@ def _chain(run: Run) -> Revise:
     )
 
 
-def _note(folder: str, began: float) -> None:
-    with open(os.path.join(folder, f"times-{os.getpid()}"), "a") as f:
-        f.write(f"{began} {time.time()}\n")
-
-
 def _config(model: str, out: str, kind: str) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -351,7 +293,7 @@ def _config(model: str, out: str, kind: str) -> RunConfig:
             "templates": "general",
             "prompts": [{"path": "none.jsonl", "kind": "red_team"}],
             "revise": {"rounds": KINDS[kind], "draw": "with_replacement", "revision_temperature": 1.0},
-            "engine": {"max_model_len": 4096, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 16},
+            "engine": {"max_model_len": 4096, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 32},
         }
     )
 

@@ -10,28 +10,20 @@ tokens in all, by a random model (its answers mean nothing, its work is real). A
 - `unshared`: the engine alone, the standard before the responses as in the paper (templates/paper-layout.yaml), no
   prefix caching.
 
-Seconds are from the first comparison begun to the last one labelled; starting an engine is timed apart. Each
-measurement is a process of its own; they take turns, and medians are compared. The last line is JSON: `vs_unshared` and
-`vs_engine` are ours over theirs, `agreement` is the share of comparisons that both layouts label alike.
+Labels a second are those of steady state (turns.py); starting an engine is timed apart. Each measurement is a process
+of its own; they take turns, and medians are compared. The last line is JSON: `vs_unshared` and `vs_engine` are ours
+over theirs, `agreement` is the share of comparisons that both layouts label alike.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.turns import Found, Timed, Turns, median_of, worked
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline
 from cai_ray.cluster import connect
 from cai_ray.config import RunConfig
 from cai_ray.engine import make_engine
@@ -39,86 +31,29 @@ from cai_ray.generate.label import Label
 from cai_ray.generate.rows import _in_flight, map_rows
 from cai_ray.prompts import load_templates
 from cai_ray.storage import Run
-from tests import tiny
 
 KINDS = ("ours", "engine", "unshared")
-HIDDEN, LAYERS = 256, 4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=48, help="comparisons (default 48)")
-    parser.add_argument("--runs", type=int, default=3, help="measurements of each kind (default 3)")
-    parser.add_argument("--part", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part:
-        with tempfile.TemporaryDirectory(prefix="cai-ray-label-") as folder:
-            print(json.dumps(measure(args.part, args.model, args.rows, folder)))
-        return 0
+    turns = Turns(__file__, __doc__, KINDS, rows=48, hidden=256, layers=4)
+    return turns.main(measure, summary)
 
-    load = os.getloadavg()[0]
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    with tempfile.TemporaryDirectory(prefix="cai-ray-label-model-") as folder:
-        model = str(tiny.save_model(Path(folder), hidden=HIDDEN, layers=LAYERS))
-        for _ in range(args.runs):
-            for kind in KINDS:
-                found[kind].append(_in_a_process(kind, model, args.rows))
-    rates = {kind: statistics.median(args.rows / f["seconds"] for f in found[kind]) for kind in KINDS}
+
+def summary(found: Found, rows: int) -> dict[str, Any]:
+    rates = median_of(found, "rate")
     labels = {kind: found[kind][0]["labels"] for kind in KINDS}
     alike = [(labels["ours"][i] > 0.5) == (p > 0.5) for i, p in labels["unshared"].items()]
-    print(
-        json.dumps(
-            {
-                "benchmark": "label",
-                "vs_unshared": round(rates["ours"] / rates["unshared"], 2),
-                "vs_engine": round(rates["ours"] / rates["engine"], 3),
-                "agreement": round(sum(alike) / len(alike), 3),
-                "labels_per_s": {kind: round(rate, 3) for kind, rate in rates.items()},
-                "seconds": {kind: [round(f["seconds"], 1) for f in found[kind]] for kind in KINDS},
-                "start_seconds": {kind: [round(f["start"], 1) for f in found[kind]] for kind in KINDS},
-                "cached_share": {
-                    kind: round(found[kind][0]["cached"] / found[kind][0]["prompt"], 3) for kind in KINDS
-                },
-                "prompt_tokens_per_call": round(
-                    found["ours"][0]["prompt"] / args.rows / found["ours"][0]["calls"], 1
-                ),
-                "rows": args.rows,
-                "model": {"hidden": HIDDEN, "layers": LAYERS},
-                "max_num_seqs": _config(model, "", "ours").engine.max_num_seqs,
-                "cores": len(os.sched_getaffinity(0)),
-                "threads": os.environ.get("OMP_NUM_THREADS"),
-                "load_before": round(load, 2),
-                "versions": pipeline.versions(),
-            }
-        )
-    )
-    return 0
-
-
-def _in_a_process(kind: str, model: str, rows: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--part", kind, "--model", model, "--rows", str(rows)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    said = json.loads(done.stdout.splitlines()[-1])
-    print(f"{kind}: {rows} labels in {said['seconds']:.1f} s", file=sys.stderr, flush=True)
-    return said
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A chain that notes when it began and ended with each row."""
-
-    chain: Label
-    folder: str
-
-    async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
-        began = time.time()
-        out = await self.chain(engine, row)
-        with open(os.path.join(self.folder, f"times-{os.getpid()}"), "a") as f:
-            f.write(f"{began} {time.time()}\n")
-        return out
+    first = {kind: found[kind][0] for kind in KINDS}
+    return {
+        "vs_unshared": round(rates["ours"] / rates["unshared"], 2),
+        "vs_engine": round(rates["ours"] / rates["engine"], 3),
+        "agreement": round(sum(alike) / len(alike), 3),
+        "labels_per_s": {kind: round(rate, 3) for kind, rate in rates.items()},
+        "cached_share": {kind: round(f["cached"] / f["prompt"], 3) for kind, f in first.items()},
+        "prompt_tokens_per_call": round(first["ours"]["prompt"] / rows / first["ours"]["calls"], 1),
+        "engine": _config("none", "", "ours").engine.model_dump(exclude_defaults=True),
+    }
 
 
 def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
@@ -134,11 +69,8 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
         labelled = run.rows("label")
     else:
         labelled = asyncio.run(_bare(run, asked, chain))
-    lines = [line.split() for p in Path(folder).glob("times-*") for line in p.read_text().splitlines()]
-    first, last = min(float(b) for b, _ in lines), max(float(e) for _, e in lines)
     return {
-        "seconds": last - first,
-        "start": first - started,
+        **worked(folder, started),
         "prompt": sum(r["usage"]["prompt"] for r in labelled),
         "cached": sum(r["usage"]["cached"] for r in labelled),
         "calls": 2 * len(document.enabled),
@@ -182,7 +114,7 @@ def comparisons(rows: int) -> list[dict[str, Any]]:
 
 def _config(model: str, out: str, kind: str) -> RunConfig:
     shared = kind != "unshared"
-    engine = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 16}
+    engine = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 32}
     return RunConfig.model_validate(
         {
             "name": "label",
