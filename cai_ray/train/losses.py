@@ -17,66 +17,115 @@ from torch import Tensor
 
 # Log-ratios are cut here before exp: e^20 is far outside any trust region, and finite in every dtype used.
 MAX_LOG_RATIO = 20.0
-# Logits widened to fp32 at once: 2^26 numbers are 256 MiB.
+# Logits in memory at once, in fp32: 2^26 numbers are 256 MiB.
 CHUNK_NUMBERS = 1 << 26
 
 Metrics = dict[str, Tensor]
 
 
-class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target] by chunks of rows, with nothing of size V kept in fp32.
+class _Logprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] by chunks of rows, where the logits are input @ weight.T + bias.
 
-    Autograd on the plain expression would keep an fp32 copy of all logits for the backward pass; here the
-    gradient, (one_hot - softmax) / temperature, is made again from the logits and their log-sum-exp.
+    Logits of a 128k vocabulary are larger than all else that a micro-batch keeps: 8192 tokens are 2 GB in bf16, their
+    gradient as much again. Here each chunk's are made twice, which costs one more product with the head, and the
+    gradient is (one_hot - softmax) / temperature, from the log-sum-exp that was kept. Without a weight the input is
+    the logits, and what is saved is their copies in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        picked = torch.empty(targets.shape, dtype=wide, device=logits.device)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        picked = torch.empty(targets.shape, dtype=wide, device=input.device)
         norms = torch.empty_like(picked)
-        for rows in _chunks(logits):
-            scaled = logits[rows].to(wide) / temperature
+        for rows in _chunks(input, weight):
+            scaled = _logits(input[rows], weight, bias).to(wide) / temperature
             norms[rows] = torch.logsumexp(scaled, -1)
             picked[rows] = scaled.gather(-1, targets[rows, None]).squeeze(-1)
-        ctx.save_for_backward(logits, targets, norms)
+        ctx.save_for_backward(input, weight, bias, targets, norms)
         ctx.temperature = temperature
         return picked - norms
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, norms = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        for rows in _chunks(logits):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, targets, norms = ctx.saved_tensors
+        to_input = torch.empty_like(input)
+        # Sums over chunks are in fp32, where small ones are not lost.
+        to_weight = torch.zeros_like(weight, dtype=norms.dtype) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias, dtype=norms.dtype) if ctx.needs_input_grad[2] else None
+        for rows in _chunks(input, weight):
             upstream = grads[0][rows, None] / ctx.temperature
-            scaled = logits[rows].to(norms.dtype) / ctx.temperature
+            scaled = _logits(input[rows], weight, bias).to(norms.dtype) / ctx.temperature
             grad = torch.exp(scaled - norms[rows, None]).mul_(-upstream)
             grad.scatter_add_(-1, targets[rows, None], upstream)
-            out[rows] = grad.to(out.dtype)
-        return out, None, None
+            narrow = grad.to(input.dtype)
+            to_input[rows] = narrow if weight is None else narrow @ weight
+            if to_weight is not None:
+                to_weight += narrow.T @ input[rows]
+            if to_bias is not None:
+                to_bias += grad.sum(0)
+        return (
+            to_input,
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    size = max(1, CHUNK_NUMBERS // logits.shape[-1])
-    return [slice(i, i + size) for i in range(0, logits.shape[0], size)]
+def _logits(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return input if weight is None else F.linear(input, weight, bias)
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token given those before it, computed from fp32 logits.
+def _chunks(input: Tensor, weight: Tensor | None) -> list[slice]:
+    words = input.shape[1] if weight is None else weight.shape[0]
+    size = max(1, CHUNK_NUMBERS // words)
+    return [slice(i, i + size) for i in range(0, input.shape[0], size)]
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token that counts given those before it, computed from fp32 logits.
 
     Args:
         logits: (B, T, V), any float dtype; logits[:, t] predict token t + 1.
         ids: (B, T).
+        mask: (B, T), not 0 on the tokens that count.
         temperature: what the tokens were sampled at.
 
     Returns:
-        (B, T) float32: [:, t] is log p(ids[:, t] | ids[:, :t]); position 0, which nothing predicts, is 0.
+        (B, T) float32: [:, t] is log p(ids[:, t] | ids[:, :t]); 0 where the mask is, and at position 0, which nothing
+        predicts.
     """
-    rows, length, words = logits.shape
-    # All positions are taken, the last one with any target and dropped after: a slice would copy the logits.
-    targets = F.pad(ids[:, 1:], (0, 1)).reshape(-1)
-    flat: Tensor = _TargetLogprobs.apply(logits.reshape(rows * length, words), targets, temperature)  # type: ignore[no-untyped-call]
-    return F.pad(flat.view(rows, length)[:, :-1], (1, 0))
+    return head_logprobs(logits, None, None, ids, mask, temperature)
+
+
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`token_logprobs` of the logits hidden @ weight.T + bias, which are never whole in memory.
+
+    Only positions before a token that counts are multiplied with the head: prompts and padding cost nothing.
+
+    Args:
+        hidden: (B, T, D), the backbone's output.
+        weight, bias: (V, D) and (V,) of the head; no weight if `hidden` are the logits.
+    """
+    before = F.pad(mask[:, 1:] != 0, (0, 1))
+    targets = F.pad(ids[:, 1:], (0, 1))[before]
+    found: Tensor = _Logprobs.apply(hidden[before], weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
+    out = torch.zeros(ids.shape, dtype=found.dtype, device=found.device).masked_scatter(before, found)
+    return F.pad(out[:, :-1], (1, 0))
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, global_tokens: float) -> Tensor:

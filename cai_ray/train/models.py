@@ -22,6 +22,7 @@ from cai_ray import storage
 from cai_ray.config import TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.train.advantages import last_index
+from cai_ray.train.losses import head_logprobs, token_logprobs
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,9 +35,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class RewardScale(NamedTuple):
@@ -54,14 +52,28 @@ class ScoreHead(nn.Linear):
         return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
+class LogprobHead(nn.Linear):
+    """An output head that gives the log-probabilities of asked tokens (B, T) in place of the logits (B, T, V).
+
+    Inside the model's own forward pass, where its weight is whole under ZeRO-3 too.
+    """
+
+    asked: tuple[Tensor, Tensor, float] | None = None
+    """Ids, mask and temperature, for one pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.asked is None:
+            return super().forward(input)
+        ids, mask, temperature = self.asked
+        return head_logprobs(input, self.weight, self.bias, ids, mask, temperature)
+
+
 class PerToken:
     """Makes a sequence classifier give one number per token: `forward` is (B, T) float32."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **_: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         backbone = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        out = backbone(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        )
+        out = backbone(input_ids=input_ids, use_cache=False, **inputs)
         return self.score(out.last_hidden_state).squeeze(-1).float()  # type: ignore[attr-defined]
 
 
@@ -74,6 +86,9 @@ def load_policy(path: str, cfg: TrainConfig, trainable: bool = True) -> nn.Modul
     from transformers import AutoModelForCausalLM
 
     model, _ = _load(AutoModelForCausalLM, path, cfg)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and not _scales_logits(model.config.get_text_config()):
+        head.__class__ = LogprobHead
     return _prepare(model, cfg, trainable)
 
 
@@ -135,12 +150,31 @@ def score_last(values: Tensor, attention_mask: Tensor) -> Tensor:
 
 def sequence_values(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, T) float32: the number after each token. `advantages.before_tokens` aligns values with actions."""
-    return model(**{k: batch[k] for k in INPUTS})
+    return model(**_inputs(batch))
 
 
-def sequence_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T, V) in the model's dtype, for `losses.token_logprobs`."""
-    return model(**{k: batch[k] for k in INPUTS}, use_cache=False).logits
+def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """(B, T) float32: of each token in `loss_mask` given those before it (`losses.token_logprobs`); 0 elsewhere.
+
+    Args:
+        model: a causal LM (`load_policy`), as it is or under DeepSpeed.
+    """
+    inputs = _inputs(batch)
+    asked = (batch["input_ids"], batch["loss_mask"], temperature)
+    head = base_model(getattr(model, "module", model)).get_output_embeddings()
+    if not isinstance(head, LogprobHead):
+        return token_logprobs(model(**inputs, use_cache=False).logits, *asked)
+    head.asked = asked
+    try:
+        return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+    finally:
+        head.asked = None
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows padded at the right go without a mask: what follows is never attended to, and attention is faster so."""
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
+    return inputs | ({"attention_mask": batch["padding_mask"]} if "padding_mask" in batch else {})
 
 
 def base_model(model: nn.Module) -> Any:
@@ -216,6 +250,11 @@ def copy_tokenizer(source: str, folder: str) -> None:
         from cai_ray.prompts import load_tokenizer
 
         load_tokenizer(source).save_pretrained(folder)
+
+
+def _scales_logits(config: Any) -> bool:
+    """Whether the model does something to the logits after its head (Gemma caps them, Cohere and Granite scale)."""
+    return any("logit" in name and value for name, value in config.to_dict().items())
 
 
 def _load_scorer(path: str, cfg: TrainConfig) -> tuple[Any, bool]:

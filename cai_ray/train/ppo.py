@@ -56,9 +56,9 @@ from cai_ray.train.fit import (
     world_size,
 )
 from cai_ray.train.losses import policy_loss, value_loss
-from cai_ray.train.models import sequence_values
+from cai_ray.train.models import sequence_logprobs, sequence_values
 from cai_ray.train.rollout import Pool, Request, Rollout, close_pool, open_pool
-from cai_ray.train.scoring import Models, check_ratio, load_models, logprob_gap, policy_logprobs, probe, score
+from cai_ray.train.scoring import Models, check_ratio, load_models, logprob_gap, probe, score
 
 FIXED_PROBES, MOVING_PROBES = 4, 12
 """Sequences that a sync is proved on: prompts that stay, and the step's rows with the largest advantages."""
@@ -234,7 +234,7 @@ def update(
             mask = inputs["loss_mask"]
             want = cut(targets, group, mask)
             if train_policy:
-                new = policy_logprobs(models.policy.engine, inputs, cfg.temperature)
+                new = sequence_logprobs(models.policy.engine, inputs, cfg.temperature)
                 if number == 0:
                     check_ratio(new, want.logprobs, mask, cfg)
                 loss, metrics = policy_loss(

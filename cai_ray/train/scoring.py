@@ -17,7 +17,6 @@ from cai_ray.storage import Run
 from cai_ray.train.batches import micro_batches, pad
 from cai_ray.train.experience import Batch, Minibatch, Scores
 from cai_ray.train.fit import Trained, device, distribute, global_sum, to_device
-from cai_ray.train.losses import token_logprobs
 from cai_ray.train.models import (
     RewardScale,
     load_policy,
@@ -25,7 +24,7 @@ from cai_ray.train.models import (
     load_reward_model,
     load_value_model,
     reward_scale,
-    sequence_logits,
+    sequence_logprobs,
     sequence_values,
 )
 
@@ -68,7 +67,7 @@ def score(models: Models, batch: Batch, plan: list[Minibatch], cfg: PpoConfig, p
         for group in minibatch.groups:
             inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
             columns = (
-                policy_logprobs(models.policy.engine, inputs, cfg.temperature),
+                sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
                 reference_logprobs(models, inputs, cfg.temperature),
                 sequence_values(models.value.engine, inputs),
                 sequence_values(models.reward, inputs),
@@ -80,15 +79,11 @@ def score(models: Models, batch: Batch, plan: list[Minibatch], cfg: PpoConfig, p
     return Scores(*global_sum(found))
 
 
-def policy_logprobs(model: nn.Module, inputs: dict[str, Tensor], temperature: float) -> Tensor:
-    return token_logprobs(sequence_logits(model, inputs), inputs["input_ids"], temperature)
-
-
 def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: float) -> Tensor:
     if models.reference is not None:
-        return policy_logprobs(models.reference, inputs, temperature)
+        return sequence_logprobs(models.reference, inputs, temperature)
     with models.policy.module.disable_adapter():  # type: ignore[operator]
-        return policy_logprobs(models.policy.engine, inputs, temperature)
+        return sequence_logprobs(models.policy.engine, inputs, temperature)
 
 
 @torch.no_grad()
@@ -96,7 +91,9 @@ def probe(policy: Trained, probes: list[list[int]], cfg: PpoConfig, pad_id: int)
     """Per probe, the log-probabilities of its tokens after the first, temperature 1. Every rank computes all."""
     out: list[Tensor] = [torch.zeros(0)] * len(probes)
     for group in micro_batches([len(ids) for ids in probes], cfg.micro_batch_tokens):
-        found = policy_logprobs(policy.engine, to_device(pad([probes[i] for i in group], pad_id)), 1.0).cpu()
+        found = sequence_logprobs(
+            policy.engine, to_device(pad([probes[i] for i in group], pad_id)), 1.0
+        ).cpu()
         for i, row in zip(group, found, strict=True):
             out[i] = row[1 : len(probes[i])]
     return out

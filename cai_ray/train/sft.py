@@ -23,7 +23,7 @@ from cai_ray.records import derive_id, to_table
 from cai_ray.storage import Run
 from cai_ray.train.batches import pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
-from cai_ray.train.losses import sft_loss, token_logprobs
+from cai_ray.train.losses import sft_loss
 
 if TYPE_CHECKING:
     from cai_ray.train.fit import Trained
@@ -183,7 +183,7 @@ def update(
 ) -> tuple[float, float]:
     """One optimizer step on a global batch of rows; returns its loss and the gradient's norm."""
     from cai_ray.train import fit
-    from cai_ray.train.models import sequence_logits
+    from cai_ray.train.models import sequence_logprobs
 
     examples = [data[i] for i in batch]
     tokens = sum(sum(example.mask) for example in examples)
@@ -191,8 +191,7 @@ def update(
     lengths = [len(example.ids) for example in examples]
     for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, fit.rank(), fit.world_size()):
         rows = fit.to_device(pad([examples[i] for i in group], pad_id))
-        logprobs = token_logprobs(sequence_logits(policy, rows), rows["input_ids"])
-        loss = sft_loss(logprobs, rows["loss_mask"], tokens)
+        loss = sft_loss(sequence_logprobs(policy, rows), rows["loss_mask"], tokens)
         policy.backward(loss * fit.world_size())
         total += loss.detach().double().cpu()
     return float(fit.global_sum(total)), policy.step()

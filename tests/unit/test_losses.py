@@ -8,6 +8,7 @@ from torch.nn.functional import log_softmax
 
 from cai_ray.train import losses
 from cai_ray.train.losses import (
+    head_logprobs,
     importance_weights,
     kl_k1,
     kl_k2,
@@ -94,7 +95,7 @@ def test_item_21_importance_weights():
 def test_item_22_logprobs_are_from_fp32_logits():
     logits = draw(2, 5, 50, seed=5, scale=4).to(torch.bfloat16)
     ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(6))
-    got = token_logprobs(logits, ids)
+    got = token_logprobs(logits, ids, torch.ones(2, 5))
     assert got.dtype == torch.float32
     exact = log_softmax(logits.double(), -1)
     for b in range(2):
@@ -103,20 +104,43 @@ def test_item_22_logprobs_are_from_fp32_logits():
             assert got[b, t].item() == pytest.approx(exact[b, t - 1, ids[b, t]].item(), abs=1e-5)
 
 
-def test_token_logprobs_gradient_and_chunks(monkeypatch):
-    """The gradient made by hand is autograd's, at a temperature, whatever the chunk."""
+@pytest.mark.parametrize("numbers", [1, 33, 1 << 20])
+def test_token_logprobs_gradient_and_chunks(monkeypatch, numbers):
+    """The gradient made by hand is autograd's, at a temperature, whatever the chunk, with a head and without."""
+    monkeypatch.setattr(losses, "CHUNK_NUMBERS", numbers)
     ids = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(7))
-    upstream = draw(3, 6, seed=8)
-    plain = draw(3, 6, 11, seed=9).requires_grad_()
-    naive = log_softmax(plain[:, :-1].double() / 0.7, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    upstream, mask = draw(3, 6, seed=8), torch.tensor([[0, 1, 1, 0, 1, 1], [1] * 6, [0] * 6])
+    hidden, weight, bias = (draw(*shape, seed=9) for shape in ((3, 6, 4), (11, 4), (11,)))
+    plain = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    logits = plain[0] @ plain[1].T + plain[2]
+    logits.retain_grad()
+    naive = log_softmax(logits[:, :-1].double() / 0.7, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    naive = naive * (mask[:, 1:] != 0)
     (naive * upstream[:, 1:]).sum().backward()
-    for numbers in (1, 33, 1 << 20):
-        monkeypatch.setattr(losses, "CHUNK_NUMBERS", numbers)
-        logits = plain.detach().clone().requires_grad_()
-        got = token_logprobs(logits, ids, temperature=0.7)
-        torch.testing.assert_close(got[:, 1:].double(), naive, atol=1e-5, rtol=0)
+
+    ours = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    whole = logits.detach().clone().requires_grad_()
+    for got in (
+        head_logprobs(*ours, ids, mask, temperature=0.7),
+        token_logprobs(whole, ids, mask, temperature=0.7),
+    ):
+        torch.testing.assert_close(got[:, 1:].double(), naive.detach(), atol=1e-5, rtol=0)
+        assert not got[:, 0].any()
         (got * upstream).sum().backward()
-        torch.testing.assert_close(logits.grad, plain.grad, atol=1e-6, rtol=1e-5)
+    for mine, theirs in zip([*ours, whole], [*plain, logits], strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_item_22_gradients_of_many_chunks_are_added_in_fp32(monkeypatch):
+    """Each chunk's is small beside their sum: in bf16 the later ones would be lost."""
+    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 2)
+    hidden = torch.full((1, 1025, 1), 0.01, dtype=torch.bfloat16)
+    weight = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16, requires_grad=True)
+    ids, mask = torch.zeros(1, 1025, dtype=torch.int64), torch.ones(1, 1025)
+    head_logprobs(hidden, weight, None, ids, mask).sum().backward()
+    naive = weight.detach().double().requires_grad_()
+    log_softmax(hidden[:, :-1].double() @ naive.T, -1)[..., 0].sum().backward()
+    torch.testing.assert_close(weight.grad.double(), naive.grad, rtol=1e-2, atol=0)
 
 
 def test_sft_loss_counts_masked_tokens_only():

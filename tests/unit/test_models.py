@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Gemma2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -20,7 +22,7 @@ from cai_ray.config import LoraConfig, TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.train.advantages import before_tokens
 from cai_ray.train.batches import Example, micro_batches, pad
-from cai_ray.train.losses import policy_loss, sft_loss, token_logprobs, value_loss
+from cai_ray.train.losses import policy_loss, sft_loss, value_loss
 from cai_ray.train.models import (
     RewardScale,
     load_policy,
@@ -30,7 +32,7 @@ from cai_ray.train.models import (
     reward_scale,
     save_folder,
     score_last,
-    sequence_logits,
+    sequence_logprobs,
     sequence_values,
     state_items,
 )
@@ -88,7 +90,18 @@ def rows():
 
 
 def logprobs(model, batch):
-    return token_logprobs(sequence_logits(model, batch), batch["input_ids"])
+    return sequence_logprobs(model, batch)
+
+
+def naive_logprobs(model, batch):
+    """From whole logits, for every token."""
+    logits = (
+        model(**{k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")})
+        .logits[:, :-1]
+        .double()
+        .log_softmax(-1)
+    )
+    return F.pad(logits.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1), (1, 0))
 
 
 def real(values, batch):
@@ -180,6 +193,35 @@ def test_item_28_ratio_is_one_at_the_first_minibatch(causal, rows):
             for layout in (pad([rows[i]], PAD), pad([rows[i], *rows], PAD, "left")):
                 ratio = torch.exp(row - real(logprobs(model, layout), layout)[0])
                 torch.testing.assert_close(ratio[1:], torch.ones_like(ratio[1:]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logprobs_without_whole_logits(causal, rows, side):
+    """Of the tokens that count, with the gradient of all parameters."""
+    model, batch = load_policy(causal, CFG), pad(rows, PAD, side)
+    want = naive_logprobs(model, batch) * batch["loss_mask"]
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(3))
+    (want * weights).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    got = sequence_logprobs(model, batch)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+    (got * weights).sum().backward()
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-4, rtol=1e-4)
+    assert model(batch["input_ids"]).logits.shape == (*want.shape, WORDS), "asked once, not for ever"
+
+
+def test_logprobs_of_a_model_that_caps_its_logits(rows, tmp_path):
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.2, pad_token_id=PAD,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, batch = load_policy(str(tmp_path), CFG), pad(rows, PAD)
+    want = naive_logprobs(model, batch) * batch["loss_mask"]
+    torch.testing.assert_close(sequence_logprobs(model, batch).double(), want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("which", ["sft", "policy", "value"])
