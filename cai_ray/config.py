@@ -159,6 +159,8 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     micro_batch_tokens: int = Field(default=16384, gt=0)
     """Most tokens, padding counted, in one forward pass of one rank."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """auto: Liger's norms, gates and rotations on a GPU, where it is installed (extra `gpu`); torch: torch's own."""
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
     """Keep optimizer states in CPU memory (ZeRO-Offload; stages 1 to 3)."""

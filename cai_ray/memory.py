@@ -27,8 +27,6 @@ _GPU_RESERVE = 2.5 * GIB
 _CPU_PROCESS = 0.9 * GIB
 # Share of a GPU that vLLM takes.
 _ENGINE_SHARE = 0.92
-# Tokens whose logits are fp32 at once (train/losses.py).
-_LOGIT_CHUNK = 1024
 _NAMES = {"trainer": "training worker", "engine": "engine", "rollouts": "rollout engine"}
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a weight that an engine quantises, scales left out; other methods count as not quantised.
@@ -48,6 +46,8 @@ class Shape(NamedTuple):
     head: int
     """Parameters of the output head, which reward and value models do not have; 0 where it is tied."""
     context: int
+    whole_logits: bool
+    """Whether training makes all logits of a micro-batch at once (train/models.py)."""
     linear: tuple[tuple[str, int, int], ...]
 
 
@@ -112,6 +112,8 @@ def trained(shape: Shape, cfg: TrainConfig, gpu: bool, scores: bool = False) -> 
     Args:
         scores: a reward or value model, without the head over the vocabulary.
     """
+    from cai_ray.train.losses import CHUNK_NUMBERS
+
     width, n, stage = _WIDTH[cfg.dtype], cfg.workers, cfg.zero_stage
     params = shape.params - (shape.head if scores else 0)
     learns = adapter(shape, cfg) if cfg.lora else params
@@ -124,8 +126,12 @@ def trained(shape: Shape, cfg: TrainConfig, gpu: bool, scores: bool = False) -> 
         if cfg.gradient_checkpointing
         else layer * shape.layers
     )
-    # Logits and their gradient in the model's precision, and a chunk of both in fp32.
-    logits = 0 if scores else shape.vocab * (2 * tokens * width + 2 * min(tokens, _LOGIT_CHUNK) * 4)
+    logits = 0.0
+    if not scores:
+        # A chunk of logits and of their gradient, in fp32 and in the model's precision; and the sum of the head's
+        # gradient, or, where the model does more to its logits, all of them and their gradient.
+        logits = min(tokens * shape.vocab, CHUNK_NUMBERS) * 2.0 * (4 + width)
+        logits += 2 * tokens * shape.vocab * width if shape.whole_logits else shape.vocab * shape.hidden * 4
     buffers = 2 * min(5e8, learns) * width if stage >= 1 and n > 1 else 0
     if stage == 3:
         buffers += min(1e9, params) * width  # parameters gathered at once
@@ -323,6 +329,8 @@ def _shape(name: str, fields: tuple[tuple[str, str], ...]) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from cai_ray.train.models import scales_logits
+
     found = _read_config(name, {k: ast.literal_eval(v) for k, v in fields})
     try:
         with torch.device("meta"):
@@ -344,6 +352,7 @@ def _shape(name: str, fields: tuple[tuple[str, str], ...]) -> Shape:
         vocab=text.vocab_size,
         head=0 if tied or output is None else output.weight.numel(),
         context=getattr(text, "max_position_embeddings", 4096),
+        whole_logits=scales_logits(text),
         linear=tuple(
             (path.rsplit(".", 1)[-1], module.in_features, module.out_features)
             for path, module in model.named_modules()

@@ -257,6 +257,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             endpoint's key is not in the environment, an evaluation prompt is also a training prompt, the output
             cannot be written.
     """
+    from cai_ray.cluster import uses_gpu
     from cai_ray.engine.openai import check_options, read_key
     from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows
@@ -270,6 +271,11 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             f"engine.pipeline_parallel={config.engine.pipeline_parallel}: PPO sends its weights to "
             "engines that hold all layers; use engine.tensor_parallel, or stop earlier with --until rm"
         )
+    for size in (config.engine.block_size, config.label.engine and config.label.engine.block_size):
+        if size and size % 32 and not uses_gpu(config):
+            raise InputError(
+                f"engine.block_size={size}: on CPU vLLM takes multiples of 32; use 32, or leave it out"
+            )
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
     check_mode(templates, config.label.mode)

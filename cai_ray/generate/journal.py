@@ -28,7 +28,7 @@ from cai_ray.storage import Run
 
 FOLDER = "journal"
 TODO_ROWS = 4096
-SLICE_ROWS = 64
+SLICE_ROWS, MOST_SLICE_ROWS = 64, 512
 PART_ROWS = 8192
 
 
@@ -46,6 +46,14 @@ class Slice(NamedTuple):
             return pq.ParquetFile(f).read_row_group(self.group).to_pylist()
 
 
+class Published(NamedTuple):
+    """What was written in the end."""
+
+    rows: int
+    errors: int
+    tokens: dict[str, int]
+
+
 class Journal:
     """Of one stage and one set of rows (`name`). Plain data: it travels to the actors."""
 
@@ -54,7 +62,11 @@ class Journal:
         self.folder = storage.join(self.target, FOLDER, name)
 
     def plan(self, rows: Iterable[dict[str, Any]]) -> list[Slice]:
-        """Writes the rows to walk and says where they are; never more than a file of them is in memory."""
+        """Writes the rows to walk and says where they are; never more than a file of them is in memory.
+
+        A slice has about a thousandth of the rows before it, so that a large set does not make Ray Data hold many
+        thousands, and a small one is shared evenly.
+        """
         slices: list[Slice] = []
         rows = iter(rows)
         for number in itertools.count():
@@ -62,9 +74,10 @@ class Journal:
             if not some:
                 return slices
             path = storage.join(self.folder, f"todo-{number:05d}.parquet")
-            storage.write_table(path, _as_table(some), SLICE_ROWS)
-            for group, start in enumerate(range(0, len(some), SLICE_ROWS)):
-                slices.append(Slice(self.name, path, group, min(SLICE_ROWS, len(some) - start)))
+            size = min(max(SLICE_ROWS, number * TODO_ROWS // 1024), MOST_SLICE_ROWS)
+            storage.write_table(path, _as_table(some), size)
+            for group, start in enumerate(range(0, len(some), size)):
+                slices.append(Slice(self.name, path, group, min(size, len(some) - start)))
         raise AssertionError
 
     def finished(self) -> frozenset[str]:
@@ -77,25 +90,25 @@ class Journal:
         path = storage.join(self.folder, f"done-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet")
         storage.write_table(path, to_table(rows, self.schema))
 
-    def publish(self) -> pa.Table:
+    def publish(self) -> Published:
         """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows. What an attempt wrote that was killed
         here is written over: a journal only grows.
 
         A row that was walked twice (it failed before, or the actor died between writing it and saying so) counts once;
         the first that did not fail is taken.
-
-        Returns:
-            `error` and `usage` of the rows, in no order.
         """
         kept = _first_of_each(self._read(["id", "error"]))
         fs, _ = storage.resolve(self.folder)
-        rows, said, start, parts = to_table([], self.schema), [], 0, itertools.count()
+        rows, start, parts = to_table([], self.schema), 0, itertools.count()
+        errors, tokens = 0, dict.fromkeys(("prompt", "cached", "generated"), 0)
 
         def write(table: pa.Table) -> None:
-            storage.write_table(
-                storage.join(self.target, f"{self.name}-{next(parts):05d}.parquet"), table.combine_chunks()
-            )
-            said.append(table.select(["error", "usage"]))
+            nonlocal errors
+            path = storage.join(self.target, f"{self.name}-{next(parts):05d}.parquet")
+            storage.write_table(path, table.combine_chunks())
+            errors += table.num_rows - table["error"].null_count
+            for name in tokens:
+                tokens[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
         for path in self._files("done"):
             table = pq.read_table(path, filesystem=fs, partitioning=None)
@@ -105,7 +118,7 @@ class Journal:
                 write(rows.slice(0, PART_ROWS))
                 rows = rows.slice(PART_ROWS)
         write(rows)
-        return pa.concat_tables(said)
+        return Published(int(kept.sum()), errors, tokens)
 
     def _read(self, columns: list[str]) -> pa.Table:
         files = self._files("done")
@@ -185,13 +198,13 @@ def begin(run: Run, stage: str, inputs: dict[str, str]) -> None:
 def _first_of_each(rows: pa.Table) -> np.ndarray:
     """A mask over rows (`id`, `error`): each id's first row without an error, or its first."""
     codes = pc.dictionary_encode(rows["id"].combine_chunks()).indices.to_numpy()
-    failed = pc.is_valid(rows["error"]).to_numpy()
-    order = np.lexsort((np.arange(len(codes)), failed, codes))
-    first = np.ones(len(codes), bool)
-    first[1:] = codes[order][1:] != codes[order][:-1]
-    mask = np.zeros(len(codes), bool)
-    mask[order[first]] = True
-    return mask
+    count = len(codes)
+    places = np.arange(count)
+    first = np.full(count, 2 * count)
+    np.minimum.at(
+        first, codes, places + count * pc.is_valid(rows["error"]).to_numpy()
+    )  # failed ones come last
+    return first[codes] % max(1, count) == places
 
 
 def _as_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -27,7 +27,7 @@ from cai_ray.cluster import capacity, uses_gpu, worker_env, worker_errors
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.journal import SLICE_ROWS, Journal, Keeper, Slice
+from cai_ray.generate.journal import SLICE_ROWS, Journal, Keeper, Published, Slice
 from cai_ray.interrupt import interruptible
 from cai_ray.prompts import load_templates
 from cai_ray.storage import Run
@@ -102,17 +102,17 @@ def map_sets(
     totals = {name: sum(s.rows for s in slices if s.name == name) for name in sets}
 
     def publish() -> dict[str, dict[str, Any]]:
-        said = {name: journal.publish() for name, journal in journals.items()}
+        made = {name: journal.publish() for name, journal in journals.items()}
         seconds = time.time() - started
-        return {name: _summary(run, said[name], totals[name], sets[name].model, seconds) for name in sets}
+        return {name: _summary(run, made[name], totals[name], sets[name].model, seconds) for name in sets}
 
     if not slices:
         return publish()
-    # Each block is one slice, which the actor reads. Ray Data's reader of parquet was far slower to begin, and a list
-    # of tables starts processes for the cluster's CPUs to look at them (docs/decisions.md).
-    source = ray.data.from_arrow(pa.Table.from_pylist([s._asdict() for s in slices]))
+    # Each block is one slice, which the actor reads (docs/decisions.md).
+    table = pa.Table.from_pylist([s._asdict() for s in slices])
+    source = ray.data.from_blocks([table.slice(i, 1) for i in range(len(slices))])
     # An error of one row is the chain's to record; one of the code or the engine ends the stage.
-    done = source.repartition(target_num_rows_per_block=1).map_batches(
+    done = source.map_batches(
         _Worker,
         fn_constructor_kwargs={
             "chain": chain,
@@ -246,18 +246,15 @@ class _Errors:
             )
 
 
-def _summary(run: Run, said: pa.Table, total: int, model: str, seconds: float) -> dict[str, Any]:
-    if said.num_rows != total:
-        raise RuntimeError(f"{total} rows in, {said.num_rows} out: rows were lost or doubled")
-    errors = said.num_rows - said["error"].null_count
-    usage = said["usage"].combine_chunks()
-    tokens = {n: pc.sum(pc.struct_field(usage, n)).as_py() or 0 for n in ("prompt", "cached", "generated")}
+def _summary(run: Run, made: Published, total: int, model: str, seconds: float) -> dict[str, Any]:
+    if made.rows != total:
+        raise RuntimeError(f"{total} rows in, {made.rows} out: rows were lost or doubled")
     return {
         "rows_in": total,
-        "rows_out": said.num_rows,
-        "errors": errors,
-        "error_rate": errors / total if total else 0.0,
-        "tokens": tokens,
+        "rows_out": made.rows,
+        "errors": made.errors,
+        "error_rate": made.errors / total if total else 0.0,
+        "tokens": made.tokens,
         "engine_seconds": round(seconds, 2),
         "engine": {
             "kind": run.config.engine.kind,

@@ -239,6 +239,7 @@ def distribute(
         betas=cfg.betas,
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
+        fused=device().type == "cuda" and not cfg.offload_optimizer,
     )
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, cfg, total_steps))
     engine, *_ = deepspeed.initialize(

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cai_ray.config import TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.train.advantages import last_index
 from cai_ray.train.losses import head_logprobs, token_logprobs
+from cai_ray.train.ranks import device
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,7 +89,7 @@ def load_policy(path: str, cfg: TrainConfig, trainable: bool = True) -> nn.Modul
 
     model, _ = _load(AutoModelForCausalLM, path, cfg)
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and not _scales_logits(model.config.get_text_config()):
+    if type(head) is nn.Linear and not scales_logits(model.config.get_text_config()):
         head.__class__ = LogprobHead
     return _prepare(model, cfg, trainable)
 
@@ -252,7 +254,7 @@ def copy_tokenizer(source: str, folder: str) -> None:
         load_tokenizer(source).save_pretrained(folder)
 
 
-def _scales_logits(config: Any) -> bool:
+def scales_logits(config: Any) -> bool:
     """Whether the model does something to the logits after its head (Gemma caps them, Cohere and Granite scale)."""
     return any("logit" in name and value for name, value in config.to_dict().items())
 
@@ -312,6 +314,8 @@ def _no_dropout(model: Any) -> None:
 
 def _prepare(model: Any, cfg: TrainConfig, trainable: bool) -> nn.Module:
     model.config.use_cache = False
+    if cfg.kernels == "auto" and device().type == "cuda" and find_spec("liger_kernel"):
+        _with_liger(model)  # frozen ones too: the reference is to be what the policy was, to the last bit
     if not trainable:
         return model.eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
@@ -319,6 +323,16 @@ def _prepare(model: Any, cfg: TrainConfig, trainable: bool) -> nn.Module:
     if cfg.lora is not None:
         model = _with_adapter(model, cfg)
     return model.train()
+
+
+def _with_liger(model: Any) -> None:
+    """Norms, gates and rotations by Liger's kernels, for the architectures it knows; the losses stay ours.
+
+    On one H200 a third more tokens a second than torch's, and a fifth less memory (benchmarks/gpu/train.py).
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _with_adapter(model: Any, cfg: TrainConfig) -> nn.Module:

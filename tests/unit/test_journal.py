@@ -42,9 +42,17 @@ def test_rows_to_walk_are_read_slice_by_slice(made: Journal) -> None:
     assert [r["id"] for s in slices for r in s.read()] == [r["id"] for r in given]
 
 
+def test_slices_grow_with_the_rows_before_them(made: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_as_table", lambda rows: pa.table({"n": [0] * len(rows)}))
+    slices = made.plan(row(i) for i in range(40 * TODO_ROWS))
+    assert slices[0].rows == SLICE_ROWS and max(s.rows for s in slices) == 39 * TODO_ROWS // 1024
+    assert sum(s.rows for s in slices) == 40 * TODO_ROWS
+    assert len(slices) < 2000
+
+
 def test_no_rows_are_an_empty_result(run: Run, made: Journal) -> None:
     assert made.plan([]) == [] and made.finished() == frozenset()
-    assert made.publish().num_rows == 0 and run.rows("revise") == []
+    assert made.publish().rows == 0 and run.rows("revise") == []
 
 
 def test_item_37_what_is_finished_is_not_walked_again_but_what_failed(made: Journal) -> None:
@@ -57,8 +65,7 @@ def test_item_37_a_row_that_was_walked_twice_counts_once(run: Run, made: Journal
     made.write([row(1, response="first"), row(2, error="refused")])
     made.write([row(2, response="again"), row(3, error="refused")])
     made.write([row(1, response="second"), row(3, error="refused once more")])
-    said = made.publish()
-    assert said.num_rows == 3 and said["error"].null_count == 2
+    assert made.publish() == (3, 1, {"prompt": 3, "cached": 0, "generated": 6})
     out = run.rows("revise")
     assert [(r["response"], r["error"]) for r in out] == [
         ("first", None),
@@ -75,7 +82,7 @@ def test_item_37_a_kill_while_publishing_leaves_nothing_double(
     made.publish()  # and the driver dies before the manifest
     journal.begin(run, "revise", {"seed": "0"})
     made.write([row(i) for i in range(10, 13)])
-    assert made.publish().num_rows == 13
+    assert made.publish().rows == 13
     assert Counter(r["id"] for r in run.rows("revise")) == Counter(row(i)["id"] for i in range(13))
 
 

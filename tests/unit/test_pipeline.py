@@ -206,6 +206,13 @@ def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
         pipeline.check_inputs(config, ["ppo"])
 
 
+@pytest.mark.parametrize("engine", ["engine.block_size=16", "label.engine={block_size: 48}"])
+def test_a_block_size_that_vllm_refuses_on_cpu(tmp_path: Path, engine: str) -> None:
+    config = configs.load("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
+    with pytest.raises(InputError, match="on CPU vLLM takes multiples of 32"):
+        pipeline.check_inputs(config, ["revise"])
+
+
 @pytest.mark.parametrize("stage", ["compare", "ppo"])
 def test_item_10_prompts_of_one_stage_are_training_prompts(tmp_path: Path, stage: str) -> None:
     (tmp_path / "own.jsonl").write_text('{"prompt": "how do i rest ?"}')
