@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="measurements of each way (default 3)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps in each (default 4)")
     parser.add_argument("--peak-tflops", type=float, help="of the card, dense bf16 (default: by its name)")
-    parser.add_argument("--only", nargs="+", default=["sft", "rm", "ppo"], help="ways that begin so")
+    parser.add_argument("--only", nargs="+", default=["sft", "rm", "ppo"], help="these stages or ways alone")
     parser.add_argument("--small", action="store_true", help="a small model: to see that it runs")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -77,7 +77,7 @@ def main() -> int:
         print(json.dumps(measure(args.way, args.model, args.steps, args.small)))
         return 0
 
-    ways = [way for way in WAYS if way.startswith(tuple(args.only))]
+    ways = [way for way in WAYS if {way, way.split()[0]} & set(args.only)]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="cai-ray-gpu-") as folder:
         save_model(folder, args.small)
@@ -198,9 +198,7 @@ def measure(way: str, model: str, steps: int, small: bool) -> dict[str, Any]:
     return {
         "tokens_per_s": tokens / seconds,
         "flops_per_token": flops(stage, data, SMALL if small else SHAPE) / tokens,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        if torch.cuda.is_available()
-        else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
         "loss": round(float(loss), 4),
     }
 

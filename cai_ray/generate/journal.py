@@ -28,7 +28,7 @@ from cai_ray.storage import Run
 
 FOLDER = "journal"
 TODO_ROWS = 4096
-SLICE_ROWS, MOST_SLICE_ROWS = 64, 512
+SLICE_ROWS = 64
 PART_ROWS = 8192
 
 
@@ -61,12 +61,8 @@ class Journal:
         self.target, self.schema, self.name = run.path(stage), schema, name
         self.folder = storage.join(self.target, FOLDER, name)
 
-    def plan(self, rows: Iterable[dict[str, Any]]) -> list[Slice]:
-        """Writes the rows to walk and says where they are; never more than a file of them is in memory.
-
-        A slice has about a thousandth of the rows before it, so that a large set does not make Ray Data hold many
-        thousands, and a small one is shared evenly.
-        """
+    def plan(self, rows: Iterable[dict[str, Any]], slice_rows: int = SLICE_ROWS) -> list[Slice]:
+        """Writes the rows to walk and says where they are; never more than a file of them is in memory."""
         slices: list[Slice] = []
         rows = iter(rows)
         for number in itertools.count():
@@ -74,10 +70,9 @@ class Journal:
             if not some:
                 return slices
             path = storage.join(self.folder, f"todo-{number:05d}.parquet")
-            size = min(max(SLICE_ROWS, number * TODO_ROWS // 1024), MOST_SLICE_ROWS)
-            storage.write_table(path, _as_table(some), size)
-            for group, start in enumerate(range(0, len(some), size)):
-                slices.append(Slice(self.name, path, group, min(size, len(some) - start)))
+            storage.write_table(path, _as_table(some), slice_rows)
+            for group, start in enumerate(range(0, len(some), slice_rows)):
+                slices.append(Slice(self.name, path, group, min(slice_rows, len(some) - start)))
         raise AssertionError
 
     def finished(self) -> frozenset[str]:
@@ -199,12 +194,11 @@ def _first_of_each(rows: pa.Table) -> np.ndarray:
     """A mask over rows (`id`, `error`): each id's first row without an error, or its first."""
     codes = pc.dictionary_encode(rows["id"].combine_chunks()).indices.to_numpy()
     count = len(codes)
-    places = np.arange(count)
-    first = np.full(count, 2 * count)
-    np.minimum.at(
-        first, codes, places + count * pc.is_valid(rows["error"]).to_numpy()
-    )  # failed ones come last
-    return first[codes] % max(1, count) == places
+    places = np.arange(count, dtype=np.int32 if count < 1 << 30 else np.int64)
+    rank = places + pc.is_valid(rows["error"]).to_numpy() * places.dtype.type(count)  # failed ones come last
+    first = np.full_like(places, 2 * count)
+    np.minimum.at(first, codes, rank)
+    return first[codes] == rank
 
 
 def _as_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -98,7 +98,9 @@ def map_sets(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     journals = {name: Journal(run, stage, schema, name) for name in sets}
-    slices = [s for name, given in sets.items() for s in journals[name].plan(given.rows)]
+    # A few slices are what an actor has in flight: many small ones cost Ray Data time and memory.
+    size = max(SLICE_ROWS, _in_flight(config.engine) // 4)
+    slices = [s for name, given in sets.items() for s in journals[name].plan(given.rows, size)]
     totals = {name: sum(s.rows for s in slices if s.name == name) for name in sets}
 
     def publish() -> dict[str, dict[str, Any]]:
@@ -125,7 +127,7 @@ def map_sets(
             min_size=config.engine.min_actors,
             max_size=max(config.engine.min_actors, config.engine.max_actors),
             # An actor that walks one slice at a time drains at the slice's end; with several open it stays full.
-            max_concurrent_calls_per_actor=2 + 2 * _in_flight(config.engine) // SLICE_ROWS,
+            max_concurrent_calls_per_actor=2 + 2 * _in_flight(config.engine) // size,
         ),
         batch_size=1,
         batch_format="pyarrow",

@@ -42,14 +42,6 @@ def test_rows_to_walk_are_read_slice_by_slice(made: Journal) -> None:
     assert [r["id"] for s in slices for r in s.read()] == [r["id"] for r in given]
 
 
-def test_slices_grow_with_the_rows_before_them(made: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "_as_table", lambda rows: pa.table({"n": [0] * len(rows)}))
-    slices = made.plan(row(i) for i in range(40 * TODO_ROWS))
-    assert slices[0].rows == SLICE_ROWS and max(s.rows for s in slices) == 39 * TODO_ROWS // 1024
-    assert sum(s.rows for s in slices) == 40 * TODO_ROWS
-    assert len(slices) < 2000
-
-
 def test_no_rows_are_an_empty_result(run: Run, made: Journal) -> None:
     assert made.plan([]) == [] and made.finished() == frozenset()
     assert made.publish().rows == 0 and run.rows("revise") == []
