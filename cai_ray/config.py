@@ -338,14 +338,24 @@ class PpoConfig(TrainConfig):
     value_warmup_steps: int = Field(default=0, ge=0)
     """Further steps at the start in which only the value model is trained."""
     rollout_batch: int = Field(default=256, gt=0)
-    """Prompts per step, over all workers."""
+    """Responses per step, over all workers."""
     minibatch: int = Field(default=128, gt=0)
     epochs: int = Field(default=2, gt=0)
     value_learning_rate: float | None = Field(default=None, gt=0)
     value_init: Literal["rm", "policy"] = "rm"
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=512, gt=0)
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae learns values; rloo and grpo compare the samples of one prompt (`group`), and have no value model."""
+    group: int = Field(default=1, gt=0)
+    """Samples of each prompt in a step, which `rollout_batch` counts."""
     kl_coef: float = Field(default=0.05, ge=0)
+    kl_target: float | None = Field(default=None, gt=0)
+    """Mean KL of a response from the reference that `kl_coef` is steered to; null: it stays as it is."""
+    kl_horizon: int = Field(default=10_000, gt=0)
+    """Responses in which `kl_coef` may grow or shrink by a fifth of itself."""
+    max_update_kl: float | None = Field(default=None, gt=0)
+    """Mean KL per token of the policy before a step's updates from the one after a minibatch that ends them."""
     clip: float = Field(default=0.2, gt=0)
     value_clip: float | None = Field(default=0.2, gt=0)
     """How far a value may move from the old one in a step, in units of the normalised reward; null: no limit."""
@@ -354,7 +364,8 @@ class PpoConfig(TrainConfig):
     lam: float = Field(default=0.95, ge=0, le=1)
     reward_clip: float = Field(default=10.0, gt=0)
     missing_eos_reward: float | None = None
-    """Replaces the score of a response that hit the length limit; by default the value after it does."""
+    """Replaces the score of a response that hit the length limit; by default the value after it does (without a value
+    model the score stays)."""
     importance_cap: float = Field(default=2.0, gt=0)
     """Largest weight of a token by the ratio of the trainer's probability to the engine's."""
     whiten: Literal["none", "center", "whiten"] = "whiten"
@@ -365,6 +376,20 @@ class PpoConfig(TrainConfig):
     """An engine that does not answer within it is replaced."""
     save_rollouts: int = Field(default=8, ge=0)
     """Rollouts kept for reading, per step."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> PpoConfig:
+        if self.advantage != "gae" and self.group < 2:
+            raise ValueError(
+                f"advantage={self.advantage} compares samples of one prompt; set group to 2 or more"
+            )
+        if self.rollout_batch % self.group:
+            raise ValueError(f"rollout_batch={self.rollout_batch} is not a multiple of group={self.group}")
+        if self.advantage != "gae" and self.value_warmup_steps:
+            raise ValueError(
+                f"advantage={self.advantage} has no value model to warm up; leave value_warmup_steps out"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

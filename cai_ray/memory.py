@@ -161,9 +161,10 @@ def _ppo(config: RunConfig, policy: Shape, reward: Shape, gpu: bool) -> dict[str
     cfg = config.ppo
     value = reward if cfg.value_init == "rm" else policy
     parts, second = trained(policy, cfg, gpu), trained(value, cfg, gpu, scores=True)
-    for name in ("weights", "gradients", "optimizer"):
-        parts[name] += second[name]
-    parts["activations"] = max(parts["activations"], second["activations"])
+    if cfg.advantage == "gae":
+        for name in ("weights", "gradients", "optimizer"):
+            parts[name] += second[name]
+        parts["activations"] = max(parts["activations"], second["activations"])
     # With an adapter the reference is the policy without it.
     frozen = reward.params - reward.head + (0 if cfg.lora else policy.params)
     parts["frozen"] = frozen * _WIDTH[cfg.dtype]

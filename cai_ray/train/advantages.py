@@ -50,6 +50,37 @@ def gae(
     return advantages, masked(advantages + values, mask)
 
 
+def group_baseline(rewards: Tensor, mask: Tensor, *, size: int, how: Literal["rloo", "grpo"]) -> Tensor:
+    """(B, T): each row's whole reward against those of the other samples of its prompt, the same on all its tokens.
+
+    rloo: less the mean of the others (Ahmadian et al. 2024, arXiv 2402.14740, section 3.2). grpo: less the mean of all,
+    over their standard deviation (Shao et al. 2024, arXiv 2402.03300, section 4.1.2); the KL is in the reward here for
+    both, not in the loss.
+
+    Args:
+        rewards: (B, T), of tokens; rows number size * i to size * (i + 1) are of one prompt.
+    """
+    whole = masked(rewards, mask).sum(1).view(-1, size)
+    if how == "rloo":
+        advantages = (whole - whole.mean(1, keepdim=True)) * size / (size - 1)
+    else:
+        advantages = (whole - whole.mean(1, keepdim=True)) / (whole.std(1, keepdim=True) + 1e-6)
+    return masked(advantages.reshape(-1, 1).expand_as(rewards), mask)
+
+
+def next_kl_coef(coef: float, kl: float, *, target: float | None, horizon: int, rows: int) -> float:
+    """The coefficient for the next step: larger where the policy is too far away, by at most a fifth in `horizon` rows.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+
+    Args:
+        kl: mean KL from the reference over the step's `rows` responses.
+    """
+    if target is None:
+        return coef
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * rows / horizon)
+
+
 def before_tokens(after: Tensor) -> Tensor:
     """Turns values after each token, as a model gives them, into values of the state before it: (B, T)."""
     return torch.nn.functional.pad(after[:, :-1], (1, 0))

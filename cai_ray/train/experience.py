@@ -17,7 +17,14 @@ from torch import Tensor
 
 from cai_ray.config import PpoConfig
 from cai_ray.records import derive_seed
-from cai_ray.train.advantages import before_tokens, bootstrap_values, gae, normalise, token_rewards
+from cai_ray.train.advantages import (
+    before_tokens,
+    bootstrap_values,
+    gae,
+    group_baseline,
+    normalise,
+    token_rewards,
+)
 from cai_ray.train.batches import Example, rank_micro_batches
 from cai_ray.train.losses import importance_weights, kl_k1, masked
 from cai_ray.train.models import RewardScale
@@ -102,17 +109,21 @@ def minibatches(
     return out
 
 
-def make_targets(batch: Batch, scores: Scores, scale: RewardScale, cfg: PpoConfig) -> Targets:
+def make_targets(batch: Batch, scores: Scores, scale: RewardScale, cfg: PpoConfig, kl_coef: float) -> Targets:
     """Rewards, advantages and returns of the whole global batch."""
     mask = batch.mask
     score = final_scores(scores.reward, batch, scale, cfg)
     kl = masked(kl_k1(scores.logprobs, scores.reference), mask)
-    rewards = token_rewards(score, kl, mask, kl_coef=cfg.kl_coef)
+    rewards = token_rewards(score, kl, mask, kl_coef=kl_coef)
     values = masked(before_tokens(scores.after), mask)
-    bootstrap = torch.zeros_like(score)
-    if cfg.missing_eos_reward is None:
-        bootstrap = bootstrap_values(scores.after, mask, batch.truncated)
-    advantages, returns = gae(rewards, values, mask, bootstrap, gamma=cfg.gamma, lam=cfg.lam)
+    if cfg.advantage == "gae":
+        bootstrap = torch.zeros_like(score)
+        if cfg.missing_eos_reward is None:
+            bootstrap = bootstrap_values(scores.after, mask, batch.truncated)
+        advantages, returns = gae(rewards, values, mask, bootstrap, gamma=cfg.gamma, lam=cfg.lam)
+    else:
+        advantages = group_baseline(rewards, mask, size=cfg.group, how=cfg.advantage)
+        returns = torch.zeros_like(advantages)
     # Every rank has the whole batch here, so a sum over it is the sum over ranks.
     advantages = normalise(advantages, mask, cfg.whiten, lambda total: total)
     weights = masked(importance_weights(scores.logprobs, batch.engine_logprobs, cfg.importance_cap), mask)
@@ -123,11 +134,13 @@ def final_scores(reward: Tensor, batch: Batch, scale: RewardScale, cfg: PpoConfi
     """(N,): the reward at each row's last token, centred, scaled and clipped; for a row cut off, the penalty.
 
     Without a penalty a row cut off earns nothing here: the value after its last token stands for what it did not
-    come to (`make_targets`).
+    come to (`make_targets`). Without a value model it earns its score.
     """
     last = torch.tensor(batch.lengths)[:, None] - 1
     raw = reward.gather(1, last).squeeze(1)
     score = ((raw - scale.mean) / scale.std).clamp(-cfg.reward_clip, cfg.reward_clip)
+    if cfg.missing_eos_reward is None and cfg.advantage != "gae":
+        return score
     penalty = 0.0 if cfg.missing_eos_reward is None else cfg.missing_eos_reward
     return torch.where(batch.truncated, torch.full_like(score, penalty), score)
 

@@ -28,7 +28,7 @@ from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_id, derive_seed, to_table
 from cai_ray.storage import Run
 from cai_ray.train import weight_sync
-from cai_ray.train.advantages import before_tokens
+from cai_ray.train.advantages import before_tokens, next_kl_coef
 from cai_ray.train.batches import pad
 from cai_ray.train.experience import (
     Batch,
@@ -139,9 +139,9 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     cfg, seed = run.config.ppo, run.config.seed
     total = cfg.value_warmup_steps + cfg.steps
     models = load_models(run, cfg)
-    engines = {"policy": models.policy, "value": models.value}
-    state = restore(engines) or {"step": 0, "log": [], "tokens": 0}
-    log, tokens = Log(run, "ppo", total, state["log"]), state["tokens"]
+    engines = {"policy": models.policy} | ({"value": models.value} if models.value else {})
+    state = restore(engines) or {"step": 0, "log": [], "tokens": 0, "kl_coef": cfg.kl_coef}
+    log, tokens, kl_coef = Log(run, "ppo", total, state["log"]), state["tokens"], state["kl_coef"]
     if rank() == 0 and not state["step"]:
         storage.delete_rows(run.path("ppo"))  # what an attempt with other settings sampled
     renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
@@ -169,7 +169,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         gap = logprob_gap(scores, batch, cfg)
 
         # Advantages, over the global batch.
-        targets = make_targets(batch, scores, models.scale, cfg)
+        targets = make_targets(batch, scores, models.scale, cfg, kl_coef)
         probes = fixed + most_moved(batch, targets)
         before = probe(models.policy, probes, cfg, pad_id)
         times["time/score_s"] = clock.lap()
@@ -188,13 +188,20 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
 
         tokens += int(batch.mask.sum())
         metrics = {**summary(batch, scores, targets, sums), "rollout/logprob_gap": gap, **synced, **times}
-        metrics |= {"ppo/learning_rate": rate, "rollout/replaced": pool.replaced if pool else 0}
+        metrics |= {
+            "ppo/learning_rate": rate,
+            "kl/coef": kl_coef,
+            "rollout/replaced": pool.replaced if pool else 0,
+        }
         metrics["tokens/per_s"] = float(batch.mask.sum()) / times["time/sample_s"]
         log.add(step + 1, metrics)
+        kl_coef = next_kl_coef(
+            kl_coef, metrics["kl/reference"], target=cfg.kl_target, horizon=cfg.kl_horizon, rows=len(rows)
+        )
         if first:
             save_rollouts(run, step, rows, rollouts, targets, renderer)
         if (step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total:
-            save_checkpoint(engines, checkpoint_state(run, models, step + 1, log, tokens), step + 1)
+            save_checkpoint(engines, checkpoint_state(run, models, step + 1, log, tokens, kl_coef), step + 1)
     log.write()
     save_model(models.policy, run.model("sl"), run.path("ppo", "model"))
     last = {k: v for k, v in log.rows[-1].items() if k != "step"} if log.rows else {}
@@ -206,7 +213,8 @@ def sample(
 ) -> tuple[list[dict[str, Any]], list[Rollout]]:
     """The step's prompts and one rollout for each."""
     start = step * cfg.rollout_batch
-    rows = [prompts[i] for i in draw(len(prompts), start, cfg.rollout_batch, seed)]
+    drawn = draw(len(prompts), start // cfg.group, cfg.rollout_batch // cfg.group, seed)
+    rows = [prompts[i] for i in drawn for _ in range(cfg.group)]
     requests = [
         Request(row["ids"], derive_seed(seed, "rollout", row["id"], start + i)) for i, row in enumerate(rows)
     ]
@@ -229,6 +237,7 @@ def update(
     norms: dict[str, list[float]] = defaultdict(list)
     for number, minibatch in enumerate(m for epoch in epochs for m in epoch):
         global_tokens = float(batch.mask[minibatch.rows].sum())
+        moved: dict[str, Any] = defaultdict(float)
         for group in minibatch.groups:
             inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
             mask = inputs["loss_mask"]
@@ -243,21 +252,34 @@ def update(
                 )  # fmt: skip
                 models.policy.backward(loss * world_size())
                 add(sums, metrics | {"policy_loss": loss.detach()})
+                add(moved, {name: metrics[name] for name in ("approx_kl", "tokens")})
                 if number == 0:
                     add(sums, {"first_ratio": metrics["ratio"], "first_tokens": metrics["tokens"]})
-            values = before_tokens(sequence_values(models.value.engine, inputs))
-            loss, metrics = value_loss(
-                values, want.values, want.returns, mask, clip=value_clip, global_tokens=global_tokens
-            )
-            models.value.backward(cfg.value_coef * loss * world_size())
-            add(sums, metrics | {"value_loss": loss.detach(), "value_tokens": mask.sum()})
+            if models.value:
+                values = before_tokens(sequence_values(models.value.engine, inputs))
+                loss, metrics = value_loss(
+                    values, want.values, want.returns, mask, clip=value_clip, global_tokens=global_tokens
+                )
+                models.value.backward(cfg.value_coef * loss * world_size())
+                add(sums, metrics | {"value_loss": loss.detach(), "value_tokens": mask.sum()})
         if train_policy:
             norms["policy"].append(models.policy.step())
-        norms["value"].append(models.value.step())
+        if models.value:
+            norms["value"].append(models.value.step())
+        if train_policy and too_far(moved, cfg):
+            break
     out = global_sums(sums)
     out |= {f"{name}_norm": sum(found) / len(found) for name, found in norms.items()}
-    out["minibatches"] = sum(len(epoch) for epoch in epochs)
+    out["minibatches"] = number + 1
     return out
+
+
+def too_far(moved: dict[str, Any], cfg: PpoConfig) -> bool:
+    """Whether the last minibatch, over all ranks, was farther from the old policy than an update may go."""
+    if cfg.max_update_kl is None:
+        return False
+    sums = global_sums(moved)
+    return sums["approx_kl"] > cfg.max_update_kl * sums["tokens"]
 
 
 def sync(
@@ -327,11 +349,15 @@ def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, floa
         "rollout/length": tokens / rows,
         "rollout/eos_rate": 1 - float(batch.truncated.float().mean()),
         "rollout/entropy": -float((scores.logprobs * batch.mask).sum()) / tokens,
-        "ppo/explained_variance": explained_variance(targets.values, targets.returns, batch.mask),
-        "ppo/value_loss": sums["value_loss"] / sums["minibatches"],
-        "ppo/value_clipfrac": sums["value_clipfrac"] / sums["value_tokens"],
-        "ppo/value_grad_norm": sums["value_norm"],
+        "ppo/minibatches": sums["minibatches"],
     }
+    if "value_loss" in sums:
+        out |= {
+            "ppo/explained_variance": explained_variance(targets.values, targets.returns, batch.mask),
+            "ppo/value_loss": sums["value_loss"] / sums["minibatches"],
+            "ppo/value_clipfrac": sums["value_clipfrac"] / sums["value_tokens"],
+            "ppo/value_grad_norm": sums["value_norm"],
+        }
     if "tokens" in sums:
         out |= {f"ppo/{name}": sums[name] / sums["tokens"] for name in ("ratio", "clipfrac", "approx_kl")}
         out["ppo/ratio_first"] = sums["first_ratio"] / sums["first_tokens"]
@@ -368,14 +394,16 @@ def save_rollouts(
         run.write_rows("ppo", to_table(table, "rollouts"), part=step + 1)
 
 
-def checkpoint_state(run: Run, models: Models, step: int, log: Log, tokens: int) -> dict[str, Any]:
+def checkpoint_state(
+    run: Run, models: Models, step: int, log: Log, tokens: int, kl_coef: float
+) -> dict[str, Any]:
     """What the loop goes on from. Prompts consumed and seeds follow from the step alone (`experience.draw`)."""
     return {
         "step": step,
         "log": log.rows,
         "tokens": tokens,
         "prompts_consumed": step * run.config.ppo.rollout_batch,
-        "kl_coef": run.config.ppo.kl_coef,
+        "kl_coef": kl_coef,
         "reward_scale": tuple(models.scale),
         "constitution_sha": load_constitution(run.config.constitution).sha,
     }

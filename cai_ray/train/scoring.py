@@ -34,7 +34,8 @@ RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 @dataclass
 class Models:
     policy: Trained
-    value: Trained
+    value: Trained | None
+    """None where advantages need none (`ppo.advantage`)."""
     reference: nn.Module | None
     """None under LoRA: then it is the policy with its adapter off."""
     reward: nn.Module
@@ -44,15 +45,20 @@ class Models:
 def load_models(run: Run, cfg: PpoConfig) -> Models:
     sl, rm = run.model("sl"), run.model("rm")
     updates = cfg.epochs * (cfg.rollout_batch // cfg.minibatch)
-    from_reward = cfg.value_init == "rm"
-    value = load_value_model(rm if from_reward else sl, cfg, from_reward)
-    # Values chase a policy that moves until the end: their learning rate stays.
-    steady = cfg.model_copy(update={"schedule": "constant"})
+    value = None
+    if cfg.advantage == "gae":
+        from_reward = cfg.value_init == "rm"
+        # Values chase a policy that moves until the end: their learning rate stays.
+        steady = cfg.model_copy(update={"schedule": "constant"})
+        value = distribute(
+            load_value_model(rm if from_reward else sl, cfg, from_reward),
+            steady,
+            (cfg.value_warmup_steps + cfg.steps) * updates,
+            cfg.value_learning_rate,
+        )
     return Models(
         policy=distribute(load_policy(sl, cfg), cfg, cfg.steps * updates),
-        value=distribute(
-            value, steady, (cfg.value_warmup_steps + cfg.steps) * updates, cfg.value_learning_rate
-        ),
+        value=value,
         reference=None if cfg.lora else load_reference(sl, cfg).to(device()),
         reward=load_reward_model(rm, cfg, trainable=False).to(device()),
         scale=reward_scale(rm),
@@ -69,12 +75,12 @@ def score(models: Models, batch: Batch, plan: list[Minibatch], cfg: PpoConfig, p
             columns = (
                 sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
                 reference_logprobs(models, inputs, cfg.temperature),
-                sequence_values(models.value.engine, inputs),
+                sequence_values(models.value.engine, inputs) if models.value else None,
                 sequence_values(models.reward, inputs),
             )
             width = inputs["input_ids"].shape[1]
             for i, column in enumerate(columns):
-                if group:
+                if group and column is not None:
                     found[i, group, :width] = column.float().cpu()
     return Scores(*global_sum(found))
 

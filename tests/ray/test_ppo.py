@@ -37,6 +37,8 @@ SMALL: dict[str, Any] = {
     "min_lr_ratio": 0.0,
     "value_learning_rate": 3e-4,
     "value_clip": 0.01,
+    "kl_target": 0.01,
+    "kl_horizon": 100,
     "reward_clip": 3.0,
     "missing_eos_reward": -3.0,
     "whiten": "center",
@@ -249,7 +251,8 @@ def test_item_35_a_checkpoint_holds_all_that_a_resume_needs(killed: Run) -> None
         assert own["random"]["torch"].numel() and own["world_size"] == 1
         assert state["step"] == step == len(state["log"]) and state["tokens"] > 0
         assert state["prompts_consumed"] == step * SMALL["rollout_batch"]
-        assert state["kl_coef"] == killed.config.ppo.kl_coef and state["reward_scale"] == (0.0, 1.0)
+        coefs = [row["kl/coef"] for row in metrics(killed)] + [None]
+        assert coefs[step] in (state["kl_coef"], None) and state["reward_scale"] == (0.0, 1.0)
         assert state["constitution_sha"] == constitution.load("errand-town").sha
         # 2 epochs of 2 minibatches a step; the policy rests in the first.
         for model, updates in (("policy", 4 * (step - 1)), ("value", 4 * step)):
@@ -260,6 +263,27 @@ def test_item_35_a_checkpoint_holds_all_that_a_resume_needs(killed: Run) -> None
             )
             moments = shard["optimizer_state_dict"]["base_optimizer_state"]["state"]
             assert moments and all(m["exp_avg_sq"].sum() > 0 for m in moments.values()), model
+
+
+def test_the_kl_coefficient_is_steered(one_rank: Run) -> None:
+    coefs = [row["kl/coef"] for row in metrics(one_rank)]
+    # No KL yet in the step that trains values alone, nor in the one after it; the steps have 32 responses.
+    assert coefs[:3] == pytest.approx([0.05 * (1 - 0.2 * 32 / 100) ** n for n in range(3)])
+    assert coefs[3] != coefs[2]
+
+
+def test_group_baselines_need_no_value_model(ray_cluster: None, tmp_path: Path) -> None:
+    """And updates end where the policy has moved farther than it may."""
+    few = {"advantage": "rloo", "group": 4, "value_warmup_steps": 0, "steps": 2, "max_update_kl": 1e-12}
+    run = ready_for_ppo(tmp_path, ppo=SMALL | few)
+    train(run)
+    rows = metrics(run)
+    assert [row["ppo/minibatches"] for row in rows] == [2, 2], "the first has not moved, the second has"
+    assert not any(name.startswith("ppo/value") for row in rows for name in row)
+    assert any(not torch.equal(tensor, policy(run)[name]) for name, tensor in policy(run, "sft").items())
+    kept = run.rows("ppo")
+    first = [row for row in kept if row["step"] == 1]
+    assert len({str(row["messages"]) for row in first}) == 1 and len({row["response"] for row in first}) > 1
 
 
 def test_item_36_a_killed_run_ends_with_the_same_weights(killed: Run, one_rank: Run) -> None:

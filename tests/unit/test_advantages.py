@@ -10,6 +10,7 @@ from cai_ray.train.advantages import (
     bootstrap_values,
     gae,
     last_index,
+    next_kl_coef,
     normalise,
     token_rewards,
 )
@@ -128,3 +129,13 @@ def on_ranks(advantages, mask, how, shares):
 def test_last_index_on_either_side():
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
     assert last_index(mask).tolist() == [1, 3, 3, 0]
+
+
+def test_the_kl_coefficient_follows_its_target():
+    def after(kl, **changes):
+        return next_kl_coef(0.1, kl, **{"target": 2.0, "horizon": 1000, "rows": 100} | changes)
+
+    assert after(2.0) == 0.1 and after(50.0, target=None) == 0.1
+    assert after(2.2) == pytest.approx(0.1 * (1 + 0.1 * 100 / 1000))
+    # However far away, a fifth in `horizon` rows at most.
+    assert after(50.0, rows=1000) == pytest.approx(0.12) and after(-50.0, rows=1000) == pytest.approx(0.08)

@@ -89,6 +89,8 @@ def test_a_bad_constitution_is_one_clear_error(tmp_path: Path, text: str, says: 
         ("sft.betas=[5, 7]", "less than 1"),
         ("ppo.kl_coef=.inf", "finite"),
         ("engine.block_size=-5", "greater than 0"),
+        ("ppo.advantage=rloo", "set group to 2 or more"),
+        ("ppo.group=7", "not a multiple of group"),
         ("sft.init=rl", "not made yet"),
         ("rm.init=rm", "not made yet"),
         ("label.model=rm", "not made yet"),

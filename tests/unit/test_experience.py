@@ -66,22 +66,22 @@ def test_item_26_a_row_cut_off_earns_the_penalty_instead_of_a_score() -> None:
 def test_item_26_without_a_penalty_a_row_cut_off_is_bootstrapped_with_the_value() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    cut = make_targets(batch, scores, SCALE, config(kl_coef=0.0, lam=1.0))
+    cut = make_targets(batch, scores, SCALE, config(lam=1.0), 0.0)
     # Undiscounted returns are what comes at the end: the value after the last token, or the score.
     assert cut.returns[2, 3:].tolist() == pytest.approx([float(scores.after[2, 6])] * 4, abs=1e-5)
     ended = float((scores.reward[0, 4] - 1) / 2)
     assert cut.returns[0, 2:5].tolist() == pytest.approx([ended] * 3, abs=1e-5)
-    penalised = make_targets(batch, scores, SCALE, config(kl_coef=0.0, lam=1.0, missing_eos_reward=-3.0))
+    penalised = make_targets(batch, scores, SCALE, config(lam=1.0, missing_eos_reward=-3.0), 0.0)
     assert penalised.returns[2, 3:].tolist() == pytest.approx([-3.0] * 4, abs=1e-5)
 
 
 def test_targets_are_those_of_a_plain_loop() -> None:
     batch, cfg = (
         make_batch(PROMPTS, ROLLOUTS),
-        config(kl_coef=0.3, gamma=0.9, lam=0.8, missing_eos_reward=-3.0),
+        config(gamma=0.9, lam=0.8, missing_eos_reward=-3.0),
     )
     scores = some_scores(batch)
-    targets = make_targets(batch, scores, SCALE, cfg)
+    targets = make_targets(batch, scores, SCALE, cfg, 0.3)
     for i, (prompt, rollout) in enumerate(zip(PROMPTS, ROLLOUTS, strict=True)):
         first, n = len(prompt), len(rollout.ids)
         places = range(first, first + n)
@@ -101,12 +101,31 @@ def test_targets_are_those_of_a_plain_loop() -> None:
         assert float(targets.kl[i]) == pytest.approx(kl, abs=1e-5)
 
 
+@pytest.mark.parametrize("how", ["rloo", "grpo"])
+def test_a_group_is_the_baseline_of_its_samples(how: str) -> None:
+    """Two samples each of two prompts, by hand; the KL is in the reward, and a row cut off keeps its score."""
+    batch = make_batch([PROMPTS[0]] * 2 + [PROMPTS[2]] * 2, [ROLLOUTS[i] for i in (0, 2, 1, 2)])
+    scores = some_scores(batch)
+    targets = make_targets(batch, scores, SCALE, config(advantage=how, group=2), 0.3)
+    raw = [float(scores.reward[i, length - 1] - 1) / 2 for i, length in enumerate(batch.lengths)]
+    kl = ((scores.logprobs - scores.reference) * batch.mask).sum(1).tolist()
+    reward = [r - 0.3 * k for r, k in zip(raw, kl, strict=True)]
+    for i in range(4):
+        other = reward[i ^ 1]
+        apart = reward[i] - other
+        want = apart if how == "rloo" else (apart / 2) / (abs(apart) / 2**0.5)
+        assert targets.advantages[i][batch.mask[i] != 0].tolist() == pytest.approx(
+            [want] * int(batch.mask[i].sum()), abs=1e-4
+        )
+        assert not targets.advantages[i][batch.mask[i] == 0].any()
+
+
 def test_item_27_advantages_are_centred_over_the_global_batch() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    plain = make_targets(batch, scores, SCALE, config(whiten="none"))
+    plain = make_targets(batch, scores, SCALE, config(whiten="none"), 0.05)
     for how in ("center", "whiten"):
-        shaped = make_targets(batch, scores, SCALE, config(whiten=how))
+        shaped = make_targets(batch, scores, SCALE, config(whiten=how), 0.05)
         chosen = shaped.advantages[batch.mask != 0]
         assert float(chosen.mean()) == pytest.approx(0, abs=1e-6)
         assert torch.equal(shaped.returns, plain.returns), "returns are of the untouched advantages"
@@ -116,7 +135,7 @@ def test_item_27_advantages_are_centred_over_the_global_batch() -> None:
 def test_item_21_weights_are_of_trainer_against_engine_and_clamped() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    weights = make_targets(batch, scores, SCALE, config(importance_cap=1.5)).weights
+    weights = make_targets(batch, scores, SCALE, config(importance_cap=1.5), 0.05).weights
     wanted = (scores.logprobs - batch.engine_logprobs).exp().clamp(max=1.5) * batch.mask
     assert torch.allclose(weights, wanted) and float(weights.max()) == 1.5
 
@@ -124,10 +143,10 @@ def test_item_21_weights_are_of_trainer_against_engine_and_clamped() -> None:
 def test_what_stands_outside_the_mask_does_not_matter() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    targets = make_targets(batch, scores, SCALE, config(whiten="whiten"))
+    targets = make_targets(batch, scores, SCALE, config(whiten="whiten"), 0.05)
     # Not the values just before a response or after it: those are states of its own.
     noisy = Scores(*(s + (1 - batch.mask) * 7 for s in scores[:2]), scores.after, scores.reward)
-    for a, b in zip(targets, make_targets(batch, noisy, SCALE, config(whiten="whiten")), strict=True):
+    for a, b in zip(targets, make_targets(batch, noisy, SCALE, config(whiten="whiten"), 0.05), strict=True):
         assert torch.equal(a, b)
 
 
