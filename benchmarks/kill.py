@@ -113,7 +113,13 @@ def under_fire(out: Path, rows: int, kills: int, seed: int) -> float:
             _wait_until_gone(mark)
             driver = _driver(out, rows, mark)
         else:
-            _kill(mark, ACTOR if victim == "actor" else ENGINE)
+            # It may be on its way back: an actor whose engine was killed ends a moment later.
+            while not _kill(mark, ACTOR if victim == "actor" else ENGINE):
+                time.sleep(0.1)
+                if driver.poll() is not None:
+                    raise SystemExit(
+                        f"the pass under fire ended by itself ({driver.returncode}); see {out}/log"
+                    )
     if code := driver.wait():
         raise SystemExit(f"the last pass ended with {code}; see {out}/log")
     return time.monotonic() - started
@@ -184,15 +190,16 @@ def _marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def _kill(mark: str, name: str) -> None:
+def _kill(mark: str, name: str) -> bool:
+    """Whether there was such a process."""
     for process in _marked(mark):
         try:
             if process.cmdline()[0].startswith(name):
                 process.kill()
-                return
+                return True
         except (psutil.Error, IndexError):
             continue
-    raise SystemExit(f"no process {name} to kill")
+    return False
 
 
 def _wait_until_gone(mark: str) -> None:
