@@ -93,8 +93,7 @@ def pad(
 
     Returns:
         input_ids; attention_mask (int64); loss_mask (float32, an `Example`'s mask, else all real tokens);
-        position_ids, which count real tokens from 0; at the left, padding_mask: the attention_mask, which a causal
-        model must then be told.
+        position_ids, which count real tokens from 0.
     """
     pairs = [(list(r.ids), list(r.mask)) if isinstance(r, Example) else (list(r), [1] * len(r)) for r in rows]
     # The model attends to something even in a row that counts nowhere: a softmax over nothing is NaN.
@@ -110,14 +109,14 @@ def pad(
         input_ids[row, place] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[row, place] = 1
         loss_mask[row, place] = torch.tensor(mask, dtype=torch.float32)
-    out = {
+    positions = torch.arange(width).expand(
+        len(pairs), -1
+    )  # without a gap, which would begin a packed sequence
+    if side == "left":
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "loss_mask": loss_mask,
-        # Without a gap, which transformers would take for the border between two packed sequences.
-        "position_ids": torch.arange(width).expand(len(pairs), -1),
+        "position_ids": positions,
     }
-    if side == "left":
-        out["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        out["padding_mask"] = attention_mask
-    return out

@@ -39,6 +39,9 @@ TOKENIZER_FILES = (
 )
 
 
+INPUTS = ("input_ids", "position_ids")
+
+
 class RewardScale(NamedTuple):
     """Centre and scale of the raw scores on a fixed reference set; `reward_head.json` holds it."""
 
@@ -174,9 +177,11 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], temperature: floa
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rows padded at the right go without a mask: what follows is never attended to, and attention is faster so."""
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
-    return inputs | ({"attention_mask": batch["padding_mask"]} if "padding_mask" in batch else {})
+    """Without a padding mask: what stands at the right is never attended to, and attention is faster so.
+
+    Padding at the left has positions that do not rise, by which transformers keeps it apart like a packed sequence.
+    """
+    return {k: batch[k] for k in INPUTS}
 
 
 def base_model(model: nn.Module) -> Any:
