@@ -109,9 +109,8 @@ def pad(
         input_ids[row, place] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[row, place] = 1
         loss_mask[row, place] = torch.tensor(mask, dtype=torch.float32)
-    positions = torch.arange(width).expand(
-        len(pairs), -1
-    )  # without a gap, which would begin a packed sequence
+    # Without a gap, which would begin a packed sequence.
+    positions = torch.arange(width).expand(len(pairs), -1)
     if side == "left":
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {
