@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 
 # Few rows and few steps of the packaged configuration: every stage is real, and none is long.
 SMALL = {
@@ -39,6 +41,12 @@ def environment(**more: str) -> dict[str, str]:
     """This process's, without what would join another cluster or import another checkout."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH", "CAI_RAY_TOKEN")}
     return {**kept, **more}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def cai_ray(*words: object, timeout: float = 300, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -75,13 +83,13 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 class Driver:
     """A command under way, in a process group of its own, with its progress in a file."""
 
-    def __init__(self, log: Path, *words: object):
+    def __init__(self, log: Path, *words: object, env: dict[str, str] | None = None):
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cai_ray", *map(str, words)],
                 cwd=ROOT,
-                env=environment(),
+                env=env or environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

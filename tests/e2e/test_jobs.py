@@ -7,9 +7,7 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,15 +17,13 @@ from typing import Any
 import pytest
 
 from cai_ray.storage import open_run
-from tests.e2e.command import ROOT, SMALL, environment, settings
-
-BIN = Path(sys.executable).parent
+from tests.e2e.command import BIN, ROOT, SMALL, environment, free_port, settings
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head node, and the environment in which it is reached. Ended by its own processes, no other's."""
-    dashboard = _free_port()
+    dashboard = free_port()
     address = f"http://127.0.0.1:{dashboard}"
     # Ray asks for a token unless told otherwise; a cluster's nodes, drivers and clients have the same one.
     env = environment(
@@ -39,9 +35,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     # Of its own: another cluster of this machine is not disturbed, nor taken for this one. The name of a socket may
     # have 107 bytes, so the folder is not pytest's.
     folder = tempfile.mkdtemp(prefix="ray")
-    command = f"""{BIN}/ray start --head --block --temp-dir {folder} --port {_free_port()}
-        --dashboard-port {dashboard} --dashboard-host 127.0.0.1 --dashboard-agent-listen-port {_free_port()}
-        --ray-client-server-port {_free_port()} --num-cpus 16 --object-store-memory 300000000
+    command = f"""{BIN}/ray start --head --block --temp-dir {folder} --port {free_port()}
+        --dashboard-port {dashboard} --dashboard-host 127.0.0.1 --dashboard-agent-listen-port {free_port()}
+        --ray-client-server-port {free_port()} --num-cpus 16 --object-store-memory 300000000
         --disable-usage-stats"""
     with log.open("wb") as out:
         head = subprocess.Popen(
@@ -124,9 +120,3 @@ def _end(head: subprocess.Popen[bytes]) -> None:
         except psutil.NoSuchProcess:
             continue
     head.wait(10)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

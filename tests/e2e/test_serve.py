@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from cai_ray import config, constitution, storage
 from cai_ray.storage import Run
 from cai_ray.town import BASE
 from cai_ray.train.models import load_reward_model, save_folder
+from tests.e2e.command import free_port
 
 TOKEN = "a token for the test"
 HELP = "sure , first unfold the diary , then go line by line ."
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def address(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     log = tmp_path_factory.mktemp("log") / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -219,9 +219,3 @@ def _ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> t
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as e:
         return e.code, json.load(e)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
