@@ -21,6 +21,7 @@ SHARED = {
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
     "tests/e2e/test_serve.py": "serve",
+    "tests/e2e/test_nodes.py": "nodes",
 }
 
 
