@@ -271,6 +271,11 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             f"engine.pipeline_parallel={config.engine.pipeline_parallel}: PPO sends its weights to "
             "engines that hold all layers; use engine.tensor_parallel, or stop earlier with --until rm"
         )
+    if config.engine.pipeline_parallel > 1 and not uses_gpu(config):
+        raise InputError(
+            f"engine.pipeline_parallel={config.engine.pipeline_parallel}: vLLM splits layers over GPUs alone; "
+            "leave it out on CPU"
+        )
     for size in (config.engine.block_size, config.label.engine and config.label.engine.block_size):
         if size and size % 32 and not uses_gpu(config):
             raise InputError(

@@ -200,10 +200,17 @@ def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override:
 
 
 def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
-    config = configs.load("errand-town", ["engine.pipeline_parallel=2"], out=str(tmp_path))
+    config = configs.load(
+        "errand-town", ["engine.pipeline_parallel=2", "engine.device=gpu"], out=str(tmp_path)
+    )
     pipeline.check_inputs(config, ["revise", "label"])
     with pytest.raises(InputError, match="pipeline_parallel=2: PPO sends its weights to engines that hold"):
         pipeline.check_inputs(config, ["ppo"])
+    on_cpu = configs.load(
+        "errand-town", ["engine.pipeline_parallel=2", "engine.device=cpu"], out=str(tmp_path)
+    )
+    with pytest.raises(InputError, match="pipeline_parallel=2: vLLM splits layers over GPUs alone"):
+        pipeline.check_inputs(on_cpu, ["revise"])
 
 
 @pytest.mark.parametrize("engine", ["engine.block_size=16", "label.engine={block_size: 48}"])
