@@ -331,7 +331,18 @@ class RmConfig(TrainConfig):
     """A control: flip each AI label with probability one half."""
 
 
+class RewardSource(Section):
+    """A reward model of PPO."""
+
+    model: str = "rm"
+    """`rm`, or a folder or id of a sequence classifier of one output. One with another tokenizer than the policy's
+    reads the response as text."""
+    weight: float = 1.0
+
+
 class PpoConfig(TrainConfig):
+    rewards: tuple[RewardSource, ...] = Field(default=(RewardSource(),), min_length=1)
+    """Reward models; each is centred and scaled by its reward_head.json, clipped, weighted, and added."""
     prompts: tuple[PromptSource, ...] = ()
     """By default the run's prompts."""
     steps: int = Field(default=1000, gt=0)
@@ -343,8 +354,12 @@ class PpoConfig(TrainConfig):
     epochs: int = Field(default=2, gt=0)
     value_learning_rate: float | None = Field(default=None, gt=0)
     value_init: Literal["rm", "policy"] = "rm"
+    """`rm`: the first of `rewards`."""
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=512, gt=0)
+    async_steps: Literal[0, 1] = 0
+    """1: while a step is trained on, the next one's responses are sampled, by weights that are one step old then; they
+    are weighted by the ratio of probabilities (`importance_cap`)."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """gae learns values; rloo and grpo compare the samples of one prompt (`group`), and have no value model."""
     group: int = Field(default=1, gt=0)
@@ -454,9 +469,10 @@ class RunConfig(Section):
             ("redteam.model", self.redteam.model, ("sl", "rm", "rl")),
             ("label.model", self.label.model, ("rm", "rl")),
             ("rm.init", self.rm.init, ("rm", "rl")),
+            *(("ppo.rewards", source.model, ("rl",)) for source in self.ppo.rewards),
         ):
             if value in later:
-                earlier = "`base`" if "sl" in later else "`base`, `sl`"
+                earlier = "`base`" if "sl" in later else "`base`, `sl`" if "rm" in later else "`rm`"
                 raise ValueError(
                     f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
                 )

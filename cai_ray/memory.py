@@ -3,7 +3,7 @@
 Parameters are counted on the model that its config.json describes, without its weights. A trained parameter costs,
 in bf16, 2 bytes of weight, 2 of gradient, 4 of fp32 master copy and 8 of Adam's moments: 16, as in fp32 without
 the copy. ZeRO divides among the workers (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 the optimizer's
-share, stage 2 gradients too, stage 3 weights too. Frozen models (PPO's reference and reward model) are whole on every
+share, stage 2 gradients too, stage 3 weights too. Frozen models (PPO's reference and reward models) are whole on every
 worker. Activations are an estimate from above for a full micro-batch; all else is exact but for allocators.
 """
 
@@ -100,7 +100,7 @@ def estimate(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -> li
         engine_need("compare", "engine", policy, engine, gpu),
         *labels,
         Need("rm", "trainer", config.rm.workers, 1, trained(reward, config.rm, gpu, scores=True)),
-        Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, reward, gpu)),
+        Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, shapes, gpu)),
         engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
         engine_need("evaluate", "engine", policy, engine, gpu),
     ]
@@ -156,17 +156,18 @@ def adapter(shape: Shape, cfg: TrainConfig) -> int:
     )
 
 
-def _ppo(config: RunConfig, policy: Shape, reward: Shape, gpu: bool) -> dict[str, float]:
-    """Policy and value model trained, reference and reward model frozen; their activations take turns."""
+def _ppo(config: RunConfig, policy: Shape, shapes: Callable[[str], Shape], gpu: bool) -> dict[str, float]:
+    """Policy and value model trained, reference and reward models frozen; their activations take turns."""
     cfg = config.ppo
-    value = reward if cfg.value_init == "rm" else policy
+    rewards = [shapes(source.model) for source in cfg.rewards]
+    value = rewards[0] if cfg.value_init == "rm" else policy
     parts, second = trained(policy, cfg, gpu), trained(value, cfg, gpu, scores=True)
     if cfg.advantage == "gae":
         for name in ("weights", "gradients", "optimizer"):
             parts[name] += second[name]
         parts["activations"] = max(parts["activations"], second["activations"])
     # With an adapter the reference is the policy without it.
-    frozen = reward.params - reward.head + (0 if cfg.lora else policy.params)
+    frozen = sum(r.params - r.head for r in rewards) + (0 if cfg.lora else policy.params)
     parts["frozen"] = frozen * _WIDTH[cfg.dtype]
     return parts
 

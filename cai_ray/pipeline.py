@@ -205,8 +205,7 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             settings = _settings(value)
             files = [s.path for key in ("prompts", "human") for s in getattr(value, key, ())]
             files += [p for p in [getattr(value, "gold", None)] if p]
-            models = [m for key in ("init", "model") if (m := getattr(value, key, "sl")) not in _ROLES]
-            models = [storage.model_sha(run.model(m)) for m in models]
+            models = [storage.model_sha(run.model(m)) for m in _models(value)]
             found[section] = derive_id(settings, [_source_sha(p, {}) for p in files], models)
         else:
             found[section] = derive_id(value)
@@ -306,6 +305,9 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         renderer.option_ids(templates.options)
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
+    for model in () if model_elsewhere else _models(config.ppo):
+        _check_model(run.model(model))
+        Renderer(run.model(model), templates.chat_template)
     gold_rows(run)
     if "redteam" in stages:
         redteam.check(run)
@@ -491,6 +493,13 @@ def _settings(section: BaseModel) -> dict[str, Any]:
     if settings.get("critique_model", "") is None:  # as it was before there was such a setting
         del settings["critique_model"]
     return settings
+
+
+def _models(section: BaseModel) -> list[str]:
+    """Folders and ids that a section names, beside the run's own models."""
+    named = [getattr(section, key, "sl") for key in ("init", "model")]
+    named += [source.model for source in getattr(section, "rewards", ())]
+    return [model for model in named if model not in _ROLES]
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:

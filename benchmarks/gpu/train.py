@@ -264,8 +264,9 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     made = Models(
         distribute(prepared(models.load_policy(model, ppo_cfg)), ppo_cfg, 1000),
         distribute(prepared(models.load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000),
-        None, None, models.RewardScale(0, 1),
-    )  # type: ignore[arg-type]  # fmt: skip
+        reference=None,
+        rewards=[],
+    )
     ppo.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     mask = _mask(data)
     batch = Batch(data.rows, torch.zeros(BATCH, dtype=torch.bool), mask, torch.zeros_like(mask))

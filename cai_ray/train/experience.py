@@ -27,12 +27,11 @@ from cai_ray.train.advantages import (
 )
 from cai_ray.train.batches import Example, rank_micro_batches
 from cai_ray.train.losses import importance_weights, kl_k1, masked
-from cai_ray.train.models import RewardScale
 from cai_ray.train.rollout import Rollout
 
 
 class Scores(NamedTuple):
-    """What the models say of the rows, before any update; (N, T) float32, rows padded at the right."""
+    """What the models say of the rows, before any update; (N, T) float32 of tokens, rows padded at the right."""
 
     logprobs: Tensor
     """Of the policy that sampled, recomputed by the trainer."""
@@ -40,7 +39,7 @@ class Scores(NamedTuple):
     after: Tensor
     """The value after each token."""
     reward: Tensor
-    """The reward model's number after each token, of which the last counts."""
+    """(N,): the reward of each row (`rewards.combined`)."""
 
 
 class Minibatch(NamedTuple):
@@ -75,7 +74,7 @@ class Targets(NamedTuple):
     returns: Tensor
     weights: Tensor
     score: Tensor
-    """Normalised, clipped, and with the penalty of a missing end."""
+    """The reward, or the penalty of a missing end."""
     kl: Tensor
     """Sum over a row's tokens of log p - log reference."""
 
@@ -109,10 +108,10 @@ def minibatches(
     return out
 
 
-def make_targets(batch: Batch, scores: Scores, scale: RewardScale, cfg: PpoConfig, kl_coef: float) -> Targets:
+def make_targets(batch: Batch, scores: Scores, cfg: PpoConfig, kl_coef: float) -> Targets:
     """Rewards, advantages and returns of the whole global batch."""
     mask = batch.mask
-    score = final_scores(scores.reward, batch, scale, cfg)
+    score = final_scores(scores.reward, batch, cfg)
     kl = masked(kl_k1(scores.logprobs, scores.reference), mask)
     rewards = token_rewards(score, kl, mask, kl_coef=kl_coef)
     values = masked(before_tokens(scores.after), mask)
@@ -130,19 +129,16 @@ def make_targets(batch: Batch, scores: Scores, scale: RewardScale, cfg: PpoConfi
     return Targets(masked(scores.logprobs, mask), values, advantages, returns, weights, score, kl.sum(1))
 
 
-def final_scores(reward: Tensor, batch: Batch, scale: RewardScale, cfg: PpoConfig) -> Tensor:
-    """(N,): the reward at each row's last token, centred, scaled and clipped; for a row cut off, the penalty.
+def final_scores(reward: Tensor, batch: Batch, cfg: PpoConfig) -> Tensor:
+    """(N,): the rewards; for a row cut off, the penalty.
 
     Without a penalty a row cut off earns nothing here: the value after its last token stands for what it did not
-    come to (`make_targets`). Without a value model it earns its score.
+    come to (`make_targets`). Without a value model it earns its reward.
     """
-    last = torch.tensor(batch.lengths)[:, None] - 1
-    raw = reward.gather(1, last).squeeze(1)
-    score = ((raw - scale.mean) / scale.std).clamp(-cfg.reward_clip, cfg.reward_clip)
     if cfg.missing_eos_reward is None and cfg.advantage != "gae":
-        return score
+        return reward
     penalty = 0.0 if cfg.missing_eos_reward is None else cfg.missing_eos_reward
-    return torch.where(batch.truncated, torch.full_like(score, penalty), score)
+    return torch.where(batch.truncated, torch.full_like(reward, penalty), reward)
 
 
 def draw(prompts: int, start: int, count: int, seed: int) -> list[int]:
@@ -155,10 +151,3 @@ def _shuffle(prompts: int, epoch: int, seed: int) -> list[int]:
     order = list(range(prompts))
     random.Random(derive_seed(seed, "prompts", epoch)).shuffle(order)
     return order
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the valid tokens: 1 is perfect, 0 is a constant's."""
-    chosen = mask != 0
-    error, target = (returns - values)[chosen], returns[chosen]
-    return float(1 - error.var() / target.var().clamp(min=1e-8))

@@ -23,24 +23,15 @@ from torch import Tensor
 from cai_ray import storage
 from cai_ray.config import PpoConfig
 from cai_ray.constitution import load as load_constitution
-from cai_ray.errors import InputError, RowError, Stopped
+from cai_ray.errors import Stopped
 from cai_ray.prompts import Renderer, load_templates
-from cai_ray.records import derive_id, derive_seed, to_table
+from cai_ray.records import derive_id
 from cai_ray.storage import Run
 from cai_ray.train import weight_sync
 from cai_ray.train.advantages import before_tokens, next_kl_coef
 from cai_ray.train.batches import pad
-from cai_ray.train.experience import (
-    Batch,
-    Minibatch,
-    Scores,
-    Targets,
-    draw,
-    explained_variance,
-    make_batch,
-    make_targets,
-    minibatches,
-)
+from cai_ray.train.diagnostics import save_rollouts, summary
+from cai_ray.train.experience import Batch, Minibatch, Targets, make_batch, make_targets, minibatches
 from cai_ray.train.fit import (
     Log,
     Trained,
@@ -57,8 +48,10 @@ from cai_ray.train.fit import (
 )
 from cai_ray.train.losses import policy_loss, value_loss
 from cai_ray.train.models import sequence_logprobs, sequence_values
-from cai_ray.train.rollout import Pool, Request, Rollout, close_pool, open_pool
-from cai_ray.train.scoring import Models, check_ratio, load_models, logprob_gap, probe, score
+from cai_ray.train.rewards import check_value_init
+from cai_ray.train.rollout import Pool, close_pool, open_pool
+from cai_ray.train.sampling import Prompt, Sampler, read
+from cai_ray.train.scoring import Models, check_gap, check_ratio, load_models, logprob_gap, probe, score
 
 FIXED_PROBES, MOVING_PROBES = 4, 12
 """Sequences that a sync is proved on: prompts that stay, and the step's rows with the largest advantages."""
@@ -75,8 +68,12 @@ def run(run: Run) -> dict[str, Any]:
 
     check_resources(run, cfg)
     renderer = Renderer(run.model("sl"), load_templates(config.templates).chat_template)
+    check_value_init(run, cfg, renderer)
     prompts, errors = read(run, renderer)
-    inputs = derive_id([(p["id"], p["ids"]) for p in prompts])
+    inputs = derive_id(
+        [(p["id"], p["ids"]) for p in prompts],
+        [storage.model_sha(run.model(source.model)) for source in cfg.rewards],
+    )
     keeper = open_pool(config, run.model("sl"), renderer.end_id, uses_gpu(config))
     try:
         out = fit(run, "ppo", loop, cfg, {"keeper": keeper, "prompts": ray.put(prompts), "inputs": inputs})
@@ -88,44 +85,10 @@ def run(run: Run) -> dict[str, Any]:
         "errors": errors,
         "tokens": {"generated": out["tokens"]},
         "model": "sl",
-        "reward_model": "rm",
+        "reward_models": {source.model: source.weight for source in cfg.rewards},
         "model_sha": storage.folder_sha(run.path("ppo", "model")),
         "metrics": out["metrics"],
     }
-
-
-def read(run: Run, renderer: Renderer) -> tuple[list[dict[str, Any]], int]:
-    """The training prompts with their token ids, and how many do not fit the context or cannot be encoded.
-
-    Raises:
-        InputError: none is left, or a row would not fit a micro-batch.
-    """
-    from cai_ray.engine.vllm import model_context
-    from cai_ray.generate.sources import read_prompts
-
-    config, cfg = run.config, run.config.ppo
-    templates = load_templates(config.templates)
-    context = config.engine.max_model_len or model_context(run.model("sl"))
-    rows = [r for r in read_prompts(cfg.prompts or config.prompts, config.seed) if r["split"] == "train"]
-    ready = []
-    for row in rows:
-        try:
-            ids = renderer.prompt_ids(templates.answer_messages(row["messages"]))
-        except RowError:  # such as roles that the chat template refuses
-            continue
-        if len(ids) < context:
-            ready.append({"id": row["id"], "messages": row["messages"], "ids": ids})
-    if not ready:
-        raise InputError(
-            f"ppo: none of {len(rows)} training prompts can be encoded and fits the context of {context} tokens"
-        )
-    longest = min(context, max(len(r["ids"]) for r in ready) + cfg.max_tokens)
-    if longest > cfg.micro_batch_tokens:
-        raise InputError(
-            f"ppo.micro_batch_tokens={cfg.micro_batch_tokens} is less than the longest row can be; "
-            f"use {longest} or more"
-        )
-    return ready, len(rows) - len(ready)
 
 
 # --------------------------------------------------------------------------------------------------- on every rank
@@ -140,7 +103,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     total = cfg.value_warmup_steps + cfg.steps
     models = load_models(run, cfg)
     engines = {"policy": models.policy} | ({"value": models.value} if models.value else {})
-    state = restore(engines) or {"step": 0, "log": [], "tokens": 0, "kl_coef": cfg.kl_coef}
+    state = restore(engines) or {"step": 0, "log": [], "tokens": 0, "kl_coef": cfg.kl_coef, "ahead": None}
     log, tokens, kl_coef = Log(run, "ppo", total, state["log"]), state["tokens"], state["kl_coef"]
     if rank() == 0 and not state["step"]:
         storage.delete_rows(run.path("ppo"))  # what an attempt with other settings sampled
@@ -149,15 +112,17 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
 
     first = rank() == 0
     pool = Pool(args["keeper"], cfg.deadline_s) if first else None
-    prompts: list[dict[str, Any]] = ray.get(args["prompts"]) if first else []
+    prompts: list[Prompt] = ray.get(args["prompts"]) if first else []
+    sampler = Sampler(pool, prompts, cfg, seed, total, state["ahead"]) if pool else None
     fixed = from_first([p["ids"] for p in prompts[:FIXED_PROBES]])
     sync(models.policy, pool, cfg, state["step"], fixed, probe(models.policy, fixed, cfg, pad_id), None)
 
     for step in range(state["step"], total):
         clock = Clock()
         # Sample: token ids in, token ids out.
-        rows, rollouts = from_first(sample(pool, prompts, cfg, step, seed) if pool else None)
+        rows, rollouts = from_first(sampler.take(step) if sampler else None)
         batch = make_batch([row["ids"] for row in rows], rollouts)
+        texts = [renderer.decode(r.ids) for r in rollouts]
         times = {"time/sample_s": clock.lap()}
 
         # Score: old and reference log-probabilities, values, rewards, in the micro-batches of the first epoch.
@@ -165,11 +130,14 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             minibatches(batch.lengths, cfg, seed, step, epoch, rank(), world_size())
             for epoch in range(cfg.epochs)
         ]
-        scores = score(models, batch, epochs[0], cfg, pad_id)
-        gap = logprob_gap(scores, batch, cfg)
+        conversations = [row["messages"] for row in rows]
+        scores, apart = score(models, batch, conversations, texts, epochs[0], cfg, pad_id)
+        gap, fresh = logprob_gap(scores, batch), rollouts[0].version == step
+        if fresh:
+            check_gap(gap, cfg)
 
         # Advantages, over the global batch.
-        targets = make_targets(batch, scores, models.scale, cfg, kl_coef)
+        targets = make_targets(batch, scores, cfg, kl_coef)
         probes = fixed + most_moved(batch, targets)
         before = probe(models.policy, probes, cfg, pad_id)
         times["time/score_s"] = clock.lap()
@@ -182,43 +150,36 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         times["time/update_s"] = clock.lap()
 
         # Send, and prove.
+        if sampler:
+            sampler.wait()
+        times["time/wait_s"] = clock.lap()
         now = probe(models.policy, probes, cfg, pad_id)
         synced = sync(models.policy, pool, cfg, step + 1, probes, now, before)
         times["time/sync_s"] = clock.lap()
 
         tokens += int(batch.mask.sum())
-        metrics = {**summary(batch, scores, targets, sums), "rollout/logprob_gap": gap, **synced, **times}
+        metrics = {**summary(batch, scores, targets, sums), **apart, **synced, **times}
         metrics |= {
+            "rollout/logprob_gap" if fresh else "rollout/stale_gap": gap,
             "ppo/learning_rate": rate,
             "kl/coef": kl_coef,
             "rollout/replaced": pool.replaced if pool else 0,
         }
-        metrics["tokens/per_s"] = float(batch.mask.sum()) / times["time/sample_s"]
+        metrics["time/rollout_s"] = sampler.seconds if sampler else 0.0
+        metrics["tokens/per_s"] = float(batch.mask.sum()) / sum(times.values())
         log.add(step + 1, metrics)
         kl_coef = next_kl_coef(
             kl_coef, metrics["kl/reference"], target=cfg.kl_target, horizon=cfg.kl_horizon, rows=len(rows)
         )
         if first:
-            save_rollouts(run, step, rows, rollouts, targets, renderer)
+            save_rollouts(run, step, rows, rollouts, texts, targets)
         if (step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total:
-            save_checkpoint(engines, checkpoint_state(run, models, step + 1, log, tokens, kl_coef), step + 1)
+            kept = checkpoint_state(run, models, sampler, step + 1, log, tokens, kl_coef)
+            save_checkpoint(engines, kept, step + 1)
     log.write()
     save_model(models.policy, run.model("sl"), run.path("ppo", "model"))
     last = {k: v for k, v in log.rows[-1].items() if k != "step"} if log.rows else {}
     return {"metrics": last, "tokens": tokens, "rollouts": total * cfg.rollout_batch}
-
-
-def sample(
-    pool: Pool, prompts: list[dict[str, Any]], cfg: PpoConfig, step: int, seed: int
-) -> tuple[list[dict[str, Any]], list[Rollout]]:
-    """The step's prompts and one rollout for each."""
-    start = step * cfg.rollout_batch
-    drawn = draw(len(prompts), start // cfg.group, cfg.rollout_batch // cfg.group, seed)
-    rows = [prompts[i] for i in drawn for _ in range(cfg.group)]
-    requests = [
-        Request(row["ids"], derive_seed(seed, "rollout", row["id"], start + i)) for i, row in enumerate(rows)
-    ]
-    return rows, pool.sample(requests, step, cfg.temperature, cfg.max_tokens)
 
 
 def update(
@@ -338,64 +299,8 @@ def cut(targets: Targets, group: Sequence[int], mask: Tensor) -> Targets:
     return Targets(*[(t[rows, : mask.shape[1]] if t.ndim == 2 else t[rows]).to(mask.device) for t in targets])
 
 
-def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
-    """The diagnostics that a practitioner looks at."""
-    tokens, rows = float(batch.mask.sum()), len(batch.rows)
-    out = {
-        "reward/mean": float(targets.score.mean()),
-        "reward/std": float(targets.score.std()) if rows > 1 else 0.0,
-        "kl/reference": float(targets.kl.mean()),
-        "kl/reference_per_token": float(targets.kl.sum()) / tokens,
-        "rollout/length": tokens / rows,
-        "rollout/eos_rate": 1 - float(batch.truncated.float().mean()),
-        "rollout/entropy": -float((scores.logprobs * batch.mask).sum()) / tokens,
-        "ppo/minibatches": sums["minibatches"],
-    }
-    if "value_loss" in sums:
-        out |= {
-            "ppo/explained_variance": explained_variance(targets.values, targets.returns, batch.mask),
-            "ppo/value_loss": sums["value_loss"] / sums["minibatches"],
-            "ppo/value_clipfrac": sums["value_clipfrac"] / sums["value_tokens"],
-            "ppo/value_grad_norm": sums["value_norm"],
-        }
-    if "tokens" in sums:
-        out |= {f"ppo/{name}": sums[name] / sums["tokens"] for name in ("ratio", "clipfrac", "approx_kl")}
-        out["ppo/ratio_first"] = sums["first_ratio"] / sums["first_tokens"]
-        out["ppo/policy_loss"] = sums["policy_loss"] / sums["minibatches"]
-        out["ppo/policy_grad_norm"] = sums["policy_norm"]
-    return out
-
-
-def save_rollouts(
-    run: Run,
-    step: int,
-    rows: list[dict[str, Any]],
-    rollouts: list[Rollout],
-    targets: Targets,
-    renderer: Renderer,
-) -> None:
-    """The step's first few rollouts, for reading."""
-    kept = min(run.config.ppo.save_rollouts, len(rows))
-    table = [
-        {
-            "step": step + 1,
-            "policy_version": rollouts[i].version,
-            "id": derive_id("rollout", step, i, rows[i]["id"]),
-            "messages": rows[i]["messages"],
-            "response": renderer.decode(rollouts[i].ids),
-            "reward": float(targets.score[i]),
-            "kl_reference": float(targets.kl[i]),
-            "length": len(rollouts[i].ids),
-            "truncated": rollouts[i].truncated,
-        }
-        for i in range(kept)
-    ]
-    if table:
-        run.write_rows("ppo", to_table(table, "rollouts"), part=step + 1)
-
-
 def checkpoint_state(
-    run: Run, models: Models, step: int, log: Log, tokens: int, kl_coef: float
+    run: Run, models: Models, sampler: Sampler | None, step: int, log: Log, tokens: int, kl_coef: float
 ) -> dict[str, Any]:
     """What the loop goes on from. Prompts consumed and seeds follow from the step alone (`experience.draw`)."""
     return {
@@ -404,7 +309,8 @@ def checkpoint_state(
         "tokens": tokens,
         "prompts_consumed": step * run.config.ppo.rollout_batch,
         "kl_coef": kl_coef,
-        "reward_scale": tuple(models.scale),
+        "ahead": sampler.ahead if sampler else None,
+        "reward_scales": [tuple(reward.scale) for reward in models.rewards],
         "constitution_sha": load_constitution(run.config.constitution).sha,
     }
 

@@ -6,6 +6,7 @@ before the first step and differs from 1 by the update alone. The engine's are c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +14,19 @@ from torch import Tensor, nn
 
 from cai_ray.config import PpoConfig
 from cai_ray.errors import Stopped
+from cai_ray.prompts import Message
 from cai_ray.storage import Run
 from cai_ray.train.batches import micro_batches, pad
 from cai_ray.train.experience import Batch, Minibatch, Scores
 from cai_ray.train.fit import Trained, device, distribute, global_sum, to_device
 from cai_ray.train.models import (
-    RewardScale,
     load_policy,
     load_reference,
-    load_reward_model,
     load_value_model,
-    reward_scale,
     sequence_logprobs,
     sequence_values,
 )
+from cai_ray.train.rewards import Reward, combined, describe, load_rewards, raw_scores
 
 RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -38,12 +38,11 @@ class Models:
     """None where advantages need none (`ppo.advantage`)."""
     reference: nn.Module | None
     """None under LoRA: then it is the policy with its adapter off."""
-    reward: nn.Module
-    scale: RewardScale
+    rewards: list[Reward]
 
 
 def load_models(run: Run, cfg: PpoConfig) -> Models:
-    sl, rm = run.model("sl"), run.model("rm")
+    sl = run.model("sl")
     updates = cfg.epochs * (cfg.rollout_batch // cfg.minibatch)
     value = None
     if cfg.advantage == "gae":
@@ -51,7 +50,7 @@ def load_models(run: Run, cfg: PpoConfig) -> Models:
         # Values chase a policy that moves until the end: their learning rate stays.
         steady = cfg.model_copy(update={"schedule": "constant"})
         value = distribute(
-            load_value_model(rm if from_reward else sl, cfg, from_reward),
+            load_value_model(run.model(cfg.rewards[0].model) if from_reward else sl, cfg, from_reward),
             steady,
             (cfg.value_warmup_steps + cfg.steps) * updates,
             cfg.value_learning_rate,
@@ -60,29 +59,46 @@ def load_models(run: Run, cfg: PpoConfig) -> Models:
         policy=distribute(load_policy(sl, cfg), cfg, cfg.steps * updates),
         value=value,
         reference=None if cfg.lora else load_reference(sl, cfg).to(device()),
-        reward=load_reward_model(rm, cfg, trainable=False).to(device()),
-        scale=reward_scale(rm),
+        rewards=load_rewards(run, cfg),
     )
 
 
 @torch.no_grad()
-def score(models: Models, batch: Batch, plan: list[Minibatch], cfg: PpoConfig, pad_id: int) -> Scores:
-    """Each rank scores its micro-batches; the sum of what the ranks found is the whole batch."""
-    found = torch.zeros(len(Scores._fields), *batch.mask.shape)
-    for minibatch in plan:
-        for group in minibatch.groups:
-            inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
-            columns = (
-                sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
-                reference_logprobs(models, inputs, cfg.temperature),
-                sequence_values(models.value.engine, inputs) if models.value else None,
-                sequence_values(models.reward, inputs),
-            )
-            width = inputs["input_ids"].shape[1]
-            for i, column in enumerate(columns):
-                if group and column is not None:
-                    found[i, group, :width] = column.float().cpu()
-    return Scores(*global_sum(found))
+def score(
+    models: Models,
+    batch: Batch,
+    conversations: Sequence[Sequence[Message]],
+    texts: Sequence[str],
+    plan: list[Minibatch],
+    cfg: PpoConfig,
+    pad_id: int,
+) -> tuple[Scores, dict[str, float]]:
+    """Each rank scores its micro-batches; the sum of what the ranks found is the whole batch.
+
+    Args:
+        conversations: of each row, without the response.
+        texts: the responses, for reward models that read text.
+
+    Returns:
+        The scores, and what each reward model said where there are several.
+    """
+    groups = [group for minibatch in plan for group in minibatch.groups]
+    found = torch.zeros(3, *batch.mask.shape)
+    for group in groups:
+        inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
+        columns = (
+            sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
+            reference_logprobs(models, inputs, cfg.temperature),
+            sequence_values(models.value.engine, inputs) if models.value else None,
+        )
+        width = inputs["input_ids"].shape[1]
+        for i, column in enumerate(columns):
+            if group and column is not None:
+                found[i, group, :width] = column.float().cpu()
+    raw = raw_scores(models.rewards, batch, conversations, texts, groups, cfg)
+    reward = combined(raw, models.rewards, cfg.reward_clip)
+    logprobs, reference, after = global_sum(found)
+    return Scores(logprobs, reference, after, reward), describe(raw, models.rewards)
 
 
 def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: float) -> Tensor:
@@ -105,20 +121,23 @@ def probe(policy: Trained, probes: list[list[int]], cfg: PpoConfig, pad_id: int)
     return out
 
 
-def logprob_gap(scores: Scores, batch: Batch, cfg: PpoConfig) -> float:
-    """Mean |engine - trainer| over sampled tokens.
+def logprob_gap(scores: Scores, batch: Batch) -> float:
+    """Mean |engine - trainer| over sampled tokens."""
+    gaps = ((scores.logprobs - batch.engine_logprobs) * batch.mask).abs()
+    return float(gaps.sum() / batch.mask.sum())
+
+
+def check_gap(gap: float, cfg: PpoConfig) -> None:
+    """Of rows that the engine sampled by the very weights that the trainer has.
 
     Raises:
         Stopped: it is above `ppo.max_logprob_gap`.
     """
-    gaps = ((scores.logprobs - batch.engine_logprobs) * batch.mask).abs()
-    gap = float(gaps.sum() / batch.mask.sum())
     if not gap <= cfg.max_logprob_gap:
         raise Stopped(
             f"engine and trainer differ by {gap:.3g} in mean log-probability, more than ppo.max_logprob_gap="
             f"{cfg.max_logprob_gap:g}; see that both run in the same dtype"
         )
-    return gap
 
 
 def check_ratio(new: Tensor, old: Tensor, mask: Tensor, cfg: PpoConfig) -> None:

@@ -20,7 +20,7 @@ from cai_ray import constitution, storage
 from cai_ray.errors import InputError, Stopped
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.storage import Run
-from cai_ray.train import ppo
+from cai_ray.train import ppo, sampling
 from cai_ray.train.fit import fit
 from tests.ray.engines import shared
 from tests.ray.runs import ready_for_ppo
@@ -51,7 +51,7 @@ def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
     import ray
 
     renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
-    prompts, _ = ppo.read(run, renderer)
+    prompts, _ = sampling.read(run, renderer)
     return fit(run, "ppo", loop, run.config.ppo, {"keeper": shared().keeper, "prompts": ray.put(prompts)})
 
 
@@ -221,16 +221,17 @@ def killed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         import pathlib
 
         from cai_ray.train import ppo as stage
+        from cai_ray.train import sampling
 
-        sample = stage.sample
+        sample = sampling.sample
 
-        def dying(pool: Any, prompts: Any, cfg: Any, step: int, seed: int) -> Any:
+        def dying(pool: Any, prompts: Any, cfg: Any, step: int, seed: int, version: int) -> Any:
             if step == 2 and not os.path.exists(mark):
                 pathlib.Path(mark).write_text(str(pool.epoch))
                 os._exit(1)
-            return sample(pool, prompts, cfg, step, seed)
+            return sample(pool, prompts, cfg, step, seed, version)
 
-        stage.sample = dying
+        sampling.sample = dying
         return stage.loop(args)
 
     epoch = shared().join().epoch
@@ -252,7 +253,7 @@ def test_item_35_a_checkpoint_holds_all_that_a_resume_needs(killed: Run) -> None
         assert state["step"] == step == len(state["log"]) and state["tokens"] > 0
         assert state["prompts_consumed"] == step * SMALL["rollout_batch"]
         coefs = [row["kl/coef"] for row in metrics(killed)] + [None]
-        assert coefs[step] in (state["kl_coef"], None) and state["reward_scale"] == (0.0, 1.0)
+        assert coefs[step] in (state["kl_coef"], None) and state["reward_scales"] == [(0.0, 1.0)]
         assert state["constitution_sha"] == constitution.load("errand-town").sha
         # 2 epochs of 2 minibatches a step; the policy rests in the first.
         for model, updates in (("policy", 4 * (step - 1)), ("value", 4 * step)):
@@ -328,14 +329,14 @@ def test_item_38_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     run = ready_for_ppo(
         tmp_path, ppo=SMALL, prompts=[{"path": str(long_prompts(tmp_path)), "kind": "helpful"}]
     )
-    prompts, errors = ppo.read(run, Renderer(run.model("sl")))
+    prompts, errors = sampling.read(run, Renderer(run.model("sl")))
     assert len(prompts) == 2 and errors == 1
 
 
 def test_item_38_a_micro_batch_that_holds_no_row_is_an_input_error(tmp_path: Path) -> None:
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"micro_batch_tokens": 30})
     with pytest.raises(InputError, match=r"ppo.micro_batch_tokens=30 is less than"):
-        ppo.read(run, Renderer(run.model("sl")))
+        sampling.read(run, Renderer(run.model("sl")))
 
 
 def long_prompts(folder: Path) -> Path:

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from cai_ray.config import PpoConfig
+from cai_ray.train.diagnostics import explained_variance
 from cai_ray.train.experience import (
     Batch,
     Scores,
     draw,
-    explained_variance,
     final_scores,
     make_batch,
     make_targets,
     minibatches,
 )
-from cai_ray.train.models import RewardScale
 from cai_ray.train.rollout import Rollout
 
 PROMPTS = [[5, 6], [7], [8, 9, 10]]
@@ -29,7 +28,6 @@ ROLLOUTS = [
     Rollout([22, 1], [-0.4, -0.5], False, 4),
     Rollout([23, 24, 25, 26], [-0.6, -0.7, -0.8, -0.9], True, 4),
 ]
-SCALE = RewardScale(1.0, 2.0)
 
 
 def config(**changes: object) -> PpoConfig:
@@ -38,7 +36,8 @@ def config(**changes: object) -> PpoConfig:
 
 def some_scores(batch: Batch, seed: int = 0) -> Scores:
     torch.manual_seed(seed)
-    return Scores(*(torch.randn(batch.mask.shape) for _ in Scores._fields))
+    tokens = [torch.randn(batch.mask.shape) for _ in range(3)]
+    return Scores(*tokens, torch.randn(len(batch.rows)))
 
 
 def test_item_19_rows_are_the_ids_that_the_engine_saw_and_produced() -> None:
@@ -49,29 +48,22 @@ def test_item_19_rows_are_the_ids_that_the_engine_saw_and_produced() -> None:
     assert torch.allclose(batch.engine_logprobs[1], torch.tensor([0, -0.4, -0.5, 0, 0, 0, 0]))
 
 
-def test_item_25_the_score_of_a_row_is_read_at_its_last_token() -> None:
-    batch = make_batch(PROMPTS, ROLLOUTS)
-    reward = torch.arange(21.0).reshape(3, 7)
-    assert final_scores(reward, batch, SCALE, config()).tolist() == [(4 - 1) / 2, (9 - 1) / 2, 0.0]
-
-
 def test_item_26_a_row_cut_off_earns_the_penalty_instead_of_a_score() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
-    reward = torch.full((3, 7), 100.0)
     # The penalty is not clipped: it is a setting, not a measurement.
-    scores = final_scores(reward, batch, SCALE, config(missing_eos_reward=-30.0, reward_clip=3.0))
+    scores = final_scores(torch.full((3,), 3.0), batch, config(missing_eos_reward=-30.0, reward_clip=3.0))
     assert scores.tolist() == [3.0, 3.0, -30.0]
 
 
 def test_item_26_without_a_penalty_a_row_cut_off_is_bootstrapped_with_the_value() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    cut = make_targets(batch, scores, SCALE, config(lam=1.0), 0.0)
+    cut = make_targets(batch, scores, config(lam=1.0), 0.0)
     # Undiscounted returns are what comes at the end: the value after the last token, or the score.
     assert cut.returns[2, 3:].tolist() == pytest.approx([float(scores.after[2, 6])] * 4, abs=1e-5)
-    ended = float((scores.reward[0, 4] - 1) / 2)
+    ended = float(scores.reward[0])
     assert cut.returns[0, 2:5].tolist() == pytest.approx([ended] * 3, abs=1e-5)
-    penalised = make_targets(batch, scores, SCALE, config(lam=1.0, missing_eos_reward=-3.0), 0.0)
+    penalised = make_targets(batch, scores, config(lam=1.0, missing_eos_reward=-3.0), 0.0)
     assert penalised.returns[2, 3:].tolist() == pytest.approx([-3.0] * 4, abs=1e-5)
 
 
@@ -81,15 +73,12 @@ def test_targets_are_those_of_a_plain_loop() -> None:
         config(gamma=0.9, lam=0.8, missing_eos_reward=-3.0),
     )
     scores = some_scores(batch)
-    targets = make_targets(batch, scores, SCALE, cfg, 0.3)
+    targets = make_targets(batch, scores, cfg, 0.3)
     for i, (prompt, rollout) in enumerate(zip(PROMPTS, ROLLOUTS, strict=True)):
         first, n = len(prompt), len(rollout.ids)
         places = range(first, first + n)
         reward = [-0.3 * float(scores.logprobs[i, t] - scores.reference[i, t]) for t in places]
-        end = (
-            -3.0 if rollout.truncated else max(-10, min(10, (float(scores.reward[i, first + n - 1]) - 1) / 2))
-        )
-        reward[-1] += end
+        reward[-1] += -3.0 if rollout.truncated else float(scores.reward[i])
         value = [float(scores.after[i, t - 1]) for t in places] + [0.0]
         advantage = 0.0
         for k in reversed(range(n)):
@@ -106,10 +95,9 @@ def test_a_group_is_the_baseline_of_its_samples(how: str) -> None:
     """Two samples each of two prompts, by hand; the KL is in the reward, and a row cut off keeps its score."""
     batch = make_batch([PROMPTS[0]] * 2 + [PROMPTS[2]] * 2, [ROLLOUTS[i] for i in (0, 2, 1, 2)])
     scores = some_scores(batch)
-    targets = make_targets(batch, scores, SCALE, config(advantage=how, group=2), 0.3)
-    raw = [float(scores.reward[i, length - 1] - 1) / 2 for i, length in enumerate(batch.lengths)]
+    targets = make_targets(batch, scores, config(advantage=how, group=2), 0.3)
     kl = ((scores.logprobs - scores.reference) * batch.mask).sum(1).tolist()
-    reward = [r - 0.3 * k for r, k in zip(raw, kl, strict=True)]
+    reward = [r - 0.3 * k for r, k in zip(scores.reward.tolist(), kl, strict=True)]
     for i in range(4):
         other = reward[i ^ 1]
         apart = reward[i] - other
@@ -123,9 +111,9 @@ def test_a_group_is_the_baseline_of_its_samples(how: str) -> None:
 def test_item_27_advantages_are_centred_over_the_global_batch() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    plain = make_targets(batch, scores, SCALE, config(whiten="none"), 0.05)
+    plain = make_targets(batch, scores, config(whiten="none"), 0.05)
     for how in ("center", "whiten"):
-        shaped = make_targets(batch, scores, SCALE, config(whiten=how), 0.05)
+        shaped = make_targets(batch, scores, config(whiten=how), 0.05)
         chosen = shaped.advantages[batch.mask != 0]
         assert float(chosen.mean()) == pytest.approx(0, abs=1e-6)
         assert torch.equal(shaped.returns, plain.returns), "returns are of the untouched advantages"
@@ -135,7 +123,7 @@ def test_item_27_advantages_are_centred_over_the_global_batch() -> None:
 def test_item_21_weights_are_of_trainer_against_engine_and_clamped() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    weights = make_targets(batch, scores, SCALE, config(importance_cap=1.5), 0.05).weights
+    weights = make_targets(batch, scores, config(importance_cap=1.5), 0.05).weights
     wanted = (scores.logprobs - batch.engine_logprobs).exp().clamp(max=1.5) * batch.mask
     assert torch.allclose(weights, wanted) and float(weights.max()) == 1.5
 
@@ -143,10 +131,10 @@ def test_item_21_weights_are_of_trainer_against_engine_and_clamped() -> None:
 def test_what_stands_outside_the_mask_does_not_matter() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
-    targets = make_targets(batch, scores, SCALE, config(whiten="whiten"), 0.05)
+    targets = make_targets(batch, scores, config(whiten="whiten"), 0.05)
     # Not the values just before a response or after it: those are states of its own.
     noisy = Scores(*(s + (1 - batch.mask) * 7 for s in scores[:2]), scores.after, scores.reward)
-    for a, b in zip(targets, make_targets(batch, noisy, SCALE, config(whiten="whiten"), 0.05), strict=True):
+    for a, b in zip(targets, make_targets(batch, noisy, config(whiten="whiten"), 0.05), strict=True):
         assert torch.equal(a, b)
 
 
