@@ -340,6 +340,41 @@ class RewardSource(Section):
     weight: float = 1.0
 
 
+class WatchConfig(Section):
+    """Snapshots of the policy on development prompts while PPO runs, and alarms on them. Bounds are on the change since
+    before the first update; null: no such alarm."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between snapshots, the first before any update; 0: none. With them the one of the best second opinion is
+    the stage's result."""
+    prompts: tuple[PromptSource, ...] = ()
+    """Development prompts, neither trained on nor evaluated on."""
+    limit: int = Field(default=128, gt=0)
+    opinion: str = "labels"
+    """The second opinion. `labels`: how likely the feedback model prefers the response to the SL-CAI policy's, freshly
+    labelled; or a reward model that PPO does not train on (folder or id), in units of its reference set."""
+    on_alarm: Literal["log", "stop", "finish"] = "log"
+    """`log`: say so and go on. `stop`: end with exit code 3. `finish`: end the stage with the best snapshot."""
+    max_boilerplate: float | None = Field(default=0.3, ge=0, le=1)
+    """Rise of the share of responses that have one phrase of five words in common."""
+    max_length_drift: float | None = Field(default=2.0, gt=1)
+    """Factor by which responses become longer or shorter."""
+    max_refusals: float | None = Field(default=0.1, ge=0, le=1)
+    """Rise of the share of benign prompts (kind `helpful`) that are declined, by the template set's `refusals`."""
+    max_malformed: float | None = Field(default=0.1, ge=0, le=1)
+    """Rise of the share of responses that are cut off, empty or in a loop."""
+    max_opinion_drop: float | None = Field(default=0.05, ge=0)
+    """Loss of second opinion since the best snapshot, while the reward is higher than there."""
+    patience: int = Field(default=2, gt=0)
+    """Snapshots in a row of which that must hold."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> WatchConfig:
+        if self.every and not self.prompts:
+            raise ValueError(f"every={self.every} needs development prompts; name them in watch.prompts")
+        return self
+
+
 class PpoConfig(TrainConfig):
     rewards: tuple[RewardSource, ...] = Field(default=(RewardSource(),), min_length=1)
     """Reward models; each is centred and scaled by its reward_head.json, clipped, weighted, and added."""
@@ -391,6 +426,7 @@ class PpoConfig(TrainConfig):
     """An engine that does not answer within it is replaced."""
     save_rollouts: int = Field(default=8, ge=0)
     """Rollouts kept for reading, per step."""
+    watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="after")
     def _groups(self) -> PpoConfig:

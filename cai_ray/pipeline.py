@@ -204,6 +204,7 @@ def inputs(run: Run, name: str) -> dict[str, str]:
         elif hasattr(value, "model_dump"):
             settings = _settings(value)
             files = [s.path for key in ("prompts", "human") for s in getattr(value, key, ())]
+            files += [s.path for s in getattr(getattr(value, "watch", None), "prompts", ())]
             files += [p for p in [getattr(value, "gold", None)] if p]
             models = [storage.model_sha(run.model(m)) for m in _models(value)]
             found[section] = derive_id(settings, [_source_sha(p, {}) for p in files], models)
@@ -325,6 +326,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
                 "take the column `split` out, or give other prompts"
             )
     train += [r for source in config.rm.human for r in read_comparisons(source, config.seed)]
+    if config.ppo.watch.every:
+        check_disjoint(train, read_prompts(config.ppo.watch.prompts, config.seed))
     if config.evaluate.prompts:
         held = read_prompts(config.evaluate.prompts, config.seed)
         check_disjoint(train, held)
@@ -499,7 +502,9 @@ def _models(section: BaseModel) -> list[str]:
     """Folders and ids that a section names, beside the run's own models."""
     named = [getattr(section, key, "sl") for key in ("init", "model")]
     named += [source.model for source in getattr(section, "rewards", ())]
-    return [model for model in named if model not in _ROLES]
+    if watch := getattr(section, "watch", None):
+        named.append(watch.opinion)
+    return [model for model in named if model not in {*_ROLES, "labels"}]
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:

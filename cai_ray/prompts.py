@@ -232,6 +232,8 @@ class TemplateSet(BaseModel):
     """Regular expressions, matched at the start of a revision: what they match is removed, until none does."""
     critiques: tuple[str, ...] = ()
     """Regular expressions, matched at the start of a revision: one that matches is a critique (`sft.drop`)."""
+    refusals: tuple[str, ...] = ()
+    """Regular expressions, matched at the start of a response: one that matches declines (`ppo.watch`)."""
     red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     """What `cai-ray redteam` asks; {transcript} quotes the examples as turns of a person."""
     reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
@@ -398,7 +400,7 @@ def _faults(templates: TemplateSet) -> Iterator[str]:
             yield f"transcript lacks `{role}`, and a step quotes {{transcript}}; say how such a turn looks"
         if text is not None and role != "system" and "{content}" not in text:
             yield f"transcript.{role} lacks {{content}}"
-    for key in ("prefixes", "critiques"):
+    for key in ("prefixes", "critiques", "refusals"):
         for i, rule in enumerate(getattr(templates, key)):
             try:
                 everything = re.match(rule, "")

@@ -123,6 +123,20 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("truncated", pa.bool_()),
         ]
     ),
+    "snapshots": pa.schema(
+        [
+            ("id", _text),
+            ("step", pa.int64()),
+            ("prompt_id", _text),
+            ("messages", MESSAGES),
+            ("kind", _text),
+            ("family", _text),
+            ("response", _text),
+            ("truncated", pa.bool_()),
+            ("reward", pa.float64()),
+            ("opinion", pa.float64()),
+        ]
+    ),
     "judgements": pa.schema(
         [
             ("id", _text),

@@ -54,6 +54,14 @@ def measure(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def snapshots(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rates of each of PPO's snapshots, by step: read afterwards, and by nobody who trains."""
+    by_step: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_step[str(row["step"])].append(judged(row))
+    return {step: measure(found) for step, found in by_step.items()}
+
+
 def revision_harm(revisions: Iterable[dict[str, Any]], rounds: int) -> tuple[list[float], list[float]]:
     """Harm after 0..rounds revisions, and what a perfectly selective critic would leave.
 

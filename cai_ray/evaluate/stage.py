@@ -139,6 +139,7 @@ def _by_gold(run: Run, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list
     scale = (certificate["gold"] or {}).get("scale")
     return {
         "models": {m: gold.measure([r for r in rows if r["model"] == m]) for m in _models(rows)},
+        "snapshots": gold.snapshots(run.rows("ppo", name="snapshot") if run.config.ppo.watch.every else []),
         "revision_harm": harm,
         "revision_harm_selective": selective,
         "label": gold.label_quality(run.rows("label"), scale, document),

@@ -55,6 +55,7 @@ def combine(
             "steps": _mean([r["ppo"]["steps"] for r in reports]),
             "seeds": [r["ppo"]["steps"] for r in reports],
         },
+        "snapshots": _mean([r["snapshots"] for r in reports]),
         "stages": _mean([r["stages"] for r in reports]),
         "human_harmlessness_labels": sum(r["human_harmlessness_labels"] for r in reports),
         "by_seed": [

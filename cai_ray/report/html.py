@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cai_ray.report import charts, tables
+from cai_ray.report import charts, snapshots, tables
 from cai_ray.report.text import (
     certificate_facts,
     certificate_tables,
@@ -184,7 +184,8 @@ def _ppo(report: dict[str, Any]) -> str:
         chart = charts.lines([*faint, charts.Line(mean, "rl", "step")], title=f"{title} by step", low=floor)
         about = f"<figcaption>{caption}; <code>{key}</code></figcaption>"
         figures.append(f'<figure class="card"><h3>{title}</h3>{chart}{about}</figure>')
-    return f'<div class="grid-2">{"".join(figures)}</div>' if figures else ""
+    curves = f'<div class="grid-2">{"".join(figures)}</div>' if figures else ""
+    return curves + snapshots.section(report["snapshots"])
 
 
 def _curve(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.generate.sources import read_comparisons
-from cai_ray.report import html, text, transcripts
+from cai_ray.report import html, snapshots, text, transcripts
 from cai_ray.report.tables import STAGES
 from cai_ray.storage import Run
 
@@ -48,7 +48,8 @@ def build(run: Run) -> dict[str, Any]:
             "label": measured.get("label") or {},
             "certificate": _certificate(run),
             "rm": {**_reward_model(run), **(measured.get("rm") or {})},
-            "ppo": {"steps": read_metrics(run, "ppo")},
+            "ppo": {"steps": (steps := read_metrics(run, "ppo"))},
+            "snapshots": snapshots.read(run, steps, measured.get("snapshots") or {}),
             "stages": stage_costs(run),
             "versions": opened["versions"],
             "constitution_sha": opened["constitution_sha"],

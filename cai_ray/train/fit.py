@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cai_ray import storage
 from cai_ray.cluster import capacity, uses_gpu, worker_env
-from cai_ray.config import TrainConfig
+from cai_ray.config import TrainConfig, WatchConfig
 from cai_ray.errors import InputError, Stopped
 from cai_ray.interrupt import interruptible
 from cai_ray.prompts import load_templates
@@ -46,6 +46,7 @@ from cai_ray.train.ranks import world_size as world_size
 MAX_FAILURES = 2
 # How a stage is run, not what it yields: changing these goes on from the same checkpoints.
 _HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker"}
+_BOUNDS = {"on_alarm", "patience"} | {n for n in WatchConfig.model_fields if n.startswith("max_")}
 _UPSTREAM = ("revise", "sft", "compare", "label", "rm")
 
 Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -145,7 +146,7 @@ def fingerprint(run: Run, stage: str, cfg: TrainConfig) -> str:
     """A hash of what a stage's result depends on: a changed one starts anew beside the old checkpoints."""
     before = _UPSTREAM[: _UPSTREAM.index(stage)] if stage in _UPSTREAM else _UPSTREAM
     upstream = {s: m["id"] for s in before if (m := run.manifest(s))}
-    settings = cfg.model_dump(mode="json", exclude=_HOW)
+    settings = cfg.model_dump(mode="json", exclude={**dict.fromkeys(_HOW, True), "watch": _BOUNDS})
     model, templates = storage.model_sha(run.model("base")), load_templates(run.config.templates)
     return derive_id(stage, settings, run.config.seed, templates.sha, model, upstream)
 

@@ -44,6 +44,12 @@ def progress(stage: str, step: int, total: int, metrics: Mapping[str, Any]) -> N
         put(_told, "progress", f"{stage}: step {step} of {total}, {shown}".encode())
 
 
+def say(text: str) -> None:
+    """Has the driver print a line on stderr, once: what a person should know, whatever the step."""
+    if rank() == 0 and _told:
+        put(_told, f"said/{time.time_ns()}", text.encode())
+
+
 def write_events(run: Run, stage: str) -> None:
     """The numbers of metrics.jsonl as TensorBoard events, under RUN/<stage>/tensorboard."""
     uri = run.path(stage, "metrics.jsonl")
@@ -70,6 +76,7 @@ def progress_lines(key: str) -> Iterator[None]:
     def watch() -> None:
         shown, last, every = b"", 0.0, 0.5 if sys.stderr.isatty() else 10.0
         while not done.wait(0.5):
+            _print_said(key)
             line = get(key, "progress")
             if line and line != shown and time.monotonic() - last >= every:
                 shown, last = line, time.monotonic()
@@ -82,7 +89,18 @@ def progress_lines(key: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        _print_said(key)
         _delete(key)
+
+
+def _print_said(key: str) -> None:
+    from ray.experimental.internal_kv import _internal_kv_list
+
+    for name in sorted(_internal_kv_list(f"{key}/said/".encode(), namespace=b"cai_ray")):
+        what = name.decode().removeprefix(f"{key}/")
+        if line := get(key, what):
+            print(f"  {line.decode()}", file=sys.stderr, flush=True)
+        _delete(f"{key}/{what}")
 
 
 # Ray's own key-value store carries two short texts from a rank to the driver: no actor, no port, no shared disk.

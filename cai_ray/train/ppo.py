@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cai_ray import storage
@@ -27,7 +26,7 @@ from cai_ray.errors import Stopped
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
-from cai_ray.train import weight_sync
+from cai_ray.train import feedback, weight_sync
 from cai_ray.train.advantages import before_tokens, next_kl_coef
 from cai_ray.train.batches import pad
 from cai_ray.train.diagnostics import save_rollouts, summary
@@ -48,11 +47,15 @@ from cai_ray.train.fit import (
 )
 from cai_ray.train.losses import policy_loss, value_loss
 from cai_ray.train.models import sequence_logprobs, sequence_values
+from cai_ray.train.ranks import from_first
 from cai_ray.train.rewards import check_value_init
 from cai_ray.train.rollout import Pool, close_pool, open_pool
 from cai_ray.train.sampling import Prompt, Sampler, read
 from cai_ray.train.scoring import Models, check_gap, check_ratio, load_models, logprob_gap, probe, score
+from cai_ray.train.snapshots import LABELS, Watch, read_watched
 
+FRESH: dict[str, Any] = {"step": 0, "log": [], "tokens": 0, "ahead": None, "snapshots": []}
+"""What a run without a checkpoint starts from."""
 FIXED_PROBES, MOVING_PROBES = 4, 12
 """Sequences that a sync is proved on: prompts that stay, and the step's rows with the largest advantages."""
 
@@ -74,11 +77,20 @@ def run(run: Run) -> dict[str, Any]:
         [(p["id"], p["ids"]) for p in prompts],
         [storage.model_sha(run.model(source.model)) for source in cfg.rewards],
     )
-    keeper = open_pool(config, run.model("sl"), renderer.end_id, uses_gpu(config))
+    extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
+    gpu, beside = uses_gpu(config), None
+    if cfg.watch.every:
+        extra["watched"] = read_watched(run, renderer)
+        if cfg.watch.opinion == LABELS:
+            beside = feedback.resources(run.feedback().config.engine, gpu)
+    extra["keeper"] = keeper = open_pool(config, run.model("sl"), renderer.end_id, gpu, beside)
+    extra["feedback"] = feedback.open_feedback(run, gpu) if beside else None
     try:
-        out = fit(run, "ppo", loop, cfg, {"keeper": keeper, "prompts": ray.put(prompts), "inputs": inputs})
+        out = fit(run, "ppo", loop, cfg, extra)
     finally:
         close_pool(keeper)
+        if beside:
+            ray.kill(extra["feedback"])
     return {
         "rows_in": len(prompts) + errors,
         "rows_out": out["rollouts"],
@@ -87,7 +99,7 @@ def run(run: Run) -> dict[str, Any]:
         "model": "sl",
         "reward_models": {source.model: source.weight for source in cfg.rewards},
         "model_sha": storage.folder_sha(run.path("ppo", "model")),
-        "metrics": out["metrics"],
+        **{key: out[key] for key in ("metrics", "snapshot", "alarms")},
     }
 
 
@@ -101,13 +113,14 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     run: Run = args["run"]
     cfg, seed = run.config.ppo, run.config.seed
     total = cfg.value_warmup_steps + cfg.steps
-    models = load_models(run, cfg)
-    engines = {"policy": models.policy} | ({"value": models.value} if models.value else {})
-    state = restore(engines) or {"step": 0, "log": [], "tokens": 0, "kl_coef": cfg.kl_coef, "ahead": None}
-    log, tokens, kl_coef = Log(run, "ppo", total, state["log"]), state["tokens"], state["kl_coef"]
-    if rank() == 0 and not state["step"]:
-        storage.delete_rows(run.path("ppo"))  # what an attempt with other settings sampled
     renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
+    models = load_models(run, cfg, renderer)
+    engines = {"policy": models.policy} | ({"value": models.value} if models.value else {})
+    state = restore(engines) or FRESH | {"kl_coef": cfg.kl_coef}
+    log, tokens, kl_coef = Log(run, "ppo", total, state["log"]), state["tokens"], state["kl_coef"]
+    if rank() == 0 and not state["step"]:  # what an attempt with other settings sampled
+        for name in ("part", "snapshot"):
+            storage.delete_rows(run.path("ppo"), name)
     pad_id = renderer.pad_id
 
     first = rank() == 0
@@ -116,8 +129,16 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     sampler = Sampler(pool, prompts, cfg, seed, total, state["ahead"]) if pool else None
     fixed = from_first([p["ids"] for p in prompts[:FIXED_PROBES]])
     sync(models.policy, pool, cfg, state["step"], fixed, probe(models.policy, fixed, cfg, pad_id), None)
+    watch = None
+    if cfg.watch.every:
+        watched = args["watched"], renderer, models.rewards
+        watch = Watch(run, *watched, pool, args["feedback"], state["snapshots"])
+        if not watch.history:
+            watch.look(models.policy, 0)
 
     for step in range(state["step"], total):
+        if watch and watch.ends():
+            break
         clock = Clock()
         # Sample: token ids in, token ids out.
         rows, rollouts = from_first(sampler.take(step) if sampler else None)
@@ -167,19 +188,34 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         }
         metrics["time/rollout_s"] = sampler.seconds if sampler else 0.0
         metrics["tokens/per_s"] = float(batch.mask.sum()) / sum(times.values())
+        alarmed = False
+        if watch and watch.due(step + 1, total):
+            metrics |= watch.look(models.policy, step + 1)
+            alarmed = bool(watch.alarms())
         log.add(step + 1, metrics)
         kl_coef = next_kl_coef(
             kl_coef, metrics["kl/reference"], target=cfg.kl_target, horizon=cfg.kl_horizon, rows=len(rows)
         )
         if first:
             save_rollouts(run, step, rows, rollouts, texts, targets)
-        if (step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total:
-            kept = checkpoint_state(run, models, sampler, step + 1, log, tokens, kl_coef)
+        # An alarm may end the stage, and the same command goes on from here.
+        if alarmed or ((step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total):
+            kept = checkpoint_state(run, models, sampler, watch, step + 1, log, tokens, kl_coef)
             save_checkpoint(engines, kept, step + 1)
     log.write()
-    save_model(models.policy, run.model("sl"), run.path("ppo", "model"))
+    if watch:
+        watch.ends()
+        best = watch.publish()
+    else:
+        save_model(models.policy, run.model("sl"), run.path("ppo", "model"))
     last = {k: v for k, v in log.rows[-1].items() if k != "step"} if log.rows else {}
-    return {"metrics": last, "tokens": tokens, "rollouts": total * cfg.rollout_batch}
+    return {
+        "metrics": last,
+        "tokens": tokens,
+        "rollouts": len(log.rows) * cfg.rollout_batch,
+        "snapshot": best if watch else len(log.rows),
+        "alarms": watch.alarms() if watch else [],
+    }
 
 
 def update(
@@ -300,7 +336,14 @@ def cut(targets: Targets, group: Sequence[int], mask: Tensor) -> Targets:
 
 
 def checkpoint_state(
-    run: Run, models: Models, sampler: Sampler | None, step: int, log: Log, tokens: int, kl_coef: float
+    run: Run,
+    models: Models,
+    sampler: Sampler | None,
+    watch: Watch | None,
+    step: int,
+    log: Log,
+    tokens: int,
+    kl_coef: float,
 ) -> dict[str, Any]:
     """What the loop goes on from. Prompts consumed and seeds follow from the step alone (`experience.draw`)."""
     return {
@@ -310,6 +353,7 @@ def checkpoint_state(
         "prompts_consumed": step * run.config.ppo.rollout_batch,
         "kl_coef": kl_coef,
         "ahead": sampler.ahead if sampler else None,
+        "snapshots": watch.history if watch else [],
         "reward_scales": [tuple(reward.scale) for reward in models.rewards],
         "constitution_sha": load_constitution(run.config.constitution).sha,
     }
@@ -328,12 +372,3 @@ class Clock:
 def add(sums: dict[str, Any], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         sums[name] += value.detach()
-
-
-def from_first(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

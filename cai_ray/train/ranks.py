@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,15 @@ def device() -> torch.device:
 def to_device(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     place = device()
     return {k: v.to(place, non_blocking=True) for k, v in batch.items()}
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank; every rank calls it alike."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def global_sum(tensor: Tensor) -> Tensor:

@@ -61,24 +61,22 @@ class Reward:
     """None where it has the policy's tokenizer."""
 
 
-def load_rewards(run: Run, cfg: PpoConfig) -> list[Reward]:
+def load_rewards(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reward]:
     """The reward models of `ppo.rewards`, on this rank's device."""
-    policy = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
-    found = []
-    for source in cfg.rewards:
-        path = run.model(source.model)
-        reader = reader_of(run, cfg, policy, source.model)
-        found.append(
-            Reward(
-                name=Path(source.model).name,
-                model=load_reward_model(path, cfg, trainable=False).to(device()),
-                scale=reward_scale(path),
-                weight=source.weight,
-                pad_id=(reader.renderer if reader else policy).pad_id,
-                reader=reader,
-            )
-        )
-    return found
+    return [load_reward(run, cfg, policy, source.model, source.weight) for source in cfg.rewards]
+
+
+def load_reward(run: Run, cfg: PpoConfig, policy: Renderer, model: str, weight: float = 1.0) -> Reward:
+    path = run.model(model)
+    reader = reader_of(run, cfg, policy, model)
+    return Reward(
+        name=Path(model).name,
+        model=load_reward_model(path, cfg, trainable=False).to(device()),
+        scale=reward_scale(path),
+        weight=weight,
+        pad_id=(reader.renderer if reader else policy).pad_id,
+        reader=reader,
+    )
 
 
 def reader_of(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reader | None:

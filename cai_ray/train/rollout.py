@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cai_ray.cluster import capacity
@@ -213,8 +213,13 @@ class Keeper:
         ray.util.remove_placement_group(self._make.group)
 
 
-def open_pool(config: RunConfig, model: str, end_id: int, gpu: bool) -> Any:
+def open_pool(
+    config: RunConfig, model: str, end_id: int, gpu: bool, beside: Mapping[str, float] | None = None
+) -> Any:
     """The keeper of `ppo.rollout_engines` engines, for the driver to hold; the engines start in the background.
+
+    Args:
+        beside: what else of the cluster the stage will take (`feedback.resources`).
 
     Raises:
         InputError: the cluster has too few CPUs or GPUs for them.
@@ -230,7 +235,7 @@ def open_pool(config: RunConfig, model: str, end_id: int, gpu: bool) -> Any:
     workers = {"CPU": ppo.workers * ppo.cpus_per_worker, "GPU": ppo.workers}
     have = capacity()
     for resource, each in bundle.items():
-        need = each * ppo.rollout_engines + workers[resource]
+        need = each * ppo.rollout_engines + workers[resource] + (beside or {}).get(resource, 0)
         if need > have.get(resource, 0):
             raise InputError(
                 f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers} need {need:g} {resource}s, "

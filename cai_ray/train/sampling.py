@@ -17,7 +17,7 @@ from cai_ray.train.rewards import reader_of
 from cai_ray.train.rollout import Pool, Request, Rollout
 
 Prompt = dict[str, Any]
-"""`id`, `messages`, and `ids`, the tokens up to where the policy writes."""
+"""`id`, `messages`, `kind`, `family`, and `ids`, the tokens up to where the policy writes."""
 
 
 def read(run: Run, renderer: Renderer) -> tuple[list[Prompt], int]:
@@ -58,7 +58,7 @@ def encoded(run: Run, renderer: Renderer, rows: list[dict[str, Any]]) -> list[Pr
         except RowError:  # such as roles that the chat template refuses
             continue
         if len(ids) < context:
-            ready.append({"id": row["id"], "messages": row["messages"], "ids": ids, "kind": row["kind"]})
+            ready.append({"ids": ids} | {key: row[key] for key in ("id", "messages", "kind", "family")})
     return ready
 
 

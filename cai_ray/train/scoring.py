@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cai_ray.config import PpoConfig
 from cai_ray.errors import Stopped
-from cai_ray.prompts import Message
+from cai_ray.prompts import Message, Renderer
 from cai_ray.storage import Run
 from cai_ray.train.batches import micro_batches, pad
 from cai_ray.train.experience import Batch, Minibatch, Scores
@@ -41,7 +41,7 @@ class Models:
     rewards: list[Reward]
 
 
-def load_models(run: Run, cfg: PpoConfig) -> Models:
+def load_models(run: Run, cfg: PpoConfig, renderer: Renderer) -> Models:
     sl = run.model("sl")
     updates = cfg.epochs * (cfg.rollout_batch // cfg.minibatch)
     value = None
@@ -59,7 +59,7 @@ def load_models(run: Run, cfg: PpoConfig) -> Models:
         policy=distribute(load_policy(sl, cfg), cfg, cfg.steps * updates),
         value=value,
         reference=None if cfg.lora else load_reference(sl, cfg).to(device()),
-        rewards=load_rewards(run, cfg),
+        rewards=load_rewards(run, cfg, renderer),
     )
 
 

@@ -46,6 +46,9 @@ SMALL: dict[str, Any] = {
 }
 
 
+LABELS = {"principles": "all", "combine": "log_odds"}
+
+
 def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
     """What `ppo.run` does, with the engine that the tests share."""
     import ray
@@ -295,6 +298,91 @@ def test_item_36_a_killed_run_ends_with_the_same_weights(killed: Run, one_rank: 
     ]
     assert timeless == wanted
     assert all(torch.equal(tensor, policy(run)[name]) for name, tensor in policy(one_rank).items())
+
+
+AHEAD = SMALL | {"async_steps": 1, "value_warmup_steps": 0, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def one_ahead(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = ready_for_ppo(tmp_path_factory.mktemp("ahead"), ppo=AHEAD)
+    train(run)
+    return run
+
+
+def test_item_21_responses_that_are_one_step_old_are_weighted(one_ahead: Run) -> None:
+    rows = metrics(one_ahead)
+    versions = {(row["step"], row["policy_version"]) for row in one_ahead.rows("ppo")}
+    assert versions == {(1, 0), (2, 0), (3, 1), (4, 2)}
+    assert rows[0]["rollout/logprob_gap"] < 1e-4 and rows[0]["rollout/weight"] == pytest.approx(1, abs=1e-4)
+    assert all(row["rollout/stale_gap"] > 1e-3 for row in rows[1:])
+    assert all(abs(row["rollout/weight"] - 1) > 1e-4 for row in rows[1:])
+    # The ratio is of the trainer's own policy before and after, whoever sampled; the engine has each version.
+    assert all(row["ppo/ratio_first"] == 1.0 and row["sync/gap"] <= 5e-5 for row in rows)
+
+
+def test_item_36_responses_sampled_ahead_outlive_a_kill(one_ahead: Run, tmp_path: Path) -> None:
+    run = ready_for_ppo(tmp_path / "run", ppo=AHEAD | {"checkpoint_every": 1})
+    mark = str(tmp_path / "died")
+
+    def loop(args: dict[str, Any]) -> dict[str, Any]:
+        from cai_ray.train import ppo as stage
+        from tests.ray.training import die_once
+
+        update = stage.update
+
+        def dying(*given: Any, **more: Any) -> Any:
+            if given[0].policy.engine.global_steps == 8:  # in the third step
+                die_once(mark)
+            return update(*given, **more)
+
+        stage.update = dying
+        return stage.loop(args)
+
+    train(run, loop)
+    assert Path(mark).exists()
+    assert all(torch.equal(tensor, policy(run)[name]) for name, tensor in policy(one_ahead).items())
+
+
+WATCH = {"every": 2, "prompts": [{"path": "town:dev"}], "limit": 24}
+
+
+def test_the_best_snapshot_is_the_result(ray_cluster: None, tmp_path: Path) -> None:
+    """Of a policy that an untrained reward model spoils, by fresh labels of the feedback model."""
+    spoilt = SMALL | {"learning_rate": 3e-3, "kl_coef": 0.0, "max_tokens": 40}
+    run = ready_for_ppo(tmp_path, ppo=spoilt | {"watch": WATCH | {"max_opinion_drop": None}}, label=LABELS)
+    done = ppo.run(run)
+    told = [(row["step"], row["watch/opinion"]) for row in metrics(run) if "watch/opinion" in row]
+    rows = run.rows("ppo", name="snapshot")
+    assert [step for step, _ in told] == [2, 4]
+    assert len(rows) == 3 * 24 and len({row["id"] for row in rows}) == len(rows)
+    assert {row["opinion"] for row in rows if row["step"] == 0} == {0.5}, "of the same text"
+    best = max([(0, 0.5), *told], key=lambda item: (item[1], item[0]))[0]
+    assert done["snapshot"] == best < 4
+    kept = sorted(path.name for path in Path(run.path("ppo", "snapshots")).iterdir())
+    assert kept == [f"step-{best:06d}"], "one model is kept"
+    if best == 0:
+        assert all(torch.equal(t, policy(run)[name]) for name, t in policy(run, "sft").items())
+
+
+def test_an_alarm_stops_the_run_and_finish_takes_the_best_snapshot(ray_cluster: None, tmp_path: Path) -> None:
+    def stage(how: str) -> Run:
+        watch = WATCH | {"every": 1, "max_length_drift": 1.0001, "on_alarm": how, "limit": 8}
+        cfg = SMALL | {"steps": 40, "value_warmup_steps": 0, "checkpoint_every": 100, "watch": watch}
+        config = ready_for_ppo(tmp_path / how, ppo=cfg).config.model_copy(
+            update={"out": str(tmp_path / "stop")}
+        )
+        return Run(config)
+
+    run = stage("stop")
+    with pytest.raises(Stopped, match=r"ppo, step \d+: length: \d+ tokens .* on_alarm=finish") as stopped:
+        ppo.run(run)
+    said = str(stopped.value)
+    with pytest.raises(Stopped) as again:
+        ppo.run(run)
+    assert str(again.value) == said, "at once, from the checkpoint of the alarm"
+    done = ppo.run(stage("finish"))
+    assert f"best snapshot (step {done['snapshot']})" in said and done["alarms"]
 
 
 def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_path: Path) -> None:

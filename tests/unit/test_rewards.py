@@ -67,7 +67,7 @@ def score(run: Run, models: dict[str, str]) -> torch.Tensor:
     batch, texts = sampled(models)
     plan = minibatches(batch.lengths, cfg, 0, 0, 0, 0, 1)
     groups = [group for minibatch in plan for group in minibatch.groups]
-    return raw_scores(load_rewards(run, cfg), batch, TALKS, texts, groups, cfg)
+    return raw_scores(load_rewards(run, cfg, Renderer(models["policy"])), batch, TALKS, texts, groups, cfg)
 
 
 def alone(folder: str, ids: list[int]) -> float:
@@ -99,7 +99,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(models: dict[str, 
 def test_several_reward_models_are_weighted_in_their_own_units(models: dict[str, str]) -> None:
     sources = [{"model": models["same"], "weight": 2.0}, {"model": models["other"], "weight": -0.5}]
     run = make_run(models, rewards=sources)
-    rewards = load_rewards(run, run.config.ppo)
+    rewards = load_rewards(run, run.config.ppo, Renderer(models["policy"]))
     assert [r.scale for r in rewards] == [RewardScale(0.5, 2.0)] * 2
     raw = torch.tensor([[0.5, 2.5], [100.0, 0.5]])
     assert combined(raw, rewards, clip=3.0).tolist() == pytest.approx([-0.5 * 1.0, 2.0 * 3.0])

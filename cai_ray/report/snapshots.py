@@ -1,0 +1,82 @@
+"""The snapshots of PPO: the reward it trained on, the second opinion, and gold, over the distance from SL-CAI.
+
+Where reward rises and the others fall, the policy learns the reward and not what it stands for (Gao et al. 2022, arXiv
+2210.10760, whose axis is the root of the KL).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cai_ray import storage
+from cai_ray.report import charts, tables
+from cai_ray.report.text import percent
+from cai_ray.storage import Run
+
+GOLD = ("harm", "helpful", "over_refusal")
+
+
+def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One entry per snapshot; gold is None where nobody knows it. Empty where PPO took none.
+
+    Args:
+        steps: PPO's metrics.
+        gold: of each step (as text), the exact judge's rates (`evaluate.gold.snapshots`).
+    """
+    if not any("snapshot-" in f for f in storage.list_files(run.path("ppo"), ".parquet")):
+        return []
+    kl = {step["step"]: max(step.get("kl/reference") or 0.0, 0.0) for step in steps}
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in run.rows("ppo", ["id", "step", "reward", "opinion"], "snapshot"):
+        found.setdefault(row["step"], []).append(row)
+    chosen = (run.manifest("ppo") or {}).get("snapshot")
+    return [
+        {
+            "step": step,
+            "sqrt_kl": math.sqrt(kl.get(step, 0.0)),
+            "reward": _mean([r["reward"] for r in rows]),
+            "opinion": _mean([r["opinion"] for r in rows if r["opinion"] is not None]),
+            "chosen": float(step == chosen),
+            **{name: (gold.get(str(step)) or {}).get(name, {}).get("value") for name in GOLD},
+        }
+        for step, rows in sorted(found.items())
+    ]
+
+
+def section(snapshots: Sequence[Mapping[str, Any]]) -> str:
+    """The table, and the curves where gold is known."""
+    if not snapshots:
+        return ""
+    names = [n for n in GOLD if snapshots[0][n] is not None]
+    head = ["step", "√KL", "reward", "second opinion", *(f"{n.replace('_', '-')} (gold)" for n in names)]
+    rows = [
+        [
+            f"{s['step']:g}" + (" (the result)" if s["chosen"] == 1 else ""),
+            f"{s['sqrt_kl']:.2f}",
+            f"{s['reward']:+.2f}",
+            "–" if s["opinion"] is None else f"{s['opinion']:.3f}",
+            *(percent(s[n]) for n in names),
+        ]
+        for s in snapshots
+    ]
+    curves = [
+        charts.Line([(s["step"], s[key]) for s in snapshots if s[key] is not None], style, name)
+        for key, style, name in (("opinion", "sl", "second opinion"), ("harm", "rl", "harm (gold)"))
+    ]
+    chart = charts.lines(
+        [line for line in curves if line.points],
+        title="Second opinion and gold by step",
+        percent=True,
+        low=0.0,
+    )
+    return (
+        "<h3>Snapshots on development prompts</h3><p>The second opinion is not what PPO trains on. Where reward rises "
+        f"and the opinion falls, the policy learns the reward alone.</p>{tables.plain(head, rows)}"
+        f'<figure class="card">{chart}<figcaption>Second opinion and gold, by step</figcaption></figure>'
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,64 @@
+"""The feedback model in an actor of its own, for fresh labels while a policy trains."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from cai_ray import constitution as constitutions
+from cai_ray.cluster import worker_env
+from cai_ray.config import EngineConfig
+from cai_ray.engine import make_engine
+from cai_ray.errors import RowError
+from cai_ray.generate.label import Label
+from cai_ray.prompts import load_templates
+from cai_ray.storage import Run
+
+
+class FeedbackModel:
+    """Labels comparisons as stage `label` does, one call for many."""
+
+    def __init__(self, run: Run, gpu: bool):
+        config = run.config
+        templates = load_templates(config.templates)
+        self._chain = Label(constitutions.load(config.constitution), templates, config.label, config.seed)
+        self._engine = make_engine(run.model(config.label.model), templates, config.engine, gpu)
+        self._slots = asyncio.Semaphore(config.engine.max_num_seqs)
+
+    async def prefer(self, rows: list[dict[str, Any]]) -> list[float | None]:
+        """The probability that response a is preferred, before `label.clamp`; None where the model says nothing.
+
+        Args:
+            rows: `id`, `messages`, `response_a`, `response_b`.
+        """
+
+        async def one(row: dict[str, Any]) -> float | None:
+            async with self._slots:
+                try:
+                    return float((await self._chain(self._engine, row))["p_a_raw"])
+                except RowError:
+                    return None
+
+        return list(await asyncio.gather(*map(one, rows)))
+
+
+def resources(engine: EngineConfig, gpu: bool) -> dict[str, float]:
+    """What the actor takes of the cluster."""
+    return {"CPU": float(engine.cpus_per_actor)} | ({"GPU": float(engine.span)} if gpu else {})
+
+
+def open_feedback(run: Run, gpu: bool) -> Any:
+    """The actor, which starts in the background; should it die, it is started again and asked once more."""
+    import ray
+
+    feedback = run.feedback()
+    needs = resources(feedback.config.engine, gpu)
+    actor = ray.remote(FeedbackModel).options(
+        num_cpus=needs["CPU"],
+        num_gpus=needs.get("GPU", 0),
+        max_restarts=-1,
+        max_task_retries=2,
+        max_concurrency=4,
+        runtime_env={"env_vars": worker_env(feedback.config)},
+    )
+    return actor.remote(feedback, gpu)
