@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Turns:
     hidden: int
     layers: int
     """Size of the random model (tests/tiny.py)."""
+    env: Mapping[str, Callable[[], dict[str, str]]] = field(default_factory=dict)
+    """By way, what makes the environment variables that it needs (baseline.py)."""
 
     def main(
         self,
@@ -79,7 +81,7 @@ class Turns:
             for way in self.ways:
                 command = [sys.executable, self.script, "--part", way, "--model", model, "--rows", str(rows)]
                 # A bare engine gets the settings of our workers, or it would compile at its first request.
-                env = {**os.environ, **WORKER_ENV}
+                env = {**os.environ, **WORKER_ENV, **self.env.get(way, dict)()}
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{way}: {found[way][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
