@@ -21,12 +21,23 @@ import sys
 from typing import Any
 
 from benchmarks import baseline
-from benchmarks.training import LONGEST, MICRO_BATCH_TOKENS, WARM, join, settings, skewed, timed, timed_by
+from benchmarks.training import (
+    LONGEST,
+    MICRO_BATCH_TOKENS,
+    TRL,
+    WARM,
+    join,
+    padding,
+    settings,
+    skewed,
+    timed,
+    timed_by,
+    words_of,
+)
 from benchmarks.turns import Found, Turns, median_of
 from cai_ray.config import TrainConfig
 from cai_ray.train.batches import Example, micro_batches
 
-TRL = "1.16.0"
 BATCH = 32
 ROWS = 8
 """Of TRL's micro-batches."""
@@ -59,17 +70,13 @@ def summary(found: Found, rows: int) -> dict[str, Any]:
 
 
 def measure(way: str, model: str, rows: int, folder: str) -> dict[str, Any]:
-    import json
-    from pathlib import Path
-
-    words = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    data = skewed(rows, words, seed=1)
-    if way == "ours":
-        return ours(model, data, folder)
-    return theirs(model, data, folder, packed=way == "packed")
+    data = skewed(rows, words_of(model), seed=1)
+    tokens, seconds, more = ours(model, data, folder) if way == "ours" else theirs(way, model, data, folder)
+    return {"rate": tokens / seconds, "seconds": seconds, "start": 0.0, **more}
 
 
-def ours(model: str, data: list[Example], folder: str) -> dict[str, Any]:
+def ours(model: str, data: list[Example], folder: str) -> tuple[int, float, dict[str, Any]]:
+    """Tokens that counted, and their seconds."""
     from cai_ray.train import sft
     from cai_ray.train.dialogues import pack
     from cai_ray.train.fit import distribute
@@ -80,23 +87,21 @@ def ours(model: str, data: list[Example], folder: str) -> dict[str, Any]:
     policy, packed = distribute(load_policy(model, cfg), cfg, 1000), pack(data)
     batches = [list(range(i, i + BATCH)) for i in range(0, len(data), BATCH)]
     seconds = timed(lambda i: sft.update(policy, packed, batches[i], cfg, 0), len(batches))
-    real = padded = 0
-    for batch in batches:
-        lengths = [len(data[i].ids) for i in batch]
-        real += sum(lengths)
-        padded += sum(len(g) * lengths[g[0]] for g in micro_batches(lengths, MICRO_BATCH_TOKENS))
-    return _found(data[WARM * BATCH :], seconds, BATCH) | {"padding": 1 - real / padded}
+    lengths = packed.lengths
+    cuts = [micro_batches([lengths[i] for i in batch], MICRO_BATCH_TOKENS) for batch in batches]
+    groups = [[batch[i] for i in g] for batch, cut in zip(batches, cuts, strict=True) for g in cut]
+    tokens = sum(sum(row.mask) for row in data[WARM * BATCH :])
+    return tokens, seconds, {"rows_per_step": BATCH, "padding": padding(lengths, groups)}
 
 
-def theirs(model: str, data: list[Example], folder: str, packed: bool) -> dict[str, Any]:
+def theirs(way: str, model: str, data: list[Example], folder: str) -> tuple[int, float, dict[str, Any]]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    total = sum(len(row.ids) for row in data)
-    steps = len(data) // BATCH
-    # The packer fills rows to 99 % and more, so these hold what a step of whole rows does.
+    packed, steps = way == "packed", len(data) // BATCH
     rows = 1 if packed else ROWS
-    batch = round(total / steps / LONGEST) if packed else BATCH
+    # The packer fills rows nearly to the end, so that these hold what a step of whole rows does.
+    batch = round(sum(len(row.ids) for row in data) / steps / LONGEST) if packed else BATCH
     args = SFTConfig(
         **settings(folder, rows, batch, steps), packing=packed, max_length=LONGEST, completion_only_loss=True
     )
@@ -112,12 +117,7 @@ def theirs(model: str, data: list[Example], folder: str, packed: bool) -> dict[s
     trainer.data_collator = counting
     seconds = timed_by(trainer)
     tokens = sum(counted[WARM * batch // rows : steps * batch // rows])
-    return {"rate": tokens / seconds, "seconds": seconds, "start": 0.0, "rows_per_step": batch}
-
-
-def _found(data: list[Example], seconds: float, batch: int) -> dict[str, Any]:
-    tokens = sum(sum(row.mask) for row in data)
-    return {"rate": tokens / seconds, "seconds": seconds, "start": 0.0, "rows_per_step": batch}
+    return tokens, seconds, {"rows_per_step": batch}
 
 
 if __name__ == "__main__":

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cai_ray.train.batches import Example
 
+TRL = "1.16.0"
 LONGEST = 1024
 MICRO_BATCH_TOKENS = 8192
 """For ours. TRL's micro-batches have a number of rows: as many as the longest would allow, 8."""
 WARM = 1
 """Steps before the ones that count: the first one allocates."""
+
+
+def words_of(model: str) -> int:
+    """The vocabulary of a model's folder."""
+    return int(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
+
+
+def padding(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
+    """Its share of the tokens of micro-batches, given as indices of rows."""
+    padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
+    return 1 - sum(lengths[i] for group in groups for i in group) / padded
 
 
 def skewed(count: int, words: int, seed: int, median: int = 150, spread: float = 0.8) -> list[Example]:

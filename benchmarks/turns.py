@@ -37,6 +37,8 @@ class Turns:
     hidden: int
     layers: int
     """Size of the random model (tests/tiny.py)."""
+    kinds: Iterable[str] = ()
+    """First words of ways; `--only` measures the ways of one."""
     env: Mapping[str, Callable[[], dict[str, str]]] = field(default_factory=dict)
     """By way, what makes the environment variables that it needs (baseline.py)."""
 
@@ -51,6 +53,8 @@ class Turns:
         )
         parser.add_argument("--rows", type=int, default=self.rows, help=f"default {self.rows}")
         parser.add_argument("--runs", type=int, default=3, help="measurements of each way (default 3)")
+        if self.kinds:
+            parser.add_argument("--only", choices=list(self.kinds), default="", help="this kind alone")
         parser.add_argument("--part", choices=list(self.ways), help=argparse.SUPPRESS)
         parser.add_argument("--model", help=argparse.SUPPRESS)
         args = parser.parse_args()
@@ -61,7 +65,8 @@ class Turns:
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory(prefix="cai-ray-benchmark-model-") as folder:
             model = str(tiny.save_model(Path(folder), hidden=self.hidden, layers=self.layers))
-            found = self._in_turns(model, args.rows, args.runs)
+            ways = [way for way in self.ways if way.startswith(getattr(args, "only", ""))]
+            found = self._in_turns(model, ways, args.rows, args.runs)
         settings = {
             "seconds": {way: [round(f["seconds"], 1) for f in fs] for way, fs in found.items()},
             "start_seconds": {way: [round(f["start"], 1) for f in fs] for way, fs in found.items()},
@@ -75,10 +80,10 @@ class Turns:
         print(json.dumps({"benchmark": Path(self.script).stem, **summary(found, args.rows), **settings}))
         return 0
 
-    def _in_turns(self, model: str, rows: int, runs: int) -> Found:
-        found: Found = {way: [] for way in self.ways}
+    def _in_turns(self, model: str, ways: list[str], rows: int, runs: int) -> Found:
+        found: Found = {way: [] for way in ways}
         for _ in range(runs):
-            for way in self.ways:
+            for way in ways:
                 command = [sys.executable, self.script, "--part", way, "--model", model, "--rows", str(rows)]
                 # A bare engine gets the settings of our workers, or it would compile at its first request.
                 env = {**os.environ, **WORKER_ENV, **self.env.get(way, dict)()}

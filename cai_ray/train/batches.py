@@ -100,7 +100,7 @@ def for_rank(
         lengths: `lengths[i]` is the length of row i; without it rows count alike.
     """
     order = indices if lengths is None else _longest_first(indices, lengths)
-    mine = []
+    mine: list[int] = []
     for start in range(0, len(order), world):
         hand = order[start : start + world]
         seat = rank if start // world % 2 == 0 else world - 1 - rank
