@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Turns:
     hidden: int
     layers: int
     """Size of the random model (tests/tiny.py)."""
+    kinds: Iterable[str] = ()
+    """First words of ways; `--only` measures the ways of one."""
+    env: Mapping[str, Callable[[], dict[str, str]]] = field(default_factory=dict)
+    """By way, what makes the environment variables that it needs (baseline.py)."""
 
     def main(
         self,
@@ -49,6 +53,8 @@ class Turns:
         )
         parser.add_argument("--rows", type=int, default=self.rows, help=f"default {self.rows}")
         parser.add_argument("--runs", type=int, default=3, help="measurements of each way (default 3)")
+        if self.kinds:
+            parser.add_argument("--only", choices=list(self.kinds), default="", help="this kind alone")
         parser.add_argument("--part", choices=list(self.ways), help=argparse.SUPPRESS)
         parser.add_argument("--model", help=argparse.SUPPRESS)
         args = parser.parse_args()
@@ -59,7 +65,8 @@ class Turns:
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory(prefix="cai-ray-benchmark-model-") as folder:
             model = str(tiny.save_model(Path(folder), hidden=self.hidden, layers=self.layers))
-            found = self._in_turns(model, args.rows, args.runs)
+            ways = [way for way in self.ways if way.startswith(getattr(args, "only", ""))]
+            found = self._in_turns(model, ways, args.rows, args.runs)
         settings = {
             "seconds": {way: [round(f["seconds"], 1) for f in fs] for way, fs in found.items()},
             "start_seconds": {way: [round(f["start"], 1) for f in fs] for way, fs in found.items()},
@@ -73,13 +80,13 @@ class Turns:
         print(json.dumps({"benchmark": Path(self.script).stem, **summary(found, args.rows), **settings}))
         return 0
 
-    def _in_turns(self, model: str, rows: int, runs: int) -> Found:
-        found: Found = {way: [] for way in self.ways}
+    def _in_turns(self, model: str, ways: list[str], rows: int, runs: int) -> Found:
+        found: Found = {way: [] for way in ways}
         for _ in range(runs):
-            for way in self.ways:
+            for way in ways:
                 command = [sys.executable, self.script, "--part", way, "--model", model, "--rows", str(rows)]
                 # A bare engine gets the settings of our workers, or it would compile at its first request.
-                env = {**os.environ, **WORKER_ENV}
+                env = {**os.environ, **WORKER_ENV, **self.env.get(way, dict)()}
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{way}: {found[way][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """Micro-batches: rows of like length together, padded, the same number on every rank.
 
 Masks and positions come from the rows' lengths, never from the ids, so that a model whose pad token is its
-end token learns to end. Sequences are padded, not packed: each is a row of its own, with positions from 0.
+end token learns to end. Sequences are padded, not packed: each is a row of its own, with positions from 0, and
+causal attention needs no mask.
 """
 
 from __future__ import annotations
@@ -9,10 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cai_ray.errors import InputError
+
+PADDING = 0.05
+"""Most of it, as a share of the tokens of a batch."""
+PRICES = tuple(round(1024 / 2 ** (i / 2)) for i in range(11))
+"""What one more micro-batch may cost, in tokens, tried in this order. Under the last, 32, starting one takes longer
+than the padding that it saves."""
 
 
 class Example(NamedTuple):
@@ -26,24 +34,59 @@ class Example(NamedTuple):
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of rows grouped by length, each group of at most `max_tokens` tokens with its padding.
 
-    The longest come first: if memory is short, it shows at once. Equal lengths give equal groups.
+    As few groups as let padding be at most `PADDING` of all tokens. The longest come first: if memory is short, it
+    shows in the first step. Equal lengths give equal groups.
 
     Raises:
         InputError: one row alone is longer than `max_tokens`.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return rank_micro_batches(lengths, max_tokens, 0, 1)
+
+
+def rank_micro_batches(lengths: Sequence[int], max_tokens: int, rank: int, world: int) -> list[list[int]]:
+    """This rank's micro-batches of a batch whose lengths every rank knows; as many on every rank.
+
+    Ranks cut their shares at the same places, so that micro-batches which run at once are of about a size. One that
+    has no row is empty: `pad` makes a row of weight zero from it, and without it collective calls would hang.
+    """
+    order = _longest_first(range(len(lengths)), lengths)
     if order and lengths[order[0]] > max_tokens:
         raise InputError(
             f"micro_batch_tokens={max_tokens} is less than the longest row ({lengths[order[0]]} tokens); "
             f"use {lengths[order[0]]} or more"
         )
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
+    hands = np.zeros((-(-len(order) // world), world), dtype=np.int64)  # as `for_rank` deals them
+    hands.flat[: len(order)] = [lengths[i] for i in order]
+    for price in PRICES:
+        groups = _cut(hands, max_tokens, price)
+        tokens = sum(int(hands[group[0]].sum()) * len(group) for group in groups)
+        if tokens - sum(lengths) <= PADDING * tokens:
+            break
+    mine = _longest_first(for_rank(range(len(lengths)), rank, world, lengths), lengths)
+    return [[mine[i] for i in group if i < len(mine)] for group in groups]
+
+
+def _cut(hands: np.ndarray, max_tokens: int, price: int) -> list[range]:
+    """Cuts hands (H, world) where the tokens of all ranks, padding counted, and `price` for each group are least."""
+    widest, summed = hands.max(1, initial=1), hands.sum(1)
+    cost = np.zeros(len(hands) + 1)
+    begin = np.zeros(len(hands) + 1, dtype=np.int64)
+    for end in range(1, len(hands) + 1):
+        begins = np.arange(max(0, end - max_tokens // int(widest[end - 1])), end)
+        rows = end - begins
+        found = cost[begins] + summed[begins] * rows + price * hands.shape[1]
+        found[widest[begins] * rows > max_tokens] = np.inf
+        cost[end], begin[end] = found.min(), begins[found.argmin()]
+    groups: list[range] = []
+    end = len(hands)
+    while end:
+        groups.append(range(int(begin[end]), end))
+        end = groups[-1].start
+    return groups[::-1]
+
+
+def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(rows, key=lambda i: -lengths[i])
 
 
 def for_rank(
@@ -56,34 +99,14 @@ def for_rank(
     Args:
         lengths: `lengths[i]` is the length of row i; without it rows count alike.
     """
-    order = list(indices)
-    if lengths is not None:
-        order.sort(key=lambda i: -lengths[i])
-    mine = []
+    order = indices if lengths is None else _longest_first(indices, lengths)
+    mine: list[int] = []
     for start in range(0, len(order), world):
         hand = order[start : start + world]
         seat = rank if start // world % 2 == 0 else world - 1 - rank
         mine += hand[seat : seat + 1]
     chosen = set(mine)
     return [i for i in indices if i in chosen]
-
-
-def fill(groups: list[list[int]], count: int) -> list[list[int]]:
-    """Adds empty groups up to `count`. Every rank must run as many micro-batches, or collective calls hang;
-    `pad` makes a row of weight zero from an empty group."""
-    if len(groups) > count:
-        raise ValueError(f"{len(groups)} micro-batches do not fit in {count}")
-    return groups + [[] for _ in range(count - len(groups))]
-
-
-def rank_micro_batches(lengths: Sequence[int], max_tokens: int, rank: int, world: int) -> list[list[int]]:
-    """This rank's micro-batches of a batch whose lengths every rank knows; as many on every rank."""
-    shares = [for_rank(range(len(lengths)), r, world, lengths) for r in range(world)]
-    groups = [
-        [[share[i] for i in group] for group in micro_batches([lengths[i] for i in share], max_tokens)]
-        for share in shares
-    ]
-    return fill(groups[rank], max(len(g) for g in groups))
 
 
 def pad(

@@ -1,12 +1,14 @@
 """Micro-batches and padding."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_ray.errors import InputError
-from cai_ray.train.batches import Example, fill, for_rank, micro_batches, pad, rank_micro_batches
+from cai_ray.train.batches import Example, for_rank, micro_batches, pad, rank_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=40)
 
@@ -51,6 +53,40 @@ def test_micro_batches_put_like_lengths_together():
         micro_batches([3, 9], 8)
 
 
+def skewed(count, median=200, longest=1024, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = median * torch.exp(0.8 * torch.randn(count, generator=g))
+    return lengths.long().clamp(8, longest).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "median", "world", "most"),
+    [(16, 200, 1, 8), (64, 200, 2, 13), (256, 200, 4, 20), (512, 30, 1, 24)],
+)
+def test_padding_is_at_most_a_twentieth_of_the_tokens(rows, median, world, most):
+    lengths = skewed(rows, median)
+    groups = [rank_micro_batches(lengths, 8192, r, world) for r in range(world)]
+    tokens = sum(len(g) * max(lengths[i] for i in g) for ranks in groups for g in ranks if g)
+    assert tokens - sum(lengths) <= 0.05 * tokens
+    assert len(groups[0]) <= most  # a micro-batch for every row would have no padding
+
+
+def test_micro_batches_that_run_at_once_are_of_a_size():
+    """Ranks wait for one another in each of them, where gradients or weights are partitioned."""
+    lengths = skewed(128)
+    ranks = [rank_micro_batches(lengths, 8192, r, 2) for r in range(2)]
+    sizes = [[len(g) * max(lengths[i] for i in g) for g in groups] for groups in ranks]
+    slower = sum(max(pair) for pair in zip(*sizes, strict=True))
+    assert slower <= 1.05 * sum(map(sum, sizes)) / 2
+
+
+def test_micro_batches_of_many_rows_take_no_time():
+    lengths = skewed(4000, median=40)
+    started = time.perf_counter()
+    micro_batches(lengths, 16384)
+    assert time.perf_counter() - started < 5
+
+
 @given(LENGTHS, st.integers(1, 5))
 def test_for_rank_shares_rows_and_tokens(lengths, world):
     shares = [for_rank(range(len(lengths)), r, world, lengths) for r in range(world)]
@@ -70,9 +106,7 @@ def test_every_rank_runs_as_many_micro_batches(lengths, world):
 
 
 def test_empty_micro_batch_counts_nowhere():
-    assert fill([[1]], 3) == [[1], [], []]
-    with pytest.raises(ValueError, match="2 micro-batches do not fit in 1"):
-        fill([[1], [2]], 1)
+    assert [rank_micro_batches([9, 3, 2], 9, r, 2) for r in range(2)] == [[[0], []], [[1], [2]]]
     batch = pad([], pad_id=3)
     assert batch["loss_mask"].sum() == 0
     assert batch["attention_mask"].sum() == 2
