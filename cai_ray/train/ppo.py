@@ -45,6 +45,7 @@ from cai_ray.train.fit import (
     Log,
     Trained,
     check_resources,
+    checkpoint_due,
     fit,
     gathered_state,
     global_sums,
@@ -200,7 +201,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         )
         if first:
             save_rollouts(run, step, rows, rollouts, targets, renderer)
-        if (step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total:
+        if checkpoint_due(step + 1, cfg.checkpoint_every or 10) and step + 1 < total:
             save_checkpoint(engines, checkpoint_state(run, models, step + 1, log, tokens, kl_coef), step + 1)
     log.write()
     save_model(models.policy, run.model("sl"), run.path("ppo", "model"))
