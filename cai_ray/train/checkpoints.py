@@ -173,7 +173,7 @@ def _universal(folder: str, tag: str, saved_by: int) -> Iterator[str]:
             ds_to_universal.main(
                 Namespace(input_folder=os.path.join(folder, tag), output_folder=str(made / tag), **how)
             )
-        except (AssertionError, AttributeError, KeyError, NotImplementedError, ValueError) as e:
+        except (AssertionError, LookupError, NotImplementedError, ValueError) as e:
             raise InputError(
                 f"a checkpoint that {saved_by} workers saved cannot be shared out among {world_size()} "
                 f"({type(e).__name__}: {e}); use workers={saved_by}"
