@@ -194,6 +194,7 @@ def last_step(out: Path, stage: str) -> int:
 def fresh(folder: Path, stage: str, name: str) -> Path:
     """A copy of the run that was made, without the stage."""
     out = folder / f"{stage}-{name}"
+    shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(folder / "made", out)
     for later in ("sft", "compare", "label", "rm") if stage == "sft" else ():
         shutil.rmtree(out / later)
