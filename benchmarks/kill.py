@@ -14,6 +14,7 @@ actor has in flight.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -110,11 +111,11 @@ def under_fire(out: Path, rows: int, kills: int, seed: int) -> float:
         if victim == "driver":
             driver.kill()
             driver.wait()
-            _wait_until_gone(mark)
+            wait_until_gone(mark)
             driver = _driver(out, rows, mark)
         else:
             # It may be on its way back: an actor whose engine was killed ends a moment later.
-            while not _kill(mark, ACTOR if victim == "actor" else ENGINE):
+            while not kill(mark, ACTOR if victim == "actor" else ENGINE):
                 time.sleep(0.1)
                 if driver.poll() is not None:
                     raise SystemExit(
@@ -177,7 +178,7 @@ def _begun(out: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in folder.iterdir()} if folder.exists() else {}
 
 
-def _marked(mark: str) -> list[psutil.Process]:
+def marked(mark: str) -> list[psutil.Process]:
     """Processes of this pass. Ray's workers overwrite their environment, their ancestors do not."""
     found = []
     for process in psutil.process_iter():
@@ -190,20 +191,26 @@ def _marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def _kill(mark: str, name: str) -> bool:
-    """Whether there was such a process."""
-    for process in _marked(mark):
-        try:
+def kill(mark: str, name: str, which: float = 0.0) -> bool:
+    """Whether there was such a process.
+
+    Args:
+        which: of several, from 0 for the first to just below 1 for the last.
+    """
+    found = []
+    for process in marked(mark):
+        with contextlib.suppress(psutil.Error, IndexError):
             if process.cmdline()[0].startswith(name):
-                process.kill()
-                return True
-        except (psutil.Error, IndexError):
-            continue
+                found.append(process)
+    if found:
+        with contextlib.suppress(psutil.Error):
+            sorted(found, key=lambda p: p.pid)[int(which * len(found))].kill()
+            return True
     return False
 
 
-def _wait_until_gone(mark: str) -> None:
-    while any(p.status() != psutil.STATUS_ZOMBIE for p in _marked(mark)):
+def wait_until_gone(mark: str) -> None:
+    while any(p.status() != psutil.STATUS_ZOMBIE for p in marked(mark)):
         time.sleep(0.2)
 
 

@@ -9,14 +9,13 @@ averages gradients over ranks.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,10 @@ from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 from cai_ray.train import metrics
+from cai_ray.train.checkpoints import checkpoint_due as checkpoint_due
+from cai_ray.train.checkpoints import restore as restore
+from cai_ray.train.checkpoints import save_checkpoint as save_checkpoint
+from cai_ray.train.checkpoints import wait_until_saved as wait_until_saved
 from cai_ray.train.metrics import Log as Log
 from cai_ray.train.metrics import progress as progress
 from cai_ray.train.models import save_folder, state_items
@@ -42,10 +45,11 @@ from cai_ray.train.ranks import rank as rank
 from cai_ray.train.ranks import to_device as to_device
 from cai_ray.train.ranks import world_size as world_size
 
-# A dead worker or node is replaced this often before the stage gives up.
+# The stage gives up after so many failures and one more without a checkpoint between them.
 MAX_FAILURES = 2
-# How a stage is run, not what it yields: changing these goes on from the same checkpoints.
-_HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker"}
+# How a stage is run, not what it yields: changing these goes on from the same checkpoints. Another number of workers
+# adds the same numbers in another order, and so may differ in the last digits.
+_HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker", "workers"}
 _BOUNDS = {"on_alarm", "patience"} | {n for n in WatchConfig.model_fields if n.startswith("max_")}
 _UPSTREAM = ("revise", "sft", "compare", "label", "rm")
 
@@ -78,7 +82,8 @@ def fit(
     gpu = uses_gpu(run.config)
     name = f"{stage}-{derive_id(fingerprint(run, stage, cfg), (extra or {}).get('inputs'))}"
     key = f"{name}-{time.time_ns()}"
-    trainer = _trainer_class(run)(
+    trainer = functools.partial(
+        _trainer_class(run),
         _on_each_rank,
         train_loop_config={"run": run, **(extra or {}), "_loop": loop, "_key": key},
         scaling_config=ScalingConfig(
@@ -89,19 +94,40 @@ def fit(
         run_config=RunConfig(
             name=name,
             storage_path=storage_path(run.path(stage, "checkpoints")),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=0),  # counted by `_get_on`
             checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_env(run.config)},
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
     )
     with metrics.progress_lines(key), interruptible():
-        outcome = trainer.fit().return_value
+        outcome = _get_on(trainer, key)
     if "fault" in outcome:
         kind, text = outcome["fault"]
         raise {"InputError": InputError, "Stopped": Stopped}[kind](text)
     metrics.write_events(run, stage)
     return outcome["result"] or {}
+
+
+def _get_on(trainer: Callable[[], Any], key: str) -> dict[str, Any]:
+    """Starts the group again where it dies: for ever, as long as it gets from one checkpoint to the next.
+
+    On machines that come and go a long run dies often, and should go on; a fault that comes back at the same step
+    should not be tried for ever. (Ray Train counts failures over the whole run. What it knows to be the loss of a
+    node it tries again by itself.)
+    """
+    from ray.train import WorkerGroupError
+
+    failures, came_from = 0, None
+    while True:
+        try:
+            return trainer().fit().return_value  # type: ignore[no-any-return]
+        except WorkerGroupError:
+            now = metrics.get(key, "from")
+            failures = failures + 1 if now == came_from else 1
+            came_from = now
+            if failures > MAX_FAILURES:
+                raise
 
 
 def _trainer_class(run: Run) -> Any:
@@ -167,7 +193,10 @@ def storage_path(uri: str) -> str:
 
 def _on_each_rank(config: dict[str, Any]) -> dict[str, Any]:
     """The loop, with errors that are the user's to mend turned into an outcome: they are not tried again."""
+    from ray.train import get_checkpoint
+
     loop, key = config.pop("_loop"), config.pop("_key")
+    metrics.put(key, "from", str(get_checkpoint()).encode())  # every rank says the same
     if fault := metrics.get(key, "fault"):  # told by a rank of the attempt before
         return {"fault": json.loads(fault)}
     metrics.told_to(key)
@@ -329,55 +358,3 @@ def save_model(trained: Trained, source: str, uri: str) -> None:
         save_folder(trained.module, source, uri, state)
     if world_size() > 1:
         dist.barrier()
-
-
-# --------------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step: int) -> None:
-    """Saves models, optimizers, schedules, random numbers and the loop's `state`, on every rank alike.
-
-    Each rank writes its share; Ray Train puts the shares together, and makes the checkpoint visible as a whole.
-
-    Args:
-        state: what the loop needs to go on, of this rank (anything that torch.save takes).
-    """
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as folder:
-        for tag, trained in engines.items():
-            (Path(folder) / tag).mkdir()
-            trained.engine.save_checkpoint(
-                folder, tag=tag, save_latest=False, exclude_frozen_parameters=_has_adapter(trained)
-            )
-        random = {"torch": torch.get_rng_state()}
-        if device().type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
-        own = {"state": state, "random": random, "step": step, "world_size": world_size()}
-        torch.save(own, Path(folder) / f"loop-{rank()}.pt")
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def restore(engines: Mapping[str, Trained]) -> dict[str, Any] | None:
-    """Loads the last checkpoint into the engines and returns the loop's state; None where there is none."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        own = torch.load(Path(folder) / f"loop-{rank()}.pt", weights_only=False, map_location="cpu")
-        for tag, trained in engines.items():
-            path, _ = trained.engine.load_checkpoint(
-                folder, tag=tag, load_module_strict=not _has_adapter(trained)
-            )
-            if path is None:
-                raise RuntimeError(f"checkpoint {checkpoint.path}: {tag} cannot be loaded")
-    torch.set_rng_state(own["random"]["torch"])
-    if "cuda" in own["random"]:
-        torch.cuda.set_rng_state(own["random"]["cuda"])
-    return own["state"]
-
-
-def _has_adapter(trained: Trained) -> bool:
-    return hasattr(trained.module, "get_base_model")

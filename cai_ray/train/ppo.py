@@ -35,6 +35,7 @@ from cai_ray.train.fit import (
     Log,
     Trained,
     check_resources,
+    checkpoint_due,
     fit,
     gathered_state,
     global_sums,
@@ -43,6 +44,7 @@ from cai_ray.train.fit import (
     save_checkpoint,
     save_model,
     to_device,
+    wait_until_saved,
     world_size,
 )
 from cai_ray.train.losses import policy_loss, value_loss
@@ -199,9 +201,12 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         if first:
             save_rollouts(run, step, rows, rollouts, texts, targets)
         # An alarm may end the stage, and the same command goes on from here.
-        if alarmed or ((step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total):
+        due = checkpoint_due(step + 1, cfg.checkpoint_every or 10)
+        if alarmed or (due and step + 1 < total):
             kept = checkpoint_state(run, models, sampler, watch, step + 1, log, tokens, kl_coef)
             save_checkpoint(engines, kept, step + 1)
+            if alarmed:
+                wait_until_saved()
     log.write()
     if watch:
         watch.ends()

@@ -178,7 +178,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
         )
         if (step + 1) % per_epoch == 0:
             log.rows[-1].update(evaluate(model, data, config["held"], cfg))
-        if (step + 1) % every == 0 or step + 1 == total:
+        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
             fit.save_checkpoint({"reward": model}, {"step": step + 1, "rows": log.rows}, step + 1)
     log.write()
     mean, std = reward_scale(model, data, config["reference"], cfg)

@@ -170,7 +170,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
                 "tokens/per_s": sum(lengths[i] for i in batch) / (time.perf_counter() - started),
             },
         )
-        if (step + 1) % every == 0 or step + 1 == total:
+        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
             fit.save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
     log.write()
     fit.save_model(policy, source, run.path("sft", "model"))

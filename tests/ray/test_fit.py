@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from ray import cloudpickle
 from cai_ray.config import LoraConfig, TrainConfig
 from cai_ray.errors import InputError, Stopped
 from cai_ray.storage import Run
-from cai_ray.train import fit, rm, sft
+from cai_ray.train import checkpoints, fit, rm, sft
 from cai_ray.train.batches import Example, pad
 from cai_ray.train.dialogues import Dialogues
 from cai_ray.train.losses import sft_loss, soft_bradley_terry
@@ -179,3 +183,101 @@ def test_item_38_too_few_cpus_is_said_before_anything_starts(
         InputError, match="training needs 200 CPUs, and the cluster has 16; use fewer `workers`"
     ):
         fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft)
+
+
+def dies_after(config: dict[str, Any]) -> None:
+    """Three attempts that each get to another checkpoint and die; the others die before they do."""
+    state = fit.restore({}) or {"step": 0}
+    with open(config["began"], "a") as f:
+        f.write(f"{state['step']} ")
+    if state["step"] < 3:
+        fit.save_checkpoint({}, {"step": state["step"] + 1}, state["step"] + 1)
+        checkpoints.wait_until_saved()
+    os._exit(1)
+
+
+def test_a_stage_goes_on_as_long_as_it_gets_on(tmp_path: Path) -> None:
+    """Failures count anew with every checkpoint, and the same one comes back three times at most."""
+    from ray.train import WorkerGroupError
+
+    run, began = training.make_run(tmp_path), tmp_path / "began"
+    with pytest.raises(WorkerGroupError):
+        fit.fit(run, "sft", dies_after, run.config.sft, {"began": str(began)})
+    assert began.read_text() == "0 1 2 3 3 3 "
+
+
+UPLOAD_S = 3.0
+
+
+def saves_slowly(config: dict[str, Any]) -> dict[str, float]:
+    """Saves to a storage that takes its time, is killed in the middle of an upload, and saves on."""
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    persist, out = StorageContext.persist_current_checkpoint, {}
+
+    def slow(self: Any, checkpoint: Any, name: str) -> Any:
+        Path(self.build_checkpoint_path_from_name(name)).mkdir(parents=True)
+        Path(self.build_checkpoint_path_from_name(name), "loop-0.pt").write_bytes(b"half of")
+        time.sleep(UPLOAD_S)
+        return persist(self, checkpoint, name)
+
+    def save(step: int) -> float:
+        started = time.monotonic()
+        fit.save_checkpoint({}, {"step": step}, step)
+        return time.monotonic() - started
+
+    state = fit.restore({})
+    if state is None:
+        save(1)
+        checkpoints.wait_until_saved()
+        StorageContext.persist_current_checkpoint = slow
+        save(2)
+        time.sleep(1)
+        os._exit(1)
+    out["restored"] = state["step"]
+    out["leftovers"] = len(list(checkpoints._scratch().glob("*")))
+    StorageContext.persist_current_checkpoint = slow
+    out |= {"first_s": save(3), "second_s": save(4)}
+    return out
+
+
+def test_item_35_a_checkpoint_is_uploaded_beside_training_and_counts_when_it_is_whole(tmp_path: Path) -> None:
+    run = training.make_run(tmp_path)
+    out = fit.fit(run, "sft", saves_slowly, run.config.sft)
+    assert out["restored"] == 1, "the second was half there"
+    assert out["leftovers"] == 0
+    assert out["first_s"] < 1 and out["second_s"] > UPLOAD_S - 0.5, "one is on its way at a time"
+    (record,) = Path(run.path("sft", "checkpoints")).glob("*/checkpoint_manager_snapshot.json")
+    kept = json.loads(record.read_text())
+    last = record.parent / kept["latest_checkpoint_result"]["checkpoint_dir_name"]
+    assert torch.load(last / "loop-0.pt", weights_only=False)["step"] == 4, "waited for at the end"
+    assert not list(Path(tempfile.gettempdir()).glob(f"cai_ray-*/checkpoints/{_scratch_of(record.parent)}/*"))
+
+
+def _scratch_of(folder: Path) -> str:
+    from cai_ray.records import derive_id
+
+    return derive_id(str(folder))
+
+
+def cannot_share(config: dict[str, Any]) -> None:
+    """Goes on from a checkpoint of four ranks, which DeepSpeed will not convert."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    def refuse(how: Any) -> None:
+        raise NotImplementedError("not this one")
+
+    ds_to_universal.main = refuse
+    cfg: TrainConfig = config["run"].config.sft
+    policy = fit.distribute(load_policy(config["run"].config.model, cfg), cfg, 2)
+    if fit.restore({"policy": policy}) is None:
+        checkpoints.world_size = lambda: 4
+        fit.save_checkpoint({}, {}, 1)
+        checkpoints.wait_until_saved()
+        os._exit(1)
+
+
+def test_a_checkpoint_that_cannot_be_shared_out_is_an_input_error(tmp_path: Path) -> None:
+    run = training.make_run(tmp_path)
+    with pytest.raises(InputError, match=r"that 4 workers saved cannot .* not this one\); use workers=4$"):
+        fit.fit(run, "sft", cannot_share, run.config.sft)

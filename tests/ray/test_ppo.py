@@ -385,6 +385,39 @@ def test_an_alarm_stops_the_run_and_finish_takes_the_best_snapshot(ray_cluster: 
     assert f"best snapshot (step {done['snapshot']})" in said and done["alarms"]
 
 
+def test_item_36_another_number_of_workers_goes_on(ray_cluster: None, one_rank: Run, tmp_path: Path) -> None:
+    """Two ranks go on from what one saved after the second step, policy and value model alike."""
+
+    def stopped(args: dict[str, Any]) -> dict[str, Any]:
+        from cai_ray.train import checkpoints
+        from cai_ray.train import ppo as stage
+
+        save = stage.save_checkpoint
+
+        def save_and_stop(*given: Any) -> None:
+            save(*given)
+            checkpoints.wait_until_saved()
+            raise Stopped("by the user")
+
+        stage.save_checkpoint = save_and_stop
+        return stage.loop(args)
+
+    changes = SMALL | {"checkpoint_every": 2}
+    run = ready_for_ppo(tmp_path, ppo=changes)
+    with pytest.raises(Stopped, match="by the user"):
+        train(run, stopped)
+    run.config = run.config.model_copy(update={"ppo": run.config.ppo.model_copy(update={"workers": 2})})
+    epoch = shared().join().epoch
+    train(run)
+    assert shared().join().epoch == epoch + 2
+    rows, wanted = metrics(run), metrics(one_rank)
+    for name in ("reward/mean", "kl/reference", "kl/coef", "ppo/value_loss", "ppo/learning_rate"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in wanted], rel=1e-3, abs=1e-5)
+    assert len(list(Path(run.path("ppo", "checkpoints")).glob("*/checkpoint_manager_snapshot.json"))) == 1
+    for name, tensor in policy(one_rank).items():
+        assert torch.allclose(tensor, policy(run)[name], atol=2e-4), name
+
+
 def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_path: Path) -> None:
     """At the second sync: the engine goes on with the weights of the step before under the new number."""
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"value_warmup_steps": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from cai_ray.errors import InputError
 from cai_ray.records import derive_seed
 from cai_ray.train import rollout, weight_sync
 from cai_ray.train.models import state_items
-from cai_ray.train.rollout import Pool, Request
+from cai_ray.train.rollout import Pool, Request, StaleError
 from tests.ray.engines import Shared, logprobs, shared, town_config
 
 QUESTIONS = [
@@ -112,20 +113,65 @@ def two_engines(engine: Shared, model: Any) -> Iterator[Pool]:
 
 def test_an_engine_that_dies_or_is_stuck_is_replaced(two_engines: Pool, engine: Shared, pool: Pool) -> None:
     """The row order, the seeds and the weights are those of an engine that never failed."""
-    import ray
-
-    def pids() -> list[int]:
-        return ray.get([e.__ray_call__.remote(lambda _: os.getpid()) for e in two_engines._engines])
-
     asked = requests(engine, 9)
     wanted = pool.sample(asked, 0, 1.6, 24)
     assert two_engines.sample(asked, 0, 1.6, 24) == wanted
-    before = pids()
+    before = pids(two_engines)
     os.kill(before[0], signal.SIGKILL)
     assert two_engines.sample(asked, 0, 1.6, 24) == wanted and two_engines.replaced == 1
     os.kill(before[1], signal.SIGSTOP)
     assert two_engines.sample(asked, 0, 1.6, 24) == wanted and two_engines.replaced == 2
-    assert not set(before) & set(pids())
+    assert not set(before) & set(pids(two_engines))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_item_23_an_engine_lost_in_a_sync_has_the_new_weights_or_none(
+    two_engines: Pool, engine: Shared, pool: Pool, model: Any, number: signal.Signals
+) -> None:
+    """In the middle of the update, and in the middle of its proof: what replaces it was sent the new weights."""
+    new = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in new.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    asked, probes = requests(engine, 9), [list(range(20, 60)), list(range(40, 90))]
+    weight_sync.send(pool, state_items(new), 1)
+    wanted = pool.sample(asked, 1, 1.6, 24)
+
+    lose_while(two_engines, 0, number, "update")
+    weight_sync.send(two_engines, state_items(new), 1)
+    assert two_engines.replaced == 1
+    lose_while(two_engines, 1, number, "report")
+    digests, now = weight_sync.digests_of(state_items(new)), logprobs(new, probes)
+    weight_sync.prove(two_engines, digests, 1, probes, now, logprobs(model, probes), 1e-4)
+    assert two_engines.replaced == 2
+    assert two_engines.sample(asked, 1, 1.6, 24) == wanted
+    with pytest.raises(StaleError, match="asked for weights 0"):
+        two_engines.sample(asked, 0, 1.6, 24)
+    weight_sync.send(pool, state_items(model), 0)  # as the other tests expect it
+
+
+def pids(pool: Pool) -> list[int]:
+    import ray
+
+    return ray.get([e.__ray_call__.remote(lambda _: os.getpid()) for e in pool._engines])
+
+
+def lose_while(pool: Pool, index: int, number: signal.Signals, method: str) -> None:
+    """Has an engine get a signal in the middle of its next call of a method: it sends it itself."""
+    import ray
+
+    def prepare(engine: Any) -> None:
+        call = engine.llm.collective_rpc
+
+        def lost(what: str, *args: Any, **more: Any) -> Any:
+            if what == {"update": "sync_load", "report": "sync_held"}[method]:
+                os.kill(os.getpid(), number)
+            return call(what, *args, **more)
+
+        engine.llm.collective_rpc = lost
+
+    ray.get(pool._engines[index].__ray_call__.remote(prepare))
 
 
 def test_item_38_too_few_cpus_for_the_engines_is_an_input_error(engine: Shared) -> None:

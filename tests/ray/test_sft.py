@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -17,15 +19,16 @@ from ray import cloudpickle
 
 from cai_ray import storage
 from cai_ray.config import SftConfig
-from cai_ray.errors import InputError
+from cai_ray.errors import InputError, Stopped
 from cai_ray.storage import Run
-from cai_ray.train import fit, sft
+from cai_ray.train import checkpoints, fit, sft
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
     cloudpickle.register_pickle_by_value(module)
 
 SFT = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "revisions": "all"}
+RESUMED = SFT | {"init": "base", "epochs": 3, "checkpoint_every": 4, "warmup_steps": 3}
 
 
 def test_records_hold_the_revisions_asked_for_and_as_many_helpful_samples_as_allowed() -> None:
@@ -169,6 +172,65 @@ def _same(one: Run, other: Run) -> None:
         for r in (one, other)
     ]
     assert losses[0] == losses[1]
+
+
+def noting_loop(config: dict[str, Any], stop: bool) -> dict[str, Any]:
+    """The loop, up to its first checkpoint if the user is to stop it there; it notes where it began."""
+    restore, save, began = fit.restore, fit.save_checkpoint, Path(config["run"].path("began"))
+
+    def noted(engines: Any) -> Any:
+        state = restore(engines)
+        if fit.rank() == 0:
+            with began.open("a") as f:
+                f.write(f"{state['step'] if state else 0} ")
+        return state
+
+    def save_and_stop(*args: Any) -> None:
+        save(*args)
+        checkpoints.wait_until_saved()
+        if stop:
+            raise Stopped("by the user")
+
+    fit.restore, fit.save_checkpoint = noted, save_and_stop
+    return sft.loop(config)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _finished(training.make_run(tmp_path_factory.mktemp("undisturbed"), sft=RESUMED))
+
+
+def _finished(run: Run) -> Run:
+    training.write(run, "revise", training.revisions())
+    sft.run(run)
+    return run
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_item_36_another_number_of_workers_goes_on(
+    tmp_path: Path, undisturbed: Run, monkeypatch: pytest.MonkeyPatch, zero_stage: int
+) -> None:
+    """Of two, one and two ranks each goes on with moments, schedule and batches: only the rounding differs."""
+    for workers, stop in ((2, True), (1, True), (2, False)):
+        run = training.make_run(tmp_path, sft=RESUMED | {"workers": workers, "zero_stage": zero_stage})
+        monkeypatch.setattr(sft, "loop", functools.partial(noting_loop, stop=stop))
+        with contextlib.suppress(Stopped):
+            _finished(run)
+    assert Path(run.path("began")).read_text() == "0 4 8 "
+    _alike(undisturbed, run)
+
+
+def _alike(one: Run, other: Run) -> None:
+    """Up to rounding."""
+    rows = [
+        [json.loads(line) for line in storage.read_bytes(r.path("sft", "metrics.jsonl")).splitlines()]
+        for r in (one, other)
+    ]
+    for name in ("step", "sft/loss", "sft/grad_norm", "sft/learning_rate"):
+        assert [s[name] for s in rows[1]] == pytest.approx([s[name] for s in rows[0]], rel=1e-4), name
+    whole, got = (training.weights(r.path("sft", "model")) for r in (one, other))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 ALONE = """
