@@ -182,6 +182,8 @@ class ReviseConfig(Section):
     draw: Literal["with_replacement", "without_replacement"] = "with_replacement"
     temperature: float = Field(default=1.0, ge=0)
     """Of the first response. Critiques and revisions use `revision_temperature`."""
+    critique: bool = True
+    """false: revisions are asked for at once (`direct` of the template set), as in section 3.5 of the paper."""
     revision_temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, gt=0)
     critique_max_tokens: int = Field(default=512, gt=0)
@@ -197,6 +199,10 @@ class ReviseConfig(Section):
     def _critique_is_served(self) -> ReviseConfig:
         if (self.critique_model is None) != (self.critique_engine is None):
             raise ValueError("`critique_model` and `critique_engine` go together; set both, or neither")
+        if self.critique_model and not self.critique:
+            raise ValueError(
+                "critique=false: nobody writes one; leave out `critique_model` and `critique_engine`"
+            )
         if self.critique_engine and self.critique_engine.kind != "openai":
             raise ValueError(
                 f"critique_engine.kind={self.critique_engine.kind}: the model that answers has the engine here; "

@@ -85,6 +85,8 @@ _HOW = {
     "offload_optimizer",
     "gates",
 }
+# Settings that came later, and what stood for them before.
+_ADDED = {"critique_model": None, "critique": True, "hard_labels": False}
 
 
 def run_stages(
@@ -262,7 +264,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
-    from cai_ray.prompts import Renderer, check_mode
+    from cai_ray.prompts import Renderer, check_direct, check_mode
 
     if "evaluate" in stages and not config.evaluate.prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
@@ -284,6 +286,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
     check_mode(templates, config.label.mode)
+    if not config.revise.critique:
+        check_direct(templates)
     run = Run(config)
     named = [config.sft.init, config.rm.init, *([config.redteam.model] if "redteam" in stages else [])]
     feedback = run.feedback().config.engine
@@ -488,9 +492,8 @@ def _settings(section: BaseModel) -> dict[str, Any]:
             settings[key] = {k: engine[k] for k in ("base_url", "top_logprobs", "continues", "extra")}
         elif engine and engine["quantization"]:
             settings[key] = {"quantization": engine["quantization"]}
-    if settings.get("critique_model", "") is None:  # as it was before there was such a setting
-        del settings["critique_model"]
-    return settings
+    # As it was before there were such settings.
+    return {k: v for k, v in settings.items() if k not in _ADDED or v != _ADDED[k]}
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:
