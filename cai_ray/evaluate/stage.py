@@ -75,9 +75,10 @@ def run(run: Run) -> dict[str, Any]:
     for row in (row for policy in POLICIES for row in run.rows("evaluate", name=policy)):
         (shown if row["model"].endswith("transcript") else rows).append(row)
     answered = [r for r in rows + shown if r["error"] is None]
-    for row, reward in zip(answered, score.rewards(run, answered), strict=True):
-        row["reward"] = reward
-        row["error"] = None if reward is not None else "the reward model cannot encode it"
+    if config.method == "ppo":  # else there is no reward model, and the column stays empty
+        for row, reward in zip(answered, score.rewards(run, answered), strict=True):
+            row["reward"] = reward
+            row["error"] = None if reward is not None else "the reward model cannot encode it"
     failed = [r for r in rows + shown if r["error"] is not None]
     rows, shown = ([r for r in kept if r["error"] is None] for kept in (rows, shown))
     for row in shown:
