@@ -79,6 +79,8 @@ BEFORE: dict[str, Stage] = {
 # Models of the run itself: what they depend on is compared as such.
 _ROLES = {"base", "sl", "rm", "rl"}
 _TRAINED = ("sft", "rm", "ppo", "dpo")
+# Settings that came later, and what stood for them before.
+_ADDED = {"critique_model": None, "critique": True, "hard_labels": False}
 # How a stage is run, not what it yields: changing these starts nothing anew.
 _HOW = {
     "workers",
@@ -89,8 +91,6 @@ _HOW = {
     "offload_optimizer",
     "gates",
 }
-# Settings that came later, and what stood for them before.
-_ADDED = {"critique_model": None, "critique": True, "hard_labels": False}
 
 
 def path(config: RunConfig) -> list[str]:

@@ -143,6 +143,22 @@ def soft_bradley_terry(r_a: Tensor, r_b: Tensor, p_a: Tensor) -> Tensor:
     return -p_a * F.logsigmoid(d) - (1 - p_a) * F.logsigmoid(-d)
 
 
+def preference_metrics(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor) -> Metrics:
+    """Sums over rows, apart for AI (soft) and human (hard) labels: n, loss, accuracy, margin, as `ai/loss`.
+
+    Accuracy counts the rows where the model prefers the label's side; a tie on either side counts one half.
+    """
+    d, losses = (r_a - r_b).detach(), soft_bradley_terry(r_a, r_b, p_a).detach()
+    agreement = (torch.sign(d) * torch.sign(p_a - 0.5) + 1) / 2
+    out: Metrics = {}
+    for source, chosen in (("ai", ~human.bool()), ("human", human.bool())):
+        out[f"{source}/n"] = chosen.sum().to(d.dtype)
+        out[f"{source}/loss"] = losses[chosen].sum()
+        out[f"{source}/accuracy"] = agreement[chosen].sum()
+        out[f"{source}/margin"] = (d * torch.sign(p_a - 0.5))[chosen].sum()
+    return out
+
+
 def direct_preference(
     r_a: Tensor, r_b: Tensor, p_a: Tensor, *, beta: float, smoothing: float, kind: str
 ) -> Tensor:
@@ -160,22 +176,6 @@ def direct_preference(
     if kind == "ipo":
         return ((r_a - r_b) / beta - (2 * p - 1) / (2 * beta)).square()
     return soft_bradley_terry(r_a, r_b, p)
-
-
-def preference_metrics(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor) -> Metrics:
-    """Sums over rows, apart for AI (soft) and human (hard) labels: n, loss, accuracy, margin, as `ai/loss`.
-
-    Accuracy counts the rows where the model prefers the label's side; a tie on either side counts one half.
-    """
-    d, losses = (r_a - r_b).detach(), soft_bradley_terry(r_a, r_b, p_a).detach()
-    agreement = (torch.sign(d) * torch.sign(p_a - 0.5) + 1) / 2
-    out: Metrics = {}
-    for source, chosen in (("ai", ~human.bool()), ("human", human.bool())):
-        out[f"{source}/n"] = chosen.sum().to(d.dtype)
-        out[f"{source}/loss"] = losses[chosen].sum()
-        out[f"{source}/accuracy"] = agreement[chosen].sum()
-        out[f"{source}/margin"] = (d * torch.sign(p_a - 0.5))[chosen].sum()
-    return out
 
 
 def policy_loss(
