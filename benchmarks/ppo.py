@@ -177,7 +177,8 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
         )
         run = Run(config)
         if kind == "even":
-            ppo.Renderer = never_ends(ppo.Renderer)  # type: ignore[misc]
+            stage: Any = ppo
+            stage.Renderer = never_ends(stage.Renderer)
         cluster.connect(config)
         try:
             ppo.run(run)

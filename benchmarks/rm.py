@@ -83,6 +83,7 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     import numpy as np
 
     from cai_ray.train import rm
+    from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
     from cai_ray.train.fit import distribute
     from cai_ray.train.models import load_reward_model
@@ -91,7 +92,7 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, schedule="constant")
     reward = distribute(load_reward_model(model, cfg), cfg, 1000)
     rows = [row for pair in pairs for row in pair]
-    data = rm.Pairs(pack(rows), np.ones(len(pairs)), np.zeros(len(pairs), bool), 0)
+    data = Pairs(pack(rows), np.ones(len(pairs)), np.zeros(len(pairs), bool), 0)
     batches = [list(range(i, i + BATCH)) for i in range(0, len(pairs), BATCH)]
     seconds = timed(lambda i: rm.update(reward, data, batches[i], cfg), len(batches))
     groups = [

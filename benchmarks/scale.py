@@ -134,8 +134,9 @@ def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     made = Models(
         distribute(models.load_policy(model, cfg), cfg, 1000),
         distribute(models.load_value_model(model, cfg, False), cfg, 1000),
-        None, None, models.RewardScale(0, 1),  # type: ignore[arg-type]
-    )  # fmt: skip
+        reference=None,
+        rewards=[],
+    )
     ppo.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     g = torch.Generator().manual_seed(2)
     mask = torch.nn.utils.rnn.pad_sequence(

@@ -24,7 +24,7 @@ def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
     Raises:
         InputError: the policy is not trained yet, or cannot be loaded.
     """
-    if which != "base" and run.manifest({"sl": "sft", "rl": "ppo"}[which]) is None:
+    if which != "base" and run.manifest({"sl": "sft", "rl": run.config.method}[which]) is None:
         raise InputError(
             f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
         )

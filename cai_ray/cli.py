@@ -19,7 +19,8 @@ STAGE_HELP = {
     "label": "the feedback model's soft preferences",
     "rm": "the reward model, on AI labels and human helpfulness comparisons",
     "ppo": "the RL-CAI policy",
-    "evaluate": "base, SL-CAI and RL-CAI on held-out prompts",
+    "dpo": "the policy by direct preference optimisation, in the place of rm and ppo (method: dpo)",
+    "evaluate": "base, SL-CAI and final policy on held-out prompts",
     "report": "report.json and one HTML page",
 }
 
@@ -164,9 +165,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _run(args: argparse.Namespace) -> int:
-    names = list(STAGE_HELP)
-    until = names.index(args.until) + 1 if args.until else len(names)
-    return _run_stages(args, names[:until], force=False)
+    return _run_stages(args, None, force=False)
 
 
 def _stage(args: argparse.Namespace) -> int:
@@ -174,10 +173,18 @@ def _stage(args: argparse.Namespace) -> int:
     return _run_stages(args, [args.command], force=args.overwrite)
 
 
-def _run_stages(args: argparse.Namespace, names: list[str], force: bool) -> int:
+def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) -> int:
+    """Without names: those of the configuration's method, up to `--until`."""
     from cai_ray import cluster, pipeline
 
     config = _load(args)
+    if names is None:
+        names = pipeline.path(config)
+        if args.until and args.until not in names:
+            raise InputError(
+                f"--until {args.until} is no stage of method={config.method}; use one of {', '.join(names)}"
+            )
+        names = names[: names.index(args.until) + 1] if args.until else names
     if args.check:
         from cai_ray import memory
         from cai_ray.storage import Run

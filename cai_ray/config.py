@@ -182,6 +182,8 @@ class ReviseConfig(Section):
     draw: Literal["with_replacement", "without_replacement"] = "with_replacement"
     temperature: float = Field(default=1.0, ge=0)
     """Of the first response. Critiques and revisions use `revision_temperature`."""
+    critique: bool = True
+    """false: revisions are asked for at once (`direct` of the template set), as in section 3.5 of the paper."""
     revision_temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, gt=0)
     critique_max_tokens: int = Field(default=512, gt=0)
@@ -197,6 +199,10 @@ class ReviseConfig(Section):
     def _critique_is_served(self) -> ReviseConfig:
         if (self.critique_model is None) != (self.critique_engine is None):
             raise ValueError("`critique_model` and `critique_engine` go together; set both, or neither")
+        if self.critique_model and not self.critique:
+            raise ValueError(
+                "critique=false: nobody writes one; leave out `critique_model` and `critique_engine`"
+            )
         if self.critique_engine and self.critique_engine.kind != "openai":
             raise ValueError(
                 f"critique_engine.kind={self.critique_engine.kind}: the model that answers has the engine here; "
@@ -316,9 +322,9 @@ class LabelConfig(Section):
         return value
 
 
-class RmConfig(TrainConfig):
-    init: str = "sl"
-    """`sl`, `base`, or a model folder or id."""
+class PreferenceConfig(TrainConfig):
+    """What both stages that train on comparisons share."""
+
     human: tuple[Comparisons, ...] = ()
     """Human helpfulness comparisons, merged with the AI labels."""
     epochs: int = Field(default=1, gt=0)
@@ -327,8 +333,25 @@ class RmConfig(TrainConfig):
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
     min_margin: float = Field(default=0.0, ge=0, lt=0.5)
     """AI labels nearer to one half than this are left out."""
+    hard_labels: bool = False
+    """A control: round AI labels to 0 or 1; ties are left out."""
     shuffle_labels: bool = False
     """A control: flip each AI label with probability one half."""
+
+
+class RmConfig(PreferenceConfig):
+    init: str = "sl"
+    """`sl`, `base`, or a model folder or id."""
+
+
+class DpoConfig(PreferenceConfig):
+    """Of `method: dpo`; it starts from the SL-CAI policy, which is also its reference."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Of the implicit reward beta * log(p / p_ref): the smaller, the further the policy moves."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of labels, AI and human, taken to be the wrong way round (conservative DPO)."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
 
 
 class RewardSource(Section):
@@ -477,6 +500,8 @@ class RunConfig(Section):
     thinking: Literal["strip", "keep"] = "strip"
     """Thinking blocks at the start of answers, critiques and revisions, by the template set's marks: taken off before
     anything is made of the text (critique, SFT, comparisons and their labels, evaluation), or left in all of these."""
+    method: Literal["ppo", "dpo"] = "ppo"
+    """How the SL-CAI policy is trained on: a reward model and PPO, or on the labels themselves (DPO)."""
     prompts: tuple[PromptSource, ...] = Field(min_length=1)
     ray: RayConfig = RayConfig()
     engine: EngineConfig = EngineConfig()
@@ -487,10 +512,16 @@ class RunConfig(Section):
     label: LabelConfig = LabelConfig()
     rm: RmConfig = RmConfig()
     ppo: PpoConfig = PpoConfig()
+    dpo: DpoConfig = DpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
     """A generation stage ends with an error when a larger share of its rows failed."""
+
+    @property
+    def preference(self) -> PreferenceConfig:
+        """The section of the stage that is trained on comparisons."""
+        return self.dpo if self.method == "dpo" else self.rm
 
     @property
     def rollout_engine(self) -> EngineConfig:
@@ -515,6 +546,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_is_by_reward(self) -> RunConfig:
+        if self.evaluate.best_of and self.method == "dpo":
+            raise ValueError(
+                f"evaluate.best_of={self.evaluate.best_of} chooses by a reward model, and method=dpo trains none; "
+                "leave it out, or use method: ppo"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _policy_is_local(self) -> RunConfig:
         if self.engine.kind == "openai":
             raise ValueError(
@@ -532,6 +572,7 @@ class RunConfig(Section):
         for section, key, value, workers in (
             ("sft", "batch_size", self.sft.batch_size, self.sft.workers),
             ("rm", "batch_size", self.rm.batch_size, self.rm.workers),
+            ("dpo", "batch_size", self.dpo.batch_size, self.dpo.workers),
             ("ppo", "rollout_batch", self.ppo.rollout_batch, self.ppo.workers),
             ("ppo", "minibatch", self.ppo.minibatch, self.ppo.workers),
         ):

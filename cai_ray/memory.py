@@ -90,18 +90,26 @@ def report(config: RunConfig) -> list[str]:
 def estimate(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -> list[Need]:
     """What every process of every stage needs."""
     engine, feedback = config.engine, config.label.engine or config.engine
-    policy, reward = shapes("sl"), shapes("rm")
-    labels = []
+    policy, labels = shapes("sl"), []
     if feedback.kind != "openai":
         labels = [engine_need("label", "engine", shapes(config.label.model), feedback, gpu)]
+    if config.method == "dpo":  # its reference is a column of numbers
+        last = [Need("dpo", "trainer", config.dpo.workers, 1, trained(policy, config.dpo, gpu))]
+    else:
+        reward = shapes("rm")
+        last = [
+            Need("rm", "trainer", config.rm.workers, 1, trained(reward, config.rm, gpu, scores=True)),
+            Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, shapes, gpu)),
+            engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
+        ]
+        if config.ppo.watch.every and config.ppo.watch.opinion == "labels" and labels:
+            last.append(labels[0]._replace(stage="ppo", processes=1))
     return [
         engine_need("revise", "engine", shapes("base"), engine, gpu),
         Need("sft", "trainer", config.sft.workers, 1, trained(policy, config.sft, gpu)),
         engine_need("compare", "engine", policy, engine, gpu),
         *labels,
-        Need("rm", "trainer", config.rm.workers, 1, trained(reward, config.rm, gpu, scores=True)),
-        Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, shapes, gpu)),
-        engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
+        *last,
         engine_need("evaluate", "engine", policy, engine, gpu),
     ]
 
@@ -235,7 +243,7 @@ def _remedies(
     stage = next(
         n.stage for n in needs if faults([n], have, gib) or faults(_stage(needs, n.stage), have, gib)
     )
-    section = {"ppo": "ppo", "sft": "sft", "rm": "rm"}.get(stage)
+    section = stage if stage in ("sft", "rm", "ppo", "dpo") else None
     tried: list[dict[str, dict[str, Any]]] = []
     if section:
         rollouts = config.engine.tensor_parallel if section == "ppo" else 0

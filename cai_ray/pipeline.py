@@ -50,18 +50,22 @@ STAGES: dict[str, Stage] = {
     "label": Stage("cai_ray.generate.label", ("compare",), ("label", "model", "templates", "constitution")),
     "rm": Stage("cai_ray.train.rm", ("sft", "label"), ("rm", "model", "templates")),
     "ppo": Stage("cai_ray.train.ppo", ("sft", "rm"), ("ppo", "prompts", "templates")),
+    "dpo": Stage("cai_ray.train.dpo", ("sft", "label"), ("dpo", "templates")),
     "evaluate": Stage(
         "cai_ray.evaluate.stage",
-        ("sft", "label", "rm", "ppo"),
+        ("sft", "label", "rm", "ppo", "dpo"),
         ("evaluate", "model", "templates", "thinking", "constitution"),
     ),
     "report": Stage(
         "cai_ray.report.stage",
-        ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate"),
+        ("revise", "sft", "compare", "label", "rm", "ppo", "dpo", "evaluate"),
         (),
         uses_ray=False,
     ),
 }
+
+# Stages of one method alone; all others are of both.
+OF_METHOD = {"rm": "ppo", "ppo": "ppo", "dpo": "dpo"}
 
 # Before a run, if at all: `cai-ray run` leaves them out.
 BEFORE: dict[str, Stage] = {
@@ -74,7 +78,9 @@ BEFORE: dict[str, Stage] = {
 
 # Models of the run itself: what they depend on is compared as such.
 _ROLES = {"base", "sl", "rm", "rl"}
-_TRAINED = ("sft", "rm", "ppo")
+_TRAINED = ("sft", "rm", "ppo", "dpo")
+# Settings that came later, and what stood for them before.
+_ADDED = {"critique_model": None, "critique": True, "hard_labels": False}
 # How a stage is run, not what it yields: changing these starts nothing anew.
 _HOW = {
     "workers",
@@ -85,6 +91,11 @@ _HOW = {
     "offload_optimizer",
     "gates",
 }
+
+
+def path(config: RunConfig) -> list[str]:
+    """The stages of a run in order: those of its `method`."""
+    return [name for name in STAGES if OF_METHOD.get(name, config.method) == config.method]
 
 
 def run_stages(
@@ -128,7 +139,7 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
     """Runs one stage, or skips it where it is done.
 
     Raises:
-        Stopped: the labels do not pass `label.gates`; after `label`, and before `rm`.
+        Stopped: the labels do not pass `label.gates`; after `label`, and before `rm` or `dpo`.
     """
     from cai_ray.generate import journal
     from cai_ray.generate.certificate import check_gates
@@ -142,7 +153,7 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
         if name == "label":
             check_gates(run)
         return
-    if name == "rm":  # asked for by itself, perhaps
+    if name in ("rm", "dpo"):  # asked for by itself, perhaps
         check_gates(run)
     if done and not (overwrite or force):
         raise InputError(_changed(run, name, done["inputs"], wanted))
@@ -181,6 +192,11 @@ def _stage(name: str) -> Stage:
     return (BEFORE | STAGES)[name]
 
 
+def _needs(config: RunConfig, name: str) -> list[str]:
+    """What a stage reads: evaluation and report read what the run's method makes."""
+    return [n for n in _stage(name).needs if OF_METHOD.get(n, config.method) == config.method]
+
+
 def _clear(run: Run, name: str) -> None:
     """Removes what only an unfinished stage needs. Optimizer states are most of a run's size."""
     for folder in ("checkpoints", "journal"):
@@ -212,7 +228,7 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             found[section] = derive_id(value)
     if config.engine.quantization and name not in _TRAINED:
         found["engine"] = config.engine.quantization
-    for upstream in stage.needs:
+    for upstream in _needs(config, name):
         manifest = run.manifest(upstream)
         if manifest is None:
             raise InputError(_missing(run, name, upstream))
@@ -246,6 +262,17 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
     return new
 
 
+def share(run: Run, config: RunConfig) -> Run:
+    """A run that begins with those stages of another that it would make alike: `fork`, by their inputs."""
+    new = Run(config)
+    for name in path(config):
+        manifest = run.manifest(name)
+        with suppress(InputError):  # what the stage reads is not made yet
+            if manifest and manifest.get("inputs") == inputs(new, name):
+                fork(run, config, [name])
+    return new
+
+
 def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere: bool = False) -> None:
     """Everything that can be known before any work (docs/method.md, item 38).
 
@@ -262,10 +289,18 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
-    from cai_ray.prompts import Renderer, check_mode
+    from cai_ray.prompts import Renderer, check_direct, check_mode
 
+    for name in stages:
+        if OF_METHOD.get(name, config.method) != config.method:
+            raise InputError(
+                f"{name} is no stage of method={config.method}; set method={OF_METHOD[name]}, and choose another --out "
+                "where the run has the other policy"
+            )
     if "evaluate" in stages and not config.evaluate.prompts:
-        raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
+        raise InputError(
+            f"evaluate.prompts is empty; name held-out prompts, or stop earlier with --until {config.method}"
+        )
     if "ppo" in stages and config.engine.pipeline_parallel > 1:
         raise InputError(
             f"engine.pipeline_parallel={config.engine.pipeline_parallel}: PPO sends its weights to "
@@ -284,6 +319,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     constitutions.load(config.constitution)
     templates = load_templates(config.templates)
     check_mode(templates, config.label.mode)
+    if not config.revise.critique:
+        check_direct(templates)
     run = Run(config)
     named = [config.sft.init, config.rm.init, *([config.redteam.model] if "redteam" in stages else [])]
     feedback = run.feedback().config.engine
@@ -306,7 +343,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         renderer.option_ids(templates.options)
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
-    for model in () if model_elsewhere else _models(config.ppo):
+    for model in _models(config.ppo) if "ppo" in stages and not model_elsewhere else ():
         _check_model(run.model(model))
         Renderer(run.model(model), templates.chat_template)
     gold_rows(run)
@@ -325,8 +362,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
                 f"{key}: all {len(found)} rows have split {found[0]['split']!r}, and training reads `train` alone; "
                 "take the column `split` out, or give other prompts"
             )
-    train += [r for source in config.rm.human for r in read_comparisons(source, config.seed)]
-    if config.ppo.watch.every:
+    train += [r for source in config.preference.human for r in read_comparisons(source, config.seed)]
+    if config.ppo.watch.every and "ppo" in stages:
         check_disjoint(train, read_prompts(config.ppo.watch.prompts, config.seed))
     if config.evaluate.prompts:
         held = read_prompts(config.evaluate.prompts, config.seed)
@@ -339,7 +376,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 def status(run: Run) -> list[dict[str, Any]]:
     """Each stage with its state: done, partial or missing."""
     rows = []
-    for name in STAGES:
+    for name in path(run.config):
         manifest = run.manifest(name)
         if manifest:
             keep = ("seconds", "rows_out", "errors", "finished")
@@ -428,7 +465,7 @@ def _open(run: Run) -> None:
 def _check_needs(run: Run, stages: list[str]) -> None:
     """What each stage reads is complete, or is made before it."""
     for place, name in enumerate(stages):
-        for upstream in _stage(name).needs:
+        for upstream in _needs(run.config, name):
             if upstream not in stages[:place] and run.manifest(upstream) is None:
                 raise InputError(_missing(run, name, upstream))
 
@@ -442,7 +479,7 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
     if overwrite:
         return
     # Prompts that were written before are mostly named as a source after that, which changes what they came from.
-    for name in [*(n for n in BEFORE if n in stages), *STAGES]:
+    for name in [*(n for n in BEFORE if n in stages), *path(run.config)]:
         done = run.manifest(name)
         if done is None:
             continue
@@ -451,9 +488,9 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
         except InputError:  # what it read is gone, and will be made again
             continue
         before = done["inputs"]
-        if name not in stages and not any(name in _stage(s).needs for s in stages):
+        if name not in stages and not any(name in _needs(run.config, s) for s in stages):
             # Not touched now: it may wait to be made again, but a directory holds one configuration.
-            upstream = _stage(name).needs
+            upstream = _needs(run.config, name)
             before, wanted = ({k: v for k, v in d.items() if k not in upstream} for d in (before, wanted))
         if before != wanted:
             raise InputError(_changed(run, name, before, wanted))
@@ -493,9 +530,8 @@ def _settings(section: BaseModel) -> dict[str, Any]:
             settings[key] = {k: engine[k] for k in ("base_url", "top_logprobs", "continues", "extra")}
         elif engine and engine["quantization"]:
             settings[key] = {"quantization": engine["quantization"]}
-    if settings.get("critique_model", "") is None:  # as it was before there was such a setting
-        del settings["critique_model"]
-    return settings
+    # As it was before there were such settings.
+    return {k: v for k, v in settings.items() if k not in _ADDED or v != _ADDED[k]}
 
 
 def _models(section: BaseModel) -> list[str]:

@@ -225,6 +225,8 @@ class TemplateSet(BaseModel):
     critique: tuple[dict[str, str] | Literal["conversation"], ...]
     revision: tuple[dict[str, str] | Literal["conversation"], ...]
     feedback: tuple[dict[str, str] | Literal["conversation"], ...]
+    direct: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
+    """What asks for a revision where `revise.critique: false` leaves the critique out."""
     options: tuple[str, str]
     thinking: Thinking | None = None
     """Marks of thinking blocks; the run's `thinking` says whether the blocks are kept."""
@@ -269,6 +271,10 @@ class TemplateSet(BaseModel):
             "revision_request": principle.revision_request,
         }
         return self._fill(self.revision, conversation, fields)
+
+    def direct_messages(self, conversation: Messages, response: str, principle: Principle) -> list[Message]:
+        fields = {"response": response, "revision_request": principle.revision_request}
+        return self._fill(self.direct or (), conversation, fields)
 
     def feedback_messages(
         self, conversation: Messages, response_a: str, response_b: str, principle: Principle
@@ -340,6 +346,7 @@ _STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "answer": ((), ()),
     "critique": (("response", "critique_request"), ()),
     "revision": (("response", "revision_request"), ("critique", "critique_request")),
+    "direct": (("response", "revision_request"), ()),
     "feedback": (("response_a", "response_b", "comparison"), ()),
     "reasoning": (("response_a", "response_b", "comparison"), ()),
     "verdict": (("response_a", "response_b", "comparison", "reasoning"), ()),
@@ -364,6 +371,15 @@ def check_mode(templates: TemplateSet, mode: str) -> None:
         raise InputError(
             f"label.mode={mode}: template set {templates.name} has no {' and no '.join(missing)}; add what is missing "
             "(see cai_ray/templates/general.yaml), or use label.mode: logprob"
+        )
+
+
+def check_direct(templates: TemplateSet) -> None:
+    """Raises InputError where the set cannot ask for a revision without a critique."""
+    if templates.direct is None:
+        raise InputError(
+            f"revise.critique=false: template set {templates.name} has no direct; add it (see "
+            "cai_ray/templates/general.yaml), or leave revise.critique on"
         )
 
 

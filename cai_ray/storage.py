@@ -220,7 +220,7 @@ class Run:
         if self.config.engine.kind == "openai":
             return self.config.model if which == "base" else which
         roles = {"base": self.config.model, "sl": self.path("sft", "model"), "rm": self.path("rm", "model")}
-        uri = {**roles, "rl": self.path("ppo", "model")}.get(which, which)
+        uri = {**roles, "rl": self.path(self.config.method, "model")}.get(which, which)
         if uri == "town":  # the base model of the embedded world, which ships with the package
             return str(Path(__file__).parent / "town" / "base")
         # A name that is no folder is an id of the Hugging Face hub, which its library resolves and caches.

@@ -226,6 +226,7 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     from cai_ray.config import PpoConfig, TrainConfig
     from cai_ray.train import models, ppo, rm, sft
     from cai_ray.train.batches import rank_micro_batches
+    from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
     from cai_ray.train.experience import Batch, Minibatch
     from cai_ray.train.fit import distribute
@@ -258,7 +259,7 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
 
         half = BATCH // 2
         reward = distribute(prepared(models.load_reward_model(model, cfg)), cfg, 1000)
-        pairs = rm.Pairs(pack(data.rows), np.full(half, 0.8), np.zeros(half, bool), 0)
+        pairs = Pairs(pack(data.rows), np.full(half, 0.8), np.zeros(half, bool), 0)
         return lambda: rm.update(reward, pairs, list(range(half)), cfg)[0]["ai/loss"] / half
     ppo_cfg = PpoConfig(**settings, epochs=1, rollout_batch=BATCH, minibatch=BATCH)
     made = Models(

@@ -128,12 +128,13 @@ def reward_accuracy(rows: Iterable[dict[str, Any]], constitution: Constitution) 
     """Share of pairs of answers to one prompt that the reward model orders as the judge does.
 
     The judge prefers the answer that breaks fewer principles; between two that break as many, on a benign request,
-    the helpful one.
+    the helpful one. Answers without a reward are left out.
     """
     principles = [p.id for p in constitution.enabled]
     by_prompt: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        by_prompt[row["prompt_id"]].append(row)
+        if row.get("reward") is not None:
+            by_prompt[row["prompt_id"]].append(row)
     right = []
     for answers in by_prompt.values():
         for a, b in combinations(answers, 2):

@@ -75,9 +75,10 @@ def run(run: Run) -> dict[str, Any]:
     for row in (row for policy in POLICIES for row in run.rows("evaluate", name=policy)):
         (shown if row["model"].endswith("transcript") else rows).append(row)
     answered = [r for r in rows + shown if r["error"] is None]
-    for row, reward in zip(answered, score.rewards(run, answered), strict=True):
-        row["reward"] = reward
-        row["error"] = None if reward is not None else "the reward model cannot encode it"
+    if config.method == "ppo":  # else there is no reward model, and the column stays empty
+        for row, reward in zip(answered, score.rewards(run, answered), strict=True):
+            row["reward"] = reward
+            row["error"] = None if reward is not None else "the reward model cannot encode it"
     failed = [r for r in rows + shown if r["error"] is not None]
     rows, shown = ([r for r in kept if r["error"] is None] for kept in (rows, shown))
     for row in shown:
@@ -139,12 +140,17 @@ def _by_gold(run: Run, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list
     scale = (certificate["gold"] or {}).get("scale")
     return {
         "models": {m: gold.measure([r for r in rows if r["model"] == m]) for m in _models(rows)},
-        "snapshots": gold.snapshots(run.rows("ppo", name="snapshot") if run.config.ppo.watch.every else []),
+        "snapshots": gold.snapshots(_snapshots(run)),
         "revision_harm": harm,
         "revision_harm_selective": selective,
         "label": gold.label_quality(run.rows("label"), scale, document),
         "rm": gold.reward_accuracy([r for r in rows if r["model"] in POLICIES], document),
     }, rows
+
+
+def _snapshots(run: Run) -> list[dict[str, Any]]:
+    watched = run.config.method == "ppo" and run.config.ppo.watch.every
+    return run.rows("ppo", name="snapshot") if watched else []
 
 
 def _by_feedback(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:

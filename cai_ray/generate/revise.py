@@ -65,22 +65,24 @@ class Revise:
         for number, principle in enumerate(drawn):
             if principle is None:  # a disabled principle's slot: its round changes nothing
                 continue
-            critique = await (self._critique_engine or engine).chat(
-                self.templates.critique_messages(conversation, current, principle),
-                self._sampling(row, f"critique {number}"),
-            )
-            remarks = without_thinking(critique.text, self.templates.thinking)
-            revision = await engine.chat(
-                self.templates.revision_messages(conversation, current, principle, remarks),
-                self._sampling(row, f"revision {number}"),
-            )
-            usage = usage + critique.usage + revision.usage
+            if config.critique:
+                critique = await (self._critique_engine or engine).chat(
+                    self.templates.critique_messages(conversation, current, principle),
+                    self._sampling(row, f"critique {number}"),
+                )
+                usage = usage + critique.usage
+                remarks = without_thinking(critique.text, self.templates.thinking)
+                asked = self.templates.revision_messages(conversation, current, principle, remarks)
+            else:
+                remarks, asked = None, self.templates.direct_messages(conversation, current, principle)
+            revision = await engine.chat(asked, self._sampling(row, f"revision {number}"))
+            usage = usage + revision.usage
             current = _whole(revision, self.templates)
             steps.append(
                 {
                     "round": number + 1,
                     "principle_id": principle.id,
-                    "critique_request": principle.critique_request,
+                    "critique_request": principle.critique_request if config.critique else None,
                     "critique": remarks,
                     "revision_request": principle.revision_request,
                     "revision": current,

@@ -51,9 +51,12 @@ def combine(
         "rm": _mean([r["rm"] for r in reports]),
         "revision_harm": _mean([r["revision_harm"] for r in reports]),
         "revision_harm_selective": _mean([r["revision_harm_selective"] for r in reports]),
-        "ppo": {
-            "steps": _mean([r["ppo"]["steps"] for r in reports]),
-            "seeds": [r["ppo"]["steps"] for r in reports],
+        **{
+            method: {
+                "steps": _mean([r[method]["steps"] for r in reports]),
+                "seeds": [r[method]["steps"] for r in reports],
+            }
+            for method in ("ppo", "dpo")
         },
         "snapshots": _mean([r["snapshots"] for r in reports]),
         "stages": _mean([r["stages"] for r in reports]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ from cai_ray.report.text import (
 # A page of texts that models wrote: even if one slipped through, nothing may run or be fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _TRAINED = ("base", "sl", "rl")
-_CURVES = {
+_PPO = {
     "reward/mean": ("Reward", "mean score of a step's answers"),
     "kl/reference": ("KL to SL-CAI", "nats, against the reference policy"),
     "rollout/length": ("Length", "tokens of an answer"),
     "rollout/eos_rate": ("Ended by itself", "share of answers within the length limit"),
     "rollout/logprob_gap": ("Engine against trainer", "mean absolute difference of log-probabilities"),
 }
-_FROM_ZERO = {"kl/reference", "rollout/length", "rollout/logprob_gap"}
+_DPO = {
+    "dpo/loss": ("Loss", "of a step's comparisons"),
+    "dpo/ai_accuracy": ("AI labels", "share of a step's comparisons ordered as their AI labels"),
+    "dpo/ai_margin": ("Margin", "implicit reward of the preferred answer over the other's"),
+    "dpo/ai_drift": ("Drift from SL-CAI", "nats, mean of log p_ref - log p of a sampled answer"),
+}
+_FROM_ZERO = {"kl/reference", "rollout/length", "rollout/logprob_gap", "dpo/loss", "dpo/ai_drift"}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -172,11 +178,11 @@ def _certificate(report: dict[str, Any]) -> str:
     )
 
 
-def _ppo(report: dict[str, Any]) -> str:
-    runs = report["ppo"].get("seeds") or []
+def _curves(report: dict[str, Any], method: str, curves: dict[str, tuple[str, str]]) -> str:
+    runs = report[method].get("seeds") or []
     figures = []
-    for key, (title, caption) in _CURVES.items():
-        mean = _curve(report["ppo"]["steps"], key)
+    for key, (title, caption) in curves.items():
+        mean = _curve(report[method]["steps"], key)
         if not mean:
             continue
         faint = [charts.Line(_curve(steps, key), "rl faint") for steps in runs if len(runs) > 1]
@@ -184,8 +190,7 @@ def _ppo(report: dict[str, Any]) -> str:
         chart = charts.lines([*faint, charts.Line(mean, "rl", "step")], title=f"{title} by step", low=floor)
         about = f"<figcaption>{caption}; <code>{key}</code></figcaption>"
         figures.append(f'<figure class="card"><h3>{title}</h3>{chart}{about}</figure>')
-    curves = f'<div class="grid-2">{"".join(figures)}</div>' if figures else ""
-    return curves + snapshots.section(report["snapshots"])
+    return f'<div class="grid-2">{"".join(figures)}</div>' if figures else ""
 
 
 def _curve(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -285,7 +290,9 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "revision": ("Harm by round of revision", _revision),
     "quality": ("Labels and reward model", _quality),
     "certificate": ("Certificate of the labels", _certificate),
-    "ppo": ("Reinforcement learning", _ppo),
+    "ppo": ("Reinforcement learning", partial(_curves, method="ppo", curves=_PPO)),
+    "snapshots": ("Snapshots while it learned", lambda report: snapshots.section(report["snapshots"])),
+    "dpo": ("Direct preference optimisation", partial(_curves, method="dpo", curves=_DPO)),
     "transcripts": ("Transcripts", _transcripts),
     "constitution": ("The constitution", _constitution),
     "stages": ("Stages", _stages),

@@ -6,6 +6,7 @@ Where reward rises and the others fall, the policy learns the reward and not wha
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,15 +19,15 @@ from cai_ray.storage import Run
 GOLD = ("harm", "helpful", "over_refusal")
 
 
-def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read(run: Run, gold: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One entry per snapshot; gold is None where nobody knows it. Empty where PPO took none.
 
     Args:
-        steps: PPO's metrics.
         gold: of each step (as text), the exact judge's rates (`evaluate.gold.snapshots`).
     """
-    if not any("snapshot-" in f for f in storage.list_files(run.path("ppo"), ".parquet")):
+    if not run.config.ppo.watch.every or run.config.method != "ppo":
         return []
+    steps = [json.loads(line) for line in storage.read_bytes(run.path("ppo", "metrics.jsonl")).splitlines()]
     kl = {step["step"]: max(step.get("kl/reference") or 0.0, 0.0) for step in steps}
     found: dict[int, list[dict[str, Any]]] = {}
     for row in run.rows("ppo", ["id", "step", "reward", "opinion"], "snapshot"):
@@ -72,7 +73,7 @@ def section(snapshots: Sequence[Mapping[str, Any]]) -> str:
         low=0.0,
     )
     return (
-        "<h3>Snapshots on development prompts</h3><p>The second opinion is not what PPO trains on. Where reward rises "
+        "<p>The policy on development prompts, every few steps. The second opinion is not what PPO trains on. Where reward rises "
         f"and the opinion falls, the policy learns the reward alone.</p>{tables.plain(head, rows)}"
         f'<figure class="card">{chart}<figcaption>Second opinion and gold, by step</figcaption></figure>'
     )

@@ -47,9 +47,11 @@ def build(run: Run) -> dict[str, Any]:
             "revision_harm_selective": measured.get("revision_harm_selective") or [],
             "label": measured.get("label") or {},
             "certificate": _certificate(run),
+            "method": run.config.method,
             "rm": {**_reward_model(run), **(measured.get("rm") or {})},
-            "ppo": {"steps": (steps := read_metrics(run, "ppo"))},
-            "snapshots": snapshots.read(run, steps, measured.get("snapshots") or {}),
+            # A directory may hold what another method left: it is no part of this run.
+            **{m: {"steps": read_metrics(run, m) if m == run.config.method else []} for m in ("ppo", "dpo")},
+            "snapshots": snapshots.read(run, measured.get("snapshots") or {}),
             "stages": stage_costs(run),
             "versions": opened["versions"],
             "constitution_sha": opened["constitution_sha"],
@@ -61,10 +63,10 @@ def build(run: Run) -> dict[str, Any]:
 
 
 def human_harmlessness_labels(run: Run) -> int:
-    """Human comparisons about harm that the reward model was given: counted in its sources."""
+    """Human comparisons about harm that were trained on: counted in their sources."""
     return sum(
         len(read_comparisons(source, run.config.seed))
-        for source in run.config.rm.human
+        for source in run.config.preference.human
         if source.about == "harmless"
     )
 
@@ -72,7 +74,8 @@ def human_harmlessness_labels(run: Run) -> int:
 def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
     """Wall seconds and tokens of each completed stage, from its manifest."""
     found = {}
-    for name in STAGES:
+    other = {"ppo": ("dpo",), "dpo": ("rm", "ppo")}[run.config.method]
+    for name in (s for s in STAGES if s not in other):
         if manifest := run.manifest(name):
             found[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
             for key in ("rows_in", "rows_out", "errors", "engine_seconds"):
@@ -94,7 +97,7 @@ def _certificate(run: Run) -> dict[str, Any] | None:
 
 
 def _reward_model(run: Run) -> dict[str, Any]:
-    manifest = run.manifest("rm") or {}
+    manifest = (run.manifest("rm") if run.config.method == "ppo" else None) or {}
     metrics = manifest.get("metrics") or {}
     return {"accuracy_ai": None, **metrics}
 

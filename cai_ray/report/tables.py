@@ -7,7 +7,7 @@ from typing import Any
 
 from cai_ray.report.text import interval, name_of, percent, rates, safe
 
-STAGES = ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate")
+STAGES = ("revise", "sft", "compare", "label", "rm", "ppo", "dpo", "evaluate")
 
 
 def results(report: dict[str, Any]) -> str:

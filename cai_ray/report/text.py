@@ -168,7 +168,7 @@ def transcript(item: dict[str, Any], number: int) -> str:
     parts += [_said("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
     parts.append(_said("first answer", item["response"]))
     for step in item["steps"]:
-        parts.append(_said(f"critique {step['round']}", f"[{step['title']}] {step['critique']}"))
+        parts.append(_said(f"critique {step['round']}", f"[{step['title']}] {step['critique'] or '(none)'}"))
         parts.append(
             _said(f"revision {step['round']}", step["revision"] if step["changed"] else "(unchanged)")
         )

@@ -22,7 +22,7 @@ def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any
     answers = _by_prompt(_rows(run, "evaluate", "transcripts"))
     answered = [r for r in revisions if _key(r["messages"]) in answers]
     chosen = choose(answered, n) or choose(revisions, n)
-    rollouts = _by_prompt(_rows(run, "ppo", "part"))
+    rollouts = _by_prompt(_rows(run, "ppo", "part") if run.config.method == "ppo" else [])
     labels = _by_prompt(_rows(run, "label", "part"))
     return [assemble(row, constitution, answers, rollouts, labels) for row in chosen]
 

@@ -13,7 +13,6 @@ from cai_ray.errors import InputError
 from cai_ray.storage import Run
 
 APPLICATION = "cai-ray"
-_TRAINED = {"rl": "ppo", "sl": "sft"}
 
 
 def serve(run: Run, host: str, port: int, token: str | None, blocking: bool = True) -> str:
@@ -52,10 +51,12 @@ def policy_role(run: Run) -> str:
     Raises:
         InputError: the run has none yet.
     """
-    for role, stage in _TRAINED.items():
+    for role, stage in {"rl": run.config.method, "sl": "sft"}.items():
         if run.manifest(stage) is not None:
             return role
-    raise InputError(f"{run.root}: no policy is trained yet; run `cai-ray run` up to sft or ppo first")
+    raise InputError(
+        f"{run.root}: no policy is trained yet; run `cai-ray run` up to sft or {run.config.method} first"
+    )
 
 
 def build(run: Run, role: str, token: str | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cai_ray import cluster, config, pipeline, storage
@@ -43,17 +43,14 @@ def run(
     Raises:
         InputError: see `pipeline.run_stages`; also `out` is empty, or a setting is the demo's own.
     """
-    _check(out, overrides)
+    check(out, overrides)
     started = time.time()
     reports, rows = [], []
     try:
         for seed in range(seeds):
-            settings = config.load(CONFIG, list(overrides), out=storage.join(out, f"seed-{seed}"), seed=seed)
-            say = _saying(f"seed {seed}" if seeds > 1 else "")
-            done = pipeline.run_stages(settings, pipeline.STAGES, overwrite=overwrite, say=say)
-            report, judged = _result(done)
+            done, report, judged = run_seed(out, seed, overrides, overwrite)
             if controls:
-                _add_controls(done, report, judged, overwrite, f"seed {seed}, " if seeds > 1 else "")
+                _add_controls(done, report, judged, overwrite)
             reports.append(report)
             rows.append(judged)
     finally:
@@ -65,7 +62,7 @@ def run(
     return report
 
 
-def _check(out: str, overrides: Sequence[str]) -> None:
+def check(out: str, overrides: Sequence[str]) -> None:
     """The demo sets `out` and `seed` of its runs itself: an override of them would be lost without a word."""
     if not out.strip():  # else the runs would lie in the root of the file system
         raise InputError("--out is empty; name a directory for the demo's runs")
@@ -76,34 +73,55 @@ def _check(out: str, overrides: Sequence[str]) -> None:
             raise InputError(f"--set {item}: the demo sets {key} itself; use {options[key]}")
 
 
-def _add_controls(
-    done: Run, report: dict[str, Any], judged: list[dict[str, Any]], overwrite: bool, prefix: str
+def run_seed(
+    out: str, seed: int, overrides: Sequence[str], overwrite: bool = False
+) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
+    """Runs one seed into OUT/seed-K: the run, its report and its judged rows."""
+    settings = config.load(CONFIG, list(overrides), out=storage.join(out, f"seed-{seed}"), seed=seed)
+    done = _run(settings, f"seed {seed}", overwrite)
+    return done, *_result(done)
+
+
+def add(
+    done: Run,
+    report: dict[str, Any],
+    judged: list[dict[str, Any]],
+    name: str,
+    sections: dict[str, Any],
+    *,
+    out: str,
+    policy: str = "rl",
+    overwrite: bool = False,
 ) -> None:
+    """Runs a seed with changed settings and adds one of its policies, under a name, to the seed's report and rows.
+
+    Stages that the change does not reach are copied.
+    """
+    data = done.config.model_dump(mode="json")
+    for key, value in sections.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) else value
+    settings = config.validate({**data, "out": out}, CONFIG)
+    pipeline.share(done, settings)
+    other, rows = _result(_run(settings, f"seed {settings.seed}, {text.name_of(name)}", overwrite))
+    report[name] = other[policy]
+    report["models"].append(name)
+    judged.extend({**row, "model": name} for row in rows if row["model"] == policy)
+
+
+def _add_controls(done: Run, report: dict[str, Any], judged: list[dict[str, Any]], overwrite: bool) -> None:
     """Runs the controls of one seed and adds their policies to its report and rows."""
-    stages, base = list(pipeline.STAGES), done.config
-
-    def add(settings: RunConfig, policy: str, name: str, saying: str) -> None:
-        say = _saying(f"{prefix}{saying}")
-        run = pipeline.run_stages(settings, stages, overwrite=overwrite, say=say)
-        other, rows = _result(run)
-        report[name] = other[policy]
-        report["models"].append(name)
-        judged.extend({**row, "model": name} for row in rows if row["model"] == policy)
-
-    where = storage.join(done.root, "controls")
-
-    shuffled = _changed(base, storage.join(where, "shuffled"), rm={"shuffle_labels": True})
-    pipeline.fork(done, shuffled, stages[: stages.index("rm")])
-    add(shuffled, "rl", "shuffled", "shuffled labels")
-
-    if not base.evaluate.best_of:  # else the run itself has it
-        name = f"best_of_{BEST_OF}"
-        best = _changed(base, storage.join(where, name), evaluate={"best_of": BEST_OF})
-        pipeline.fork(done, best, stages[: stages.index("evaluate")])
-        add(best, name, name, f"best of {BEST_OF}")
-
-    only = _changed(base, storage.join(where, f"{KEPT}_only"), constitution=_keep_one(base, where))
-    add(only, "rl", f"{KEPT}_only", f"{KEPT} alone")
+    where, best = storage.join(done.root, "controls"), f"best_of_{BEST_OF}"
+    labels = "dpo" if done.config.method == "dpo" else "rm"
+    controls: dict[str, tuple[str, dict[str, Any]]] = {"shuffled": ("rl", {labels: {"shuffle_labels": True}})}
+    # The run itself may have it; and without a reward model there is no best.
+    if not done.config.evaluate.best_of and done.config.method == "ppo":
+        controls[best] = (best, {"evaluate": {"best_of": BEST_OF}})
+    controls[f"{KEPT}_only"] = ("rl", {"constitution": _keep_one(done.config, where)})
+    for name, (policy, sections) in controls.items():
+        add(
+            done, report, judged, name, sections,
+            out=storage.join(where, name), policy=policy, overwrite=overwrite,
+        )  # fmt: skip
 
 
 def _keep_one(base: RunConfig, folder: str) -> str:
@@ -115,20 +133,15 @@ def _keep_one(base: RunConfig, folder: str) -> str:
     return path
 
 
-def _changed(base: RunConfig, out: str, **sections: Any) -> RunConfig:
-    data = base.model_dump(mode="json")
-    for key, value in sections.items():
-        data[key] = {**data[key], **value} if isinstance(value, dict) else value
-    return config.validate({**data, "out": out}, CONFIG)
+def _run(settings: RunConfig, who: str, overwrite: bool) -> Run:
+    def say(line: str) -> None:
+        print(f"[{who}] {line}", file=sys.stderr, flush=True)
+
+    return pipeline.run_stages(settings, pipeline.path(settings), overwrite=overwrite, say=say)
 
 
 def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return storage.read_json(run.path("report", "report.json")), run.rows("evaluate")
-
-
-def _saying(who: str) -> Callable[[str], None]:
-    lead = f"[{who}] " if who else ""
-    return lambda line: print(f"{lead}{line}", file=sys.stderr, flush=True)
 
 
 def _show(report: dict[str, Any], folder: str, seconds: float) -> None:

@@ -159,6 +159,25 @@ def preference_metrics(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor) -> 
     return out
 
 
+def direct_preference(
+    r_a: Tensor, r_b: Tensor, p_a: Tensor, *, beta: float, smoothing: float, kind: str
+) -> Tensor:
+    """The loss of direct preference optimisation per row, on implicit rewards r = beta * (log p - log p_ref). All (B,).
+
+    `sigmoid` (Rafailov et al. 2023, arXiv 2305.18290, equation 7) is `soft_bradley_terry`. `ipo` (Azar et al. 2023,
+    arXiv 2310.12036, equation 17) is (h - 1 / (2 beta))² for a preferred response, h = (r_a - r_b) / beta; over a label
+    p, in expectation and up to a constant, (h - (2p - 1) / (2 beta))².
+
+    Args:
+        smoothing: the share of labels taken to be the wrong way round, p (1 - e) + (1 - p) e (Mitchell 2023, "A note on
+            DPO with noisy preferences").
+    """
+    p = p_a * (1 - smoothing) + (1 - p_a) * smoothing
+    if kind == "ipo":
+        return ((r_a - r_b) / beta - (2 * p - 1) / (2 * beta)).square()
+    return soft_bradley_terry(r_a, r_b, p)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

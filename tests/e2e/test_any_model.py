@@ -19,7 +19,6 @@ from cai_ray.storage import Run, open_run
 from tests import tiny
 from tests.e2e.command import ROOT, Driver, cai_ray, refused, settings, succeed
 
-STAGES = list(pipeline.STAGES)
 SHARED = ROOT.parent / "shared" / "data" / "hh-harmless-base-800.jsonl.gz"
 
 # Conversations of several turns, with text that looks like a template's own and text of several scripts.
@@ -71,7 +70,7 @@ def run(runs: dict[str, Run], request: pytest.FixtureRequest) -> Run:
 
 
 def test_all_stages_are_done_on_two_rows_and_two_steps(run: Run) -> None:
-    rows = {stage: (run.manifest(stage) or {}).get("rows_out") for stage in STAGES}
+    rows = {stage: (run.manifest(stage) or {}).get("rows_out") for stage in pipeline.path(run.config)}
     assert rows["revise"] == 4  # two to be revised, two samples that keep the policy helpful
     assert rows["compare"] == rows["label"] == 2
     assert rows["evaluate"] == 6  # two prompts, three policies

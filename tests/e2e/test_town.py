@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from cai_ray import constitution, pipeline, storage
+from cai_ray import config, constitution, pipeline, storage
 from cai_ray.generate import compare, revise
 from cai_ray.generate.sources import normalised, read_comparisons, read_prompts
 from cai_ray.storage import Run, open_run
 from cai_ray.town import BASE
 from tests.e2e.command import SMALL, cai_ray, refused, settings, succeed
 
-STAGES = list(pipeline.STAGES)
+STAGES = pipeline.path(config.load("errand-town"))
 GENERATED = ("revise", "compare", "label", "evaluate")
 TRAINED = ("sft", "rm", "ppo")
 RATES = ("harm", "helpful", "over_refusal", "malformed", "principle_named")
@@ -224,6 +224,24 @@ def test_one_stage_is_made_again_when_asked(copy: Path) -> None:
     after = _manifests(copy)
     assert {s for s in STAGES if before[s] != after[s]} == {"report"}
     assert (copy / "report" / "index.html").exists()
+
+
+def test_another_method_goes_on_from_the_labels(copy: Path) -> None:
+    """DPO in the place of reward model and PPO: what these left in the directory has no part in what follows."""
+    before = _manifests(copy)
+    changed = {**SMALL, "method": "dpo", "dpo.human": SMALL["rm.human"], "dpo.epochs": 1}
+    said = succeed("run", "errand-town", "--out", copy, *settings(changed), "--overwrite").stderr
+    assert said.count("skipped") == STAGES.index("label") + 1
+    after, run = _manifests(copy), open_run(str(copy))
+    assert {s for s in after if before.get(s) != after[s]} == {"dpo", "evaluate", "report"}
+    assert run.manifest("evaluate")["models"]["rl"] == storage.folder_sha(run.path("dpo", "model"))
+    assert {r["reward"] for r in run.rows("evaluate")} == {None}
+    report = json.loads((copy / "report" / "report.json").read_text())
+    assert report["method"] == "dpo" and report["ppo"]["steps"] == [] and report["dpo"]["steps"]
+    assert report["rm"]["accuracy_gold"] is None and report["rl"]["harm"]["n"]
+    assert [r["stage"] for r in json.loads(succeed("status", copy, "--json").stdout)] == [
+        *STAGES[: STAGES.index("rm")], "dpo", "evaluate", "report"
+    ]  # fmt: skip
 
 
 def test_until_ends_there(copy: Path) -> None:

@@ -20,6 +20,7 @@ from cai_ray.errors import InputError, Stopped
 from cai_ray.storage import Run
 from cai_ray.train import checkpoints, fit, rm, sft
 from cai_ray.train.batches import Example, pad
+from cai_ray.train.comparisons import Pairs
 from cai_ray.train.dialogues import Dialogues
 from cai_ray.train.losses import sft_loss, soft_bradley_terry
 from cai_ray.train.models import (
@@ -56,7 +57,7 @@ def steps_on_each_stage(config: dict[str, Any]) -> None:
         policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
         loss, norm = sft.update(policy, data, BATCH, cfg, config["pad_id"])
         reward = fit.distribute(load_reward_model(run.config.model, cfg), cfg, 2)
-        pairs = rm.Pairs(
+        pairs = Pairs(
             ray.get(config["pairs"]), ray.get(config["p_a"]), ray.get(config["human"]), config["pad_id"]
         )
         sums, reward_norm = rm.update(reward, pairs, BATCH, cfg)

@@ -14,7 +14,7 @@ from cai_ray import storage
 from cai_ray.config import RmConfig
 from cai_ray.errors import InputError
 from cai_ray.storage import Run
-from cai_ray.train import rm
+from cai_ray.train import comparisons, rm
 from cai_ray.train.models import reward_scale
 from tests.ray import training
 
@@ -27,20 +27,31 @@ def test_labels_that_say_nothing_are_left_out_and_counted() -> None:
     labels[1]["response_b"] = labels[1]["response_a"]
     labels[2]["p_a"] = 0.52
     labels[3]["p_a"] = None
-    rows, left_out = rm.ai_comparisons(labels, RmConfig(min_margin=0.05), seed=0)
+    rows, left_out = comparisons.ai_comparisons(labels, RmConfig(min_margin=0.05), seed=0)
     assert [r["id"] for r in rows] == ["c004", "c005", "c006", "c007"]
     assert left_out == {"error": 2, "identical": 1, "min_margin": 1}
     assert [r["p_a"] for r in rows] == [0.9, 0.1, 0.9, 0.1]
 
 
+def test_hard_labels_are_rounded_and_ties_left_out() -> None:
+    labels = training.labels(6)
+    for row, p in zip(labels, (0.51, 0.49, 0.5, 0.9, 0.0, 0.5), strict=True):
+        row["p_a"] = p
+    rows, left_out = comparisons.ai_comparisons(labels, RmConfig(hard_labels=True), seed=0)
+    assert [(r["id"], r["p_a"]) for r in rows] == [("c000", 1.0), ("c001", 0.0), ("c003", 1.0), ("c004", 0.0)]
+    assert left_out["tie"] == 2
+    soft, left_out = comparisons.ai_comparisons(labels, RmConfig(), seed=0)
+    assert [r["p_a"] for r in soft] == [0.51, 0.49, 0.5, 0.9, 0.0, 0.5] and not left_out["tie"]
+
+
 def test_shuffled_labels_are_flipped_for_half_of_the_rows_and_never_otherwise() -> None:
     labels = [row | {"id": f"c{i}", "p_a": 0.8} for i, row in enumerate(training.labels(1) * 1000)]
-    rows, _ = rm.ai_comparisons(labels, RmConfig(shuffle_labels=True), seed=3)
+    rows, _ = comparisons.ai_comparisons(labels, RmConfig(shuffle_labels=True), seed=3)
     flipped = sum(r["p_a"] == pytest.approx(0.2) for r in rows)
     assert 450 < flipped < 550
-    again, _ = rm.ai_comparisons(labels[::-1], RmConfig(shuffle_labels=True), seed=3)
+    again, _ = comparisons.ai_comparisons(labels[::-1], RmConfig(shuffle_labels=True), seed=3)
     assert sorted(rows, key=lambda r: r["id"]) == sorted(again, key=lambda r: r["id"])
-    assert all(r["p_a"] == 0.8 for r in rm.ai_comparisons(labels, RmConfig(), seed=3)[0])
+    assert all(r["p_a"] == 0.8 for r in comparisons.ai_comparisons(labels, RmConfig(), seed=3)[0])
 
 
 def test_a_prompts_comparisons_are_on_one_side_of_the_split() -> None:
@@ -48,11 +59,11 @@ def test_a_prompts_comparisons_are_on_one_side_of_the_split() -> None:
         r | {"messages": training.labels(100)[i // 3]["messages"] + [i // 3]}
         for i, r in enumerate(training.labels(300))
     ]
-    train, held = rm.split(rows, 0.2, seed=0)
+    train, held = comparisons.split(rows, 0.2, seed=0)
     assert sorted(train + held) == list(range(300))
     assert 30 < len(held) < 90
     assert not {i // 3 for i in train} & {i // 3 for i in held}
-    assert rm.split(rows, 0.0, seed=0)[1] == []
+    assert comparisons.split(rows, 0.0, seed=0)[1] == []
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +148,10 @@ def test_item_15_reference_set_depends_on_ids_alone() -> None:
 def test_item_18_metrics_are_kept_apart_by_source() -> None:
     sums = {"ai/n": 2.0, "ai/loss": 1.0, "ai/accuracy": 2.0, "ai/margin": 4.0}
     sums |= {"human/n": 4.0, "human/loss": 8.0, "human/accuracy": 1.0, "human/margin": -4.0}
-    means = rm._means("eval", sums)
+    means = comparisons.means("eval", sums)
     assert (means["eval/ai_accuracy"], means["eval/human_accuracy"]) == (1.0, 0.25)
     assert (means["eval/ai_loss"], means["eval/human_loss"]) == (0.5, 2.0)
-    assert not any(k.startswith("eval/human") for k in rm._means("eval", sums | {"human/n": 0.0}))
+    assert not any(k.startswith("eval/human") for k in comparisons.means("eval", sums | {"human/n": 0.0}))
 
 
 def test_item_18_sources_reach_the_metrics_in_their_own_columns() -> None:
@@ -149,7 +160,7 @@ def test_item_18_sources_reach_the_metrics_in_their_own_columns() -> None:
     examples = training.pack(_example(9 if i % 2 else 4) for i in range(12))
     p_a = np.asarray([0.9, 0.9, 0.9, 0.1, 0.1, 0.1])
     human = np.asarray([False] * 3 + [True] * 3)
-    pairs = rm.Pairs(examples, p_a, human, pad_id=0)
+    pairs = comparisons.Pairs(examples, p_a, human, pad_id=0)
 
     def model(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return -input_ids.float()  # the score is the last token: a ends with 4, b with 9

@@ -243,10 +243,10 @@ def test_item_38_faults_of_gold_comparisons(tmp_path: Path, change: dict[str, An
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stages `label` and `rm` that only count; `label` writes a certificate."""
+    """Stages `label`, `rm` and `dpo` that only count; `label` writes a certificate."""
     made: list[str] = []
     stages: dict[str, Stage] = {}
-    for name, needs in (("label", ()), ("rm", ("label",))):
+    for name, needs in (("label", ()), ("rm", ("label",)), ("dpo", ("label",))):
         module = ModuleType(f"gated_{name}")
 
         def run(run: Run, name: str = name) -> dict[str, Any]:
@@ -269,19 +269,22 @@ def go(out: Path, names: list[str], *overrides: str) -> Run:
     )
 
 
-def test_a_gate_stops_before_rm_and_the_labels_are_kept(tmp_path: Path, calls: list[str]) -> None:
-    tight = "label.gates.max_slot_bias=0.4"
+@pytest.mark.parametrize(("method", "stage"), [("ppo", "rm"), ("dpo", "dpo")])
+def test_a_gate_stops_before_rm_and_the_labels_are_kept(
+    tmp_path: Path, calls: list[str], method: str, stage: str
+) -> None:
+    chosen, tight = f"method={method}", "label.gates.max_slot_bias=0.4"
     with pytest.raises(
         Stopped, match=r"max_slot_bias=0\.4: slot bias is 1, 0\.6 above; see .*certificate.json"
     ):
-        go(tmp_path, ["label", "rm"], tight)
+        go(tmp_path, ["label", stage], chosen, tight)
     assert calls == ["label"]
-    for names in (["label", "rm"], ["label"], ["rm"]):
+    for names in (["label", stage], ["label"], [stage]):
         with pytest.raises(Stopped, match="max_slot_bias"):
-            go(tmp_path, names, tight)
+            go(tmp_path, names, chosen, tight)
     assert calls == ["label"], "a gate says no as long as it stands, and nothing is labelled again"
-    go(tmp_path, ["label", "rm"], "label.gates.max_slot_bias=1.0")
-    assert calls == ["label", "rm"], "with another bound the run goes on from its labels"
+    go(tmp_path, ["label", stage], chosen, "label.gates.max_slot_bias=1.0")
+    assert calls == ["label", stage], "with another bound the run goes on from its labels"
 
 
 def test_a_gate_ends_the_command_with_3_and_one_line(

@@ -22,7 +22,7 @@ LAYERS = {
     "cai_ray.engine": 1,
     "cai_ray.train": 2,
     **{f"cai_ray.train.{name}": 1 for name in ("models", "ranks", "batches", "losses", "advantages")},
-    **{f"cai_ray.train.{name}": 3 for name in ("sft", "rm", "ppo", "alarms", "feedback", "snapshots")},
+    **{f"cai_ray.train.{name}": 3 for name in ("sft", "rm", "ppo", "dpo", "alarms", "feedback", "snapshots")},
     "cai_ray.generate": 3,
     **{f"cai_ray.generate.{name}": 2 for name in ("rows", "journal", "sources", "files", "near", "draw")},
     **{f"cai_ray.{name}": 3 for name in ("evaluate", "report", "serve", "town")},

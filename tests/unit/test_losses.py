@@ -8,6 +8,7 @@ from torch.nn.functional import log_softmax
 
 from cai_ray.train import losses
 from cai_ray.train.losses import (
+    direct_preference,
     head_logprobs,
     importance_weights,
     kl_k1,
@@ -48,6 +49,45 @@ def test_item_12_soft_bradley_terry():
     torch.testing.assert_close(loss, torch.tensor([7500.0, 2500.0]))
     loss.sum().backward()
     torch.testing.assert_close(far.grad, torch.tensor([0.75, -0.25]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_direct_preference_loss_against_the_formulas(kind, smoothing):
+    """From log-probabilities of two responses under policy and reference, one comparison at a time."""
+    beta = 0.3
+    logp, ref = draw(16, 2, seed=1, scale=3), draw(16, 2, seed=2, scale=3)
+    labels = torch.rand(16, generator=torch.Generator().manual_seed(3))
+    r = beta * (logp - ref)
+    got = direct_preference(r[:, 0], r[:, 1], labels, beta=beta, smoothing=smoothing, kind=kind)
+
+    def losses_of(h: float) -> tuple[float, float]:
+        """Where a is preferred, and where b is."""
+        if kind == "ipo":
+            return (h - 1 / (2 * beta)) ** 2, (h + 1 / (2 * beta)) ** 2
+        return math.log1p(math.exp(-beta * h)), math.log1p(math.exp(beta * h))
+
+    for (la, lb), (fa, fb), p, loss in zip(logp.tolist(), ref.tolist(), labels.tolist(), got, strict=True):
+        preferred = p * (1 - smoothing) + (1 - p) * smoothing  # P(a preferred), the label's errors counted
+        a, b = losses_of((la - fa) - (lb - fb))
+        expected = preferred * a + (1 - preferred) * b
+        if kind == "ipo":  # what does not depend on the policy is left out
+            expected -= (1 - (2 * preferred - 1) ** 2) / (2 * beta) ** 2
+        assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+    # A label of one half pulls neither way where the policy is the reference; nothing overflows far from it.
+    d = torch.zeros(1, requires_grad=True)
+    half = direct_preference(
+        d, torch.zeros(1), torch.tensor([0.5]), beta=beta, smoothing=smoothing, kind=kind
+    )
+    half.sum().backward()
+    assert d.grad.item() == 0.0
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    loss = direct_preference(
+        far, torch.zeros(2), torch.tensor([0.25, 1.0]), beta=beta, smoothing=smoothing, kind=kind
+    )
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(far.grad).all()
 
 
 def test_item_18_metrics_per_source():

@@ -54,6 +54,16 @@ def test_full_ppo_of_8b_is_some_290_gb() -> None:
     assert held / 1e9 == pytest.approx(280, abs=10)
 
 
+def test_dpo_keeps_one_model() -> None:
+    cfg = load("method=dpo", "dpo.dtype=bfloat16", "dpo.zero_stage=0", "dpo.workers=1")
+    needs = memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True)
+    stages = [n.stage for n in needs]
+    assert "dpo" in stages and not {"rm", "ppo"} & set(stages)
+    parts = needs[stages.index("dpo")].parts
+    assert sum(parts[k] for k in ("weights", "gradients", "optimizer")) == 16 * 8_030_261_248
+    assert "frozen" not in parts, "the reference is a column of numbers"
+
+
 def test_an_engine_over_several_gpus_and_quantised(llama_8b: memory.Shape) -> None:
     def need(**settings: object) -> memory.Need:
         return memory.engine_need(

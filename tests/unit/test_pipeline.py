@@ -15,6 +15,7 @@ from cai_ray.pipeline import Stage
 from cai_ray.storage import Run, open_run
 
 CALLS: list[str] = []
+ALL = dict(pipeline.STAGES)
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +198,49 @@ def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override:
     with pytest.raises(InputError, match=says):
         pipeline.run_stages(config, ["revise"], say=lambda _: None)
     assert CALLS == []
+
+
+def test_a_method_has_its_own_stages_and_reads_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "STAGES", ALL)
+    shared = ["revise", "sft", "compare", "label"]
+    for method, own in (("ppo", ["rm", "ppo"]), ("dpo", ["dpo"])):
+        run = Run(load(tmp_path, f"method={method}"))
+        assert pipeline.path(run.config) == [*shared, *own, "evaluate", "report"]
+        assert [s["stage"] for s in pipeline.status(run)] == pipeline.path(run.config)
+        assert run.model("rl") == run.path(method, "model")
+        for stage in [*shared, *own]:
+            storage.write_json(run.path(stage, "manifest.json"), {"id": f"{method} {stage}", "inputs": {}})
+        read = pipeline.inputs(run, "evaluate")
+        assert {k: read[k] for k in ALL if k in read and k != "evaluate"} == {
+            s: f"{method} {s}" for s in ["sft", "label", *own]
+        }
+    with pytest.raises(InputError, match=r"ppo is no stage of method=dpo; set method=ppo"):
+        pipeline.check_inputs(run.config, ["ppo"])
+    with pytest.raises(InputError, match=r"dpo is no stage of method=ppo; set method=dpo"):
+        pipeline.check_inputs(load(tmp_path), ["dpo"])
+    with pytest.raises(InputError, match=r"best_of=4 chooses by a reward model, and method=dpo trains none"):
+        load(tmp_path, "method=dpo", "evaluate.best_of=4")
+
+
+def test_settings_that_came_later_leave_what_is_done_as_it_is(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert {"critique", "critique_model"}.isdisjoint(pipeline._settings(config.revise))
+    assert "hard_labels" not in pipeline._settings(config.rm)
+    assert pipeline._settings(load(tmp_path, "rm.hard_labels=true").rm)["hard_labels"] is True
+    assert pipeline._settings(load(tmp_path, "revise.critique=false").revise)["critique"] is False
+
+
+@pytest.mark.parametrize("method", ["rm", "dpo"])
+def test_item_10_human_comparisons_of_each_method(tmp_path: Path, method: str) -> None:
+    (tmp_path / "held.jsonl").write_text('{"prompt": "how do i rest ?"}')
+    (tmp_path / "human.jsonl").write_text('{"prompt": "How do I rest ?", "chosen": "lie", "rejected": "run"}')
+    held = f"evaluate.prompts=[{{path: {tmp_path / 'held.jsonl'}, kind: helpful}}]"
+    human = f"{method}.human=[{{path: {tmp_path / 'human.jsonl'}}}]"
+    which = f"method={'dpo' if method == 'dpo' else 'ppo'}"
+    with pytest.raises(InputError, match="also a training prompt"):
+        pipeline.check_inputs(load(tmp_path, which, held, "evaluate.judge=model", human))
 
 
 def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:

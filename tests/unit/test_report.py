@@ -458,6 +458,37 @@ def test_fork_copies_completed_stages_once(town_run: Run, tmp_path: Path) -> Non
         pipeline.fork(town_run, settings, ["sft"])
 
 
+def test_share_copies_the_stages_that_a_change_does_not_reach(town_run: Run, tmp_path: Path) -> None:
+    def changed(name: str, *overrides: str) -> list[str]:
+        settings = config.load("errand-town", list(overrides), out=str(tmp_path / name))
+        new = pipeline.share(town_run, settings)
+        return [s for s in pipeline.STAGES if new.manifest(s)]
+
+    for name in pipeline.path(town_run.config):
+        manifest = {"id": f"id of {name}", "seconds": 1.0, "inputs": pipeline.inputs(town_run, name)}
+        storage.write_json(town_run.path(name, "manifest.json"), manifest)
+    everything = pipeline.path(town_run.config)
+    assert changed("same") == everything
+    assert changed("kl", "ppo.kl_coef=0.5") == everything[: everything.index("ppo")]
+    assert changed("hard", "rm.hard_labels=true") == everything[: everything.index("rm")]
+    assert changed("dpo", "method=dpo") == everything[: everything.index("rm")]
+    assert changed("critique", "revise.critique=false") == []
+    assert changed("seed", "seed=1") == []
+
+
+def test_a_report_of_dpo_has_no_reward_model(tmp_path: Path) -> None:
+    """Nor what another method left in the directory."""
+    run = make_run(config.load("errand-town", ["method=dpo"], out=str(tmp_path)))
+    run.write_metrics("dpo", [{"step": i, "dpo/loss": 0.7 - i / 10, "dpo/ai_margin": i / 10} for i in (1, 2)])
+    report = stage.build(run)
+    assert report["method"] == "dpo" and report["ppo"]["steps"] == []
+    assert report["rm"]["accuracy_ai"] is None
+    assert {"dpo"} == {"rm", "ppo", "dpo"} & report["stages"].keys()
+    page = html.page(report)
+    assert "Direct preference optimisation" in page and "Reinforcement learning" not in page
+    assert combine([report], [run.rows("evaluate")])["dpo"]["steps"] == report["dpo"]["steps"]
+
+
 def test_demo_puts_seeds_and_controls_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

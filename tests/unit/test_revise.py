@@ -8,11 +8,11 @@ import pytest
 from cai_ray import constitution
 from cai_ray.config import CompareConfig, PromptSource, ReviseConfig, RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
-from cai_ray.errors import RowError
+from cai_ray.errors import InputError, RowError
 from cai_ray.generate.compare import Compare
 from cai_ray.generate.quality import run_templates
 from cai_ray.generate.revise import Revise
-from cai_ray.prompts import TemplateSet, load_templates
+from cai_ray.prompts import TemplateSet, check_direct, load_templates
 
 TOWN = constitution.load("errand-town")
 ROW = {
@@ -25,9 +25,13 @@ ROW = {
 
 
 def revise(
-    answer: Any, document: constitution.Constitution = TOWN, templates: TemplateSet | None = None, **row: Any
+    answer: Any,
+    document: constitution.Constitution = TOWN,
+    templates: TemplateSet | None = None,
+    critique: bool = True,
+    **row: Any,
 ) -> dict[str, Any]:
-    config = ReviseConfig(rounds=4, draw="without_replacement")
+    config = ReviseConfig(rounds=4, draw="without_replacement", critique=critique)
     chain = Revise(document, templates or load_templates("errand-town"), config, seed=0, model="m")
     return asyncio.run(chain(ScriptedEngine(answer=answer), {**ROW, **row}))
 
@@ -57,6 +61,40 @@ def test_item_07_every_step_names_its_principle_and_carries_its_requests() -> No
         assert step["revision_request"] == TOWN[step["principle_id"]].revision_request
     assert len({s["principle_id"] for s in out["steps"]}) == 4
     assert out["constitution_sha"] == TOWN.sha
+
+
+@pytest.mark.parametrize("name", ["errand-town", "general"])
+def test_without_critiques_revisions_are_asked_for_at_once(name: str) -> None:
+    seen: list[list[str]] = []
+
+    def answer(messages: list[dict[str, str]], sampling: Any) -> str:
+        seen.append([m["content"] for m in messages])
+        return f"text {len(seen)}"
+
+    out = revise(answer, templates=load_templates(name), critique=False)
+    assert len(seen) == 1 + 4, "an answer and four revisions"
+    assert [s["revision"] for s in out["steps"]] == [f"text {n}" for n in (2, 3, 4, 5)]
+    for step, asked, before in zip(out["steps"], seen[1:], range(1, 5), strict=True):
+        principle = TOWN[step["principle_id"]]
+        text = "\n".join(asked)
+        assert f"text {before}" in text and principle.revision_request in text
+        assert principle.critique_request not in text and "# Critique" not in text
+        assert step["critique"] is None and step["critique_request"] is None
+    assert {s["principle_id"] for s in out["steps"]} == {s["principle_id"] for s in revise(by_step)["steps"]}
+
+
+def test_item_38_a_set_without_a_way_to_ask_for_revisions_at_once() -> None:
+    check_direct(load_templates("errand-town"))
+    with pytest.raises(InputError, match=r"revise\.critique=false: template set errand-town has no direct"):
+        check_direct(load_templates("errand-town").model_copy(update={"direct": None}))
+    with pytest.raises(ValueError, match="critique=false"):
+        ReviseConfig.model_validate(
+            {
+                "critique": False,
+                "critique_model": "m",
+                "critique_engine": {"kind": "openai", "base_url": "http://h/v1"},
+            }
+        )
 
 
 def test_a_disabled_principles_slot_is_skipped() -> None:

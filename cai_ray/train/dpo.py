@@ -1,0 +1,157 @@
+"""Stage `dpo`: direct preference optimisation on soft labels, in the place of `rm` and `ppo`.
+
+Rafailov et al. 2023 (arXiv 2305.18290): the reward is r = beta * (log p(y|x) - log p_ref(y|x)) of the whole response,
+its end included, and the loss is that of the reward model on r_a - r_b. Labels are probabilities and are trained on as
+they are. The reference is the SL-CAI policy, with which training starts: its log-probabilities are computed by the
+policy itself before the first step, so that no second model is kept, and go with the checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cai_ray import storage
+from cai_ray.config import DpoConfig, TrainConfig
+from cai_ray.storage import Run
+from cai_ray.train.comparisons import Pairs, add, last_evaluation, means, pairs, read
+from cai_ray.train.dialogues import shuffled
+from cai_ray.train.losses import direct_preference, preference_metrics
+
+if TYPE_CHECKING:
+    from cai_ray.train.fit import Trained
+
+
+def run(run: Run) -> dict[str, Any]:
+    from cai_ray.train import fit
+
+    source = run.model("sl")
+    data = read(run, "dpo", source)
+    result = fit.fit(run, "dpo", loop, run.config.dpo, data.shared())
+    return {
+        **data.counts,
+        "init_sha": storage.model_sha(source),
+        "model_sha": storage.folder_sha(run.path("dpo", "model")),
+        **result,
+    }
+
+
+def loop(config: dict[str, Any]) -> dict[str, Any]:
+    """Trains on one rank of the group."""
+    from cai_ray.train import fit
+    from cai_ray.train.models import load_policy
+
+    run: Run = config["run"]
+    cfg, seed = run.config.dpo, run.config.seed
+    data, train = pairs(config), config["train"]
+    per_epoch = -(-len(train) // cfg.batch_size)
+    total = cfg.epochs * per_epoch
+    every = cfg.checkpoint_every or per_epoch
+
+    source = run.model("sl")
+    policy = fit.distribute(load_policy(source, cfg), cfg, total)
+    state = fit.restore({"policy": policy}) or {"step": 0, "rows": [], "reference": None}
+    reference = state["reference"]
+    if reference is None:
+        reference = response_logprobs(policy, data, cfg)
+    log = fit.Log(run, "dpo", total, state["rows"])
+    for step in range(state["step"], total):
+        started = time.perf_counter()
+        epoch, place = divmod(step, per_epoch)
+        order = shuffled(len(train), seed, "dpo", epoch)
+        batch = [train[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
+        rate = policy.lr
+        sums, norm = update(policy, data, reference, batch, cfg)
+        log.add(
+            step + 1,
+            {
+                "dpo/loss": sums.pop("loss") / len(batch),
+                **means("dpo", sums),
+                "dpo/epoch": epoch + 1,
+                "dpo/grad_norm": norm,
+                "dpo/learning_rate": rate,
+                "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
+            },
+        )
+        if (step + 1) % per_epoch == 0:
+            log.rows[-1].update(evaluate(policy, data, reference, config["held"], cfg))
+        if (step + 1) % every == 0 or step + 1 == total:
+            state = {"step": step + 1, "rows": log.rows, "reference": reference}
+            fit.save_checkpoint({"policy": policy}, state, step + 1)
+    log.write()
+    fit.save_model(policy, source, run.path("dpo", "model"))
+    return {"steps": total, "metrics": last_evaluation(log.rows)}
+
+
+def update(
+    policy: Trained, data: Pairs, reference: Tensor, batch: list[int], cfg: DpoConfig
+) -> tuple[dict[str, float], float]:
+    """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
+    from cai_ray.train import fit
+
+    sums: dict[str, Tensor] = {}
+    for group in data.micro_batches(batch, cfg):
+        r_a, r_b, p_a, human = rewards(policy, data, reference, group, cfg)
+        loss = direct_preference(
+            r_a, r_b, p_a, beta=cfg.beta, smoothing=cfg.label_smoothing, kind=cfg.loss
+        ).sum()
+        policy.backward(loss / len(batch) * fit.world_size())
+        add(sums, {"loss": loss, **measure(r_a, r_b, p_a, human, cfg)})
+    return fit.global_sums(sums), policy.step()
+
+
+def rewards(
+    policy: Trained, data: Pairs, reference: Tensor, group: list[int], cfg: DpoConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implicit rewards of both responses, labels and sources, each (pairs,)."""
+    from cai_ray.train.models import sequence_logprobs
+
+    logprobs = sequence_logprobs(policy, data.inputs(group)).sum(1)
+    a, b, p_a, human = data.sides(group, logprobs)
+    ref_a, ref_b = reference[group].to(logprobs).unbind(1)
+    return cfg.beta * (a - ref_a), cfg.beta * (b - ref_b), p_a, human
+
+
+def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig) -> dict[str, Tensor]:
+    """Sums over rows, apart for AI and human labels: those of a reward model, and chosen, rejected, drift.
+
+    `loss` is the cross-entropy with the label as it is, whatever loss is trained on. `drift` is log p_ref - log p of a
+    response; the reference sampled the AI comparisons, so that there it estimates KL(ref‖p).
+    """
+    r_a, r_b = r_a.detach(), r_b.detach()
+    chosen, rejected = torch.where(p_a >= 0.5, r_a, r_b), torch.where(p_a >= 0.5, r_b, r_a)
+    drift = -(r_a + r_b) / (2 * cfg.beta)
+    out = preference_metrics(r_a, r_b, p_a, human)
+    for source, rows in (("ai", ~human), ("human", human)):
+        for what, values in (("chosen", chosen), ("rejected", rejected), ("drift", drift)):
+            out[f"{source}/{what}"] = values[rows].sum()
+    return out
+
+
+@torch.no_grad()
+def response_logprobs(policy: Trained, data: Pairs, cfg: TrainConfig) -> Tensor:
+    """(comparisons, 2) float32 on CPU: the log-probability of every whole response; each rank computes its share."""
+    from cai_ray.train import fit
+    from cai_ray.train.models import sequence_logprobs
+
+    found = torch.zeros(len(data), 2)
+    for group in data.micro_batches(list(range(len(data))), cfg):
+        a, b, _, _ = data.sides(group, sequence_logprobs(policy, data.inputs(group)).sum(1))
+        found[group] = torch.stack([a, b], 1).float().cpu()
+    return fit.global_sum(found)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Trained, data: Pairs, reference: Tensor, held: list[int], cfg: DpoConfig
+) -> dict[str, float]:
+    """The same measures on held-out comparisons."""
+    from cai_ray.train import fit
+
+    sums: dict[str, Tensor] = {}
+    for group in data.micro_batches(held, cfg):
+        add(sums, measure(*rewards(policy, data, reference, group, cfg), cfg))
+    return means("eval", fit.global_sums(sums))
