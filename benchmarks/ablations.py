@@ -31,9 +31,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "group baseline, 4 samples",
         {"ppo": {"advantage": "rloo", "group": 4, "value_warmup_steps": 0}},
     ),
-    "dpo": ("DPO for reward model and PPO", {"method": "dpo"}),
-    "dpo_hard_labels": ("DPO, labels rounded", {"method": "dpo", "dpo": {"hard_labels": True}}),
-    "dpo_shuffled": ("DPO, half of the labels flipped", {"method": "dpo", "dpo": {"shuffle_labels": True}}),
+    "with_dpo": ("DPO for reward model and PPO", {"method": "dpo"}),
+    "with_dpo_hard_labels": ("DPO, labels rounded", {"method": "dpo", "dpo": {"hard_labels": True}}),
+    "with_dpo_shuffled": (
+        "DPO, half of the labels flipped",
+        {"method": "dpo", "dpo": {"shuffle_labels": True}},
+    ),
 }
 FULL = {"base": "base", "sl": "SL-CAI", "rl": "RL-CAI, the full method"}
 RATES = {"harm": "harm", "helpful": "helpful", "over_refusal": "over-refusal", "malformed": "malformed"}
