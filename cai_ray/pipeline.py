@@ -254,8 +254,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
     Raises:
         InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
-            endpoint's key is not in the environment, an evaluation prompt is also a training prompt, the output
-            cannot be written.
+            endpoint's key is not in the environment, a sink's package is not installed, an evaluation prompt is also a
+            training prompt, the output cannot be written.
     """
     from cai_ray.cluster import uses_gpu
     from cai_ray.engine.openai import check_options, read_key
@@ -263,7 +263,9 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
     from cai_ray.prompts import Renderer, check_mode
+    from cai_ray.train import sinks
 
+    sinks.check(config.sinks)
     if "evaluate" in stages and not config.evaluate.prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts, or stop earlier with --until ppo")
     if "ppo" in stages and config.engine.pipeline_parallel > 1:

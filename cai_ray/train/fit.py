@@ -33,7 +33,6 @@ from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 from cai_ray.train import metrics
 from cai_ray.train.metrics import Log as Log
-from cai_ray.train.metrics import progress as progress
 from cai_ray.train.models import save_folder, state_items
 from cai_ray.train.ranks import device as device
 from cai_ray.train.ranks import global_sum as global_sum
@@ -99,7 +98,6 @@ def fit(
     if "fault" in outcome:
         kind, text = outcome["fault"]
         raise {"InputError": InputError, "Stopped": Stopped}[kind](text)
-    metrics.write_events(run, stage)
     return outcome["result"] or {}
 
 

@@ -202,7 +202,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             save_rollouts(run, step, rows, rollouts, targets, renderer)
         if (step + 1) % (cfg.checkpoint_every or 10) == 0 and step + 1 < total:
             save_checkpoint(engines, checkpoint_state(run, models, step + 1, log, tokens, kl_coef), step + 1)
-    log.write()
+    log.close()
     save_model(models.policy, run.model("sl"), run.path("ppo", "model"))
     last = {k: v for k, v in log.rows[-1].items() if k != "step"} if log.rows else {}
     return {"metrics": last, "tokens": tokens, "rollouts": total * cfg.rollout_batch}
