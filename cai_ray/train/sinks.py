@@ -15,7 +15,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
@@ -90,7 +92,8 @@ class TensorBoard:
     """Events under RUN/<stage>/tensorboard; where that is remote, a local file that is copied there now and then."""
 
     def __init__(self, watched: Watched):
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter, whose queue and thread come to a file only in the end, or after two minutes.
+        from tensorboardX.event_file_writer import EventsWriter
 
         self._uri = watched.run.path(watched.stage, "tensorboard")
         storage.delete(self._uri)  # of an attempt before, with steps that are done again
@@ -98,13 +101,17 @@ class TensorBoard:
         self._remote = not isinstance(fs, LocalFileSystem)
         self._folder = tempfile.TemporaryDirectory() if self._remote else None
         self._local = self._folder.name if self._folder else path
-        self._writer = SummaryWriter(self._local, write_to_disk=True)
+        Path(self._local).mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(f"{self._local}/events")
         self._copied = time.monotonic()
         watched.replay(self)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writer.flush()
         if self._remote and time.monotonic() - self._copied > UPLOAD_S:
             self._upload()
@@ -211,14 +218,24 @@ class Feed:
                 sink.log(*row)
             sink.close()
         except Exception as e:  # whatever a dashboard's client raises
-            why = (str(e).splitlines() or [""])[0][:200]
-            self._warn(
-                f"{self._name} is given up for this stage ({type(e).__name__}: {why}); it goes on without"
-            )
+            self._warn(_given_up(self._name, e))
+
+
+def _given_up(name: str, error: Exception) -> str:
+    why = (str(error).splitlines() or [""])[0][:200]
+    return f"{name} is given up for this stage ({type(error).__name__}: {why}); it goes on without"
 
 
 def open_all(watched: Watched, warn: Callable[[str], None]) -> list[Feed]:
-    return [Feed(name, watched, warn) for name in dict.fromkeys(watched.run.config.sinks)]
+    feeds = []
+    for name in dict.fromkeys(watched.run.config.sinks):
+        try:
+            import_module(_PACKAGES[name])  # in two threads at once, packages with circles may fail
+        except Exception as e:  # on this node it is not installed, or not whole
+            warn(_given_up(name, e))
+        else:
+            feeds.append(Feed(name, watched, warn))
+    return feeds
 
 
 def close_all(feeds: Sequence[Feed]) -> None:
