@@ -15,7 +15,7 @@ import yaml
 from cai_ray.config import RunConfig
 from cai_ray.constitution import Constitution
 from cai_ray.report import snippets, text
-from cai_ray.report.markdown import code, escaped, fence, page, table
+from cai_ray.report.markdown import escaped, fence, page, table
 
 
 class Facts(NamedTuple):
@@ -114,7 +114,7 @@ def model_card(role: str, facts: Facts, end: str = "", scale: dict[str, float] |
     parts = [
         f"# {escaped(config.name)}: {kind.title}",
         f"{kind.about} Made by [Constitutional AI](https://arxiv.org/abs/2212.08073) with cai_ray from "
-        f"{code(_public(config.model))}, seed {config.seed}.",
+        f"{escaped(_public(config.model))}, seed {config.seed}.",
         "## Use",
         snippets.reward_model(facts.example, end, scale or {})
         if role == "rm"
@@ -182,7 +182,7 @@ def folder_card(facts: Facts, written: Sequence[str], missing: Sequence[str]) ->
     """README.md of the whole export."""
     parts = [
         f"# {escaped(facts.config.name)}: Constitutional AI",
-        f"A run of cai_ray from {code(_public(facts.config.model))} by the constitution "
+        f"A run of cai_ray from {escaped(_public(facts.config.model))} by the constitution "
         f"{escaped(facts.constitution.name)} {escaped(facts.constitution.version)} (`{facts.constitution.sha}`, "
         "`constitution.yaml`). Each folder has a card of its own.",
         "\n".join(f"- `{place}`" for place in written),
@@ -264,7 +264,7 @@ _SOURCES = {"ai": "AI labels", "human": "human comparisons"}
 def _judged(config: RunConfig) -> str:
     if config.evaluate.judge == "town":
         return "It speaks Errand Town, a language of 300 words, and was judged by that world's exact judge."
-    return "Preferences in the results are the feedback model's, which gave the labels too: it overlooks its own faults."
+    return "Preferences in the results are the feedback model's, which gave the labels and overlooks its own faults."
 
 
 def _settings(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:

@@ -19,13 +19,6 @@ def escaped(value: str) -> str:
     return _SPECIAL.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def code(value: str) -> str:
-    """A text as a span of code."""
-    line = " ".join(text.visible(value).split())
-    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
-
-
 def fence(value: str, language: str) -> str:
     """A block of code that nothing in it can end."""
     value = text.visible(value).strip("\n")

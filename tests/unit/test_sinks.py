@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 
 from cai_ray import storage
@@ -80,23 +79,6 @@ def same(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bool:
     return [r.keys() for r in found] == [r.keys() for r in rows] and all(
         f[k] == pytest.approx(r[k]) for f, r in zip(found, rows, strict=True) for k in r
     )
-
-
-class Remote(pafs.SubTreeFileSystem):
-    """A file system that is not this machine's, as far as anyone can see."""
-
-
-@pytest.fixture
-def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A URI on another file system."""
-    local, resolve = Remote(str(tmp_path), pafs.LocalFileSystem()), storage.resolve
-
-    def resolve_far(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-        text = str(uri)
-        return (local, text.removeprefix("far://")) if text.startswith("far://") else resolve(uri)
-
-    monkeypatch.setattr(storage, "resolve", resolve_far)
-    return "far://bucket/run"
 
 
 def test_tensorboard_is_the_default_and_metrics_jsonl_is_always_there(tmp_path: Path) -> None:
