@@ -137,7 +137,7 @@ class Away:
 
 class Stuck(Away):
     def log(self, step: int, metrics: Any) -> None:
-        time.sleep(600)
+        time.sleep(30)
 
 
 class Refusing(Away):
