@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol
 
 from pyarrow.fs import LocalFileSystem
 
-from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.errors import InputError
 from cai_ray.storage import Run
@@ -60,12 +59,8 @@ class Watched(NamedTuple):
     @property
     def texts(self) -> dict[str, Any]:
         """What the numbers are of."""
-        config = self.run.config
-        return {
-            "stage": self.stage,
-            "constitution_sha": constitutions.load(config.constitution).sha,
-            "config": config.model_dump(mode="json"),
-        }
+        opened = storage.read_json(self.run.path("run.json"))
+        return {"stage": self.stage} | {key: opened[key] for key in ("constitution_sha", "config")}
 
     def replay(self, sink: Sink) -> None:
         for row in self.rows:
