@@ -144,7 +144,10 @@ class WeightsAndBiases:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # waits for its process to have written all: Ray ends ours without the hooks of an exit
 
 
 class MLflow:

@@ -117,6 +117,8 @@ def test_a_resumed_stage_has_each_step_once(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "tensorboard")
     train(run, last=3, close=False)
     eventually(lambda: same(events(run), ROWS[:3]))
+    (file,) = Path(run.path("sft", "tensorboard")).iterdir()
+    file.rename(file.with_name("events.out.tfevents.1.another-node"))
     train(run, first=3)
     assert written(run) == ROWS
     assert same(events(run), ROWS)
