@@ -194,7 +194,7 @@ def test_a_sink_whose_package_is_missing_is_one_line_before_anything_starts(
 ) -> None:
     monkeypatch.setattr(sinks, "find_spec", lambda package: None if package == name else object())
     words = ["run", "errand-town", "--out", str(tmp_path / "run"), "--set", f"sinks=[tensorboard, {name}]"]
-    assert main(words) == 2
+    assert main([*words, "--check"]) == 2
     err = capsys.readouterr().err
     assert f"pip install 'cai_ray[{name}]'" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
