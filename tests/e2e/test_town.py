@@ -21,6 +21,7 @@ from cai_ray.generate.sources import normalised, read_comparisons, read_prompts
 from cai_ray.storage import Run, open_run
 from cai_ray.town import BASE
 from tests.e2e.command import SMALL, cai_ray, environment, refused, settings, succeed
+from tests.events import scalars
 
 STAGES = list(pipeline.STAGES)
 GENERATED = ("revise", "compare", "label", "evaluate")
@@ -95,6 +96,15 @@ def test_item_20_and_28_in_every_step_of_ppo(report: dict[str, Any]) -> None:
         assert 0 < row["rollout/length"] <= 40
         assert 0 <= row["rollout/eos_rate"] <= 1
         assert row["sync/send_s"] <= 2 and row["sync/prove_s"] > 0
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_tensorboard_has_what_metrics_jsonl_has(run: Run, stage: str) -> None:
+    rows = [json.loads(line) for line in storage.read_bytes(run.path(stage, "metrics.jsonl")).splitlines()]
+    events = scalars(run.path(stage, "tensorboard"))
+    assert rows and [r.keys() for r in events] == [r.keys() for r in rows]
+    for event, row in zip(events, rows, strict=True):
+        assert event == pytest.approx(row)
 
 
 def test_page_stands_alone(town_run: Path) -> None:

@@ -16,6 +16,7 @@ from cai_ray.cli import main
 from cai_ray.config import RunConfig
 from cai_ray.storage import Run
 from cai_ray.train import metrics, sinks
+from tests.events import scalars
 
 SHA = "0123456789abcdef"
 ROWS = [{"step": i, "sft/loss": 1 / i, "tokens/per_s": 100.0 * i} for i in (1, 2, 3, 4)]
@@ -51,25 +52,7 @@ def written(run: Run) -> list[dict[str, Any]]:
 
 
 def events(run: Run) -> list[dict[str, Any]]:
-    """The scalars of all event files of the stage, a row per step; a step that stands twice gives two rows."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    rows: list[dict[str, Any]] = []
-    fs, _ = storage.resolve(run.root)
-    if not storage.exists(folder := run.path("sft", "tensorboard")):  # listing may meet its creation half-way
-        return rows
-    for path in storage.list_files(folder):
-        with fs.open_input_stream(path) as f:
-            data = f.read()
-        while data:
-            (size,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + size])
-            data = data[16 + size :]
-            for value in event.summary.value:
-                if not rows or rows[-1]["step"] != event.step or value.tag in rows[-1]:
-                    rows.append({"step": event.step})
-                rows[-1][value.tag] = value.simple_value
-    return rows
+    return scalars(run.path("sft", "tensorboard"))
 
 
 def eventually(is_so: Callable[[], bool]) -> None:
