@@ -116,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true")
     status.set_defaults(function=_status)
 
+    export = commands.add_parser(
+        "export", help="models and datasets of a run with their cards, as the Hugging Face world expects them"
+    )
+    export.add_argument("run")
+    export.add_argument("--out", help="folder of the export, any URI (default: RUN/export)")
+    export.set_defaults(function=_export)
+
     chat = commands.add_parser("chat", help="talk to a run's policy")
     chat.add_argument("run")
     chat.add_argument(
@@ -179,7 +186,7 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
 
     config = _load(args)
     if names is None:
-        names = pipeline.path(config)
+        names = pipeline.stages_of(config)
         if args.until and args.until not in names:
             raise InputError(
                 f"--until {args.until} is no stage of method={config.method}; use one of {', '.join(names)}"
@@ -228,6 +235,19 @@ def _status(args: argparse.Namespace) -> int:
         count = f"{row['rows_out']:8d} rows" if "rows_out" in row else ""
         errors = f"  {row['errors']} errors" if row.get("errors") else ""
         print(f"{row['stage']:10} {row['state']:8} {details}{count}{errors}".rstrip())
+    return EXIT_DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from cai_ray.export import export
+    from cai_ray.storage import open_run
+
+    run = open_run(args.run)
+    out = run.path("export") if args.out is None else args.out
+    done = export(run, out)
+    for line in done.missing:
+        print(f"not exported: {line}", file=sys.stderr)
+    print(out)
     return EXIT_DONE
 
 

@@ -515,6 +515,8 @@ class RunConfig(Section):
     dpo: DpoConfig = DpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where training can be watched, beside metrics.jsonl; `wandb` and `mlflow` are extras of the package."""
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
     """A generation stage ends with an error when a larger share of its rows failed."""
 

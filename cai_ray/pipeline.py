@@ -93,7 +93,7 @@ _HOW = {
 }
 
 
-def path(config: RunConfig) -> list[str]:
+def stages_of(config: RunConfig) -> list[str]:
     """The stages of a run in order: those of its `method`."""
     return [name for name in STAGES if OF_METHOD.get(name, config.method) == config.method]
 
@@ -192,7 +192,7 @@ def _stage(name: str) -> Stage:
     return (BEFORE | STAGES)[name]
 
 
-def _needs(config: RunConfig, name: str) -> list[str]:
+def needs(config: RunConfig, name: str) -> list[str]:
     """What a stage reads: evaluation and report read what the run's method makes."""
     return [n for n in _stage(name).needs if OF_METHOD.get(n, config.method) == config.method]
 
@@ -228,7 +228,7 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             found[section] = derive_id(value)
     if config.engine.quantization and name not in _TRAINED:
         found["engine"] = config.engine.quantization
-    for upstream in _needs(config, name):
+    for upstream in needs(config, name):
         manifest = run.manifest(upstream)
         if manifest is None:
             raise InputError(_missing(run, name, upstream))
@@ -265,7 +265,7 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
 def share(run: Run, config: RunConfig) -> Run:
     """A run that begins with those stages of another that it would make alike: `fork`, by their inputs."""
     new = Run(config)
-    for name in path(config):
+    for name in stages_of(config):
         manifest = run.manifest(name)
         with suppress(InputError):  # what the stage reads is not made yet
             if manifest and manifest.get("inputs") == inputs(new, name):
@@ -281,8 +281,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
     Raises:
         InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
-            endpoint's key is not in the environment, an evaluation prompt is also a training prompt, the output
-            cannot be written.
+            endpoint's key is not in the environment, a sink's package is not installed, an evaluation prompt is also a
+            training prompt, the output cannot be written.
     """
     from cai_ray.cluster import uses_gpu
     from cai_ray.engine.openai import check_options, read_key
@@ -290,7 +290,9 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
     from cai_ray.prompts import Renderer, check_direct, check_mode
+    from cai_ray.train import sinks
 
+    sinks.check(config.sinks)
     for name in stages:
         if OF_METHOD.get(name, config.method) != config.method:
             raise InputError(
@@ -376,7 +378,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 def status(run: Run) -> list[dict[str, Any]]:
     """Each stage with its state: done, partial or missing."""
     rows = []
-    for name in path(run.config):
+    for name in stages_of(run.config):
         manifest = run.manifest(name)
         if manifest:
             keep = ("seconds", "rows_out", "errors", "finished")
@@ -465,7 +467,7 @@ def _open(run: Run) -> None:
 def _check_needs(run: Run, stages: list[str]) -> None:
     """What each stage reads is complete, or is made before it."""
     for place, name in enumerate(stages):
-        for upstream in _needs(run.config, name):
+        for upstream in needs(run.config, name):
             if upstream not in stages[:place] and run.manifest(upstream) is None:
                 raise InputError(_missing(run, name, upstream))
 
@@ -479,7 +481,7 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
     if overwrite:
         return
     # Prompts that were written before are mostly named as a source after that, which changes what they came from.
-    for name in [*(n for n in BEFORE if n in stages), *path(run.config)]:
+    for name in [*(n for n in BEFORE if n in stages), *stages_of(run.config)]:
         done = run.manifest(name)
         if done is None:
             continue
@@ -488,9 +490,9 @@ def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
         except InputError:  # what it read is gone, and will be made again
             continue
         before = done["inputs"]
-        if name not in stages and not any(name in _needs(run.config, s) for s in stages):
+        if name not in stages and not any(name in needs(run.config, s) for s in stages):
             # Not touched now: it may wait to be made again, but a directory holds one configuration.
-            upstream = _needs(run.config, name)
+            upstream = needs(run.config, name)
             before, wanted = ({k: v for k, v in d.items() if k not in upstream} for d in (before, wanted))
         if before != wanted:
             raise InputError(_changed(run, name, before, wanted))

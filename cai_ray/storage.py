@@ -125,13 +125,18 @@ def delete_rows(uri: str | Path, name: str = "part") -> None:
             fs.delete_file(path)
 
 
-def upload_folder(local: str | Path, uri: str) -> None:
-    """Copies a local folder to a URI; a no-op where both are the same place."""
+def upload_folder(source: str | Path, uri: str) -> None:
+    """Copies a folder to another place, each on any file system; a no-op where both are the same place."""
+    from_fs, from_path = resolve(source)
     fs, path = resolve(uri)
-    if isinstance(fs, pafs.LocalFileSystem) and os.path.abspath(local) == path:
+    if (
+        isinstance(fs, pafs.LocalFileSystem)
+        and isinstance(from_fs, pafs.LocalFileSystem)
+        and from_path == path
+    ):
         return
     fs.create_dir(path, recursive=True)
-    pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+    pafs.copy_files(from_path, path, source_filesystem=from_fs, destination_filesystem=fs)
 
 
 def local_folder(uri: str | Path) -> str:

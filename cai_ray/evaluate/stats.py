@@ -12,16 +12,16 @@ def rate(flags: Sequence[bool]) -> dict[str, Any]:
     n = len(flags)
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
-    p, z = sum(flags) / n, 1.959964
+    return {**wilson(sum(flags) / n, n), "n": n}
+
+
+def wilson(p: float, n: float) -> dict[str, float]:
+    """A share of n with its 95 % Wilson score interval."""
+    z = 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # Rounding must not put the ends of the scale outside their own interval.
-    return {
-        "value": p,
-        "low": max(0.0, min(p, centre - half)),
-        "high": min(1.0, max(p, centre + half)),
-        "n": n,
-    }
+    return {"value": p, "low": max(0.0, min(p, centre - half)), "high": min(1.0, max(p, centre + half))}
 
 
 def rightness(p: float, outcome: bool) -> float:

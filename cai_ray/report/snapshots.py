@@ -73,8 +73,8 @@ def section(snapshots: Sequence[Mapping[str, Any]]) -> str:
         low=0.0,
     )
     return (
-        "<p>The policy on development prompts, every few steps. The second opinion is not what PPO trains on. Where reward rises "
-        f"and the opinion falls, the policy learns the reward alone.</p>{tables.plain(head, rows)}"
+        "<p>The policy on development prompts, every few steps. The second opinion is not what PPO trains on. Where "
+        f"reward rises and the opinion falls, the policy learns the reward alone.</p>{tables.plain(head, rows)}"
         f'<figure class="card">{chart}<figcaption>Second opinion and gold, by step</figcaption></figure>'
     )
 

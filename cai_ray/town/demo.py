@@ -137,7 +137,7 @@ def _run(settings: RunConfig, who: str, overwrite: bool) -> Run:
     def say(line: str) -> None:
         print(f"[{who}] {line}", file=sys.stderr, flush=True)
 
-    return pipeline.run_stages(settings, pipeline.path(settings), overwrite=overwrite, say=say)
+    return pipeline.run_stages(settings, pipeline.stages_of(settings), overwrite=overwrite, say=say)
 
 
 def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:

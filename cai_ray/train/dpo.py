@@ -65,23 +65,21 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
         batch = [train[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
         rate = policy.lr
         sums, norm = update(policy, data, reference, batch, cfg)
-        log.add(
-            step + 1,
-            {
-                "dpo/loss": sums.pop("loss") / len(batch),
-                **means("dpo", sums),
-                "dpo/epoch": epoch + 1,
-                "dpo/grad_norm": norm,
-                "dpo/learning_rate": rate,
-                "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
-            },
-        )
+        metrics = {
+            "dpo/loss": sums.pop("loss") / len(batch),
+            **means("dpo", sums),
+            "dpo/epoch": epoch + 1,
+            "dpo/grad_norm": norm,
+            "dpo/learning_rate": rate,
+            "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
+        }
         if (step + 1) % per_epoch == 0:
-            log.rows[-1].update(evaluate(policy, data, reference, config["held"], cfg))
-        if (step + 1) % every == 0 or step + 1 == total:
+            metrics |= evaluate(policy, data, reference, config["held"], cfg)
+        log.add(step + 1, metrics)
+        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
             state = {"step": step + 1, "rows": log.rows, "reference": reference}
             fit.save_checkpoint({"policy": policy}, state, step + 1)
-    log.write()
+    log.close()
     fit.save_model(policy, source, run.path("dpo", "model"))
     return {"steps": total, "metrics": last_evaluation(log.rows)}
 

@@ -36,7 +36,6 @@ from cai_ray.train.checkpoints import restore as restore
 from cai_ray.train.checkpoints import save_checkpoint as save_checkpoint
 from cai_ray.train.checkpoints import wait_until_saved as wait_until_saved
 from cai_ray.train.metrics import Log as Log
-from cai_ray.train.metrics import progress as progress
 from cai_ray.train.models import save_folder, state_items
 from cai_ray.train.ranks import device as device
 from cai_ray.train.ranks import global_sum as global_sum
@@ -105,7 +104,6 @@ def fit(
     if "fault" in outcome:
         kind, text = outcome["fault"]
         raise {"InputError": InputError, "Stopped": Stopped}[kind](text)
-    metrics.write_events(run, stage)
     return outcome["result"] or {}
 
 

@@ -1,19 +1,35 @@
-"""Metrics of a stage: kept by rank 0, told to the driver, written as JSON lines and TensorBoard events."""
+"""Metrics of a stage: kept by rank 0, told to the driver, written as JSON lines and to the configured sinks."""
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cai_ray import storage
+from cai_ray.records import derive_id
 from cai_ray.storage import Run
+from cai_ray.train import sinks
 from cai_ray.train.ranks import rank
+
+# What the progress line shows of a stage's metrics, and by which name.
+_SHOWN = {
+    "reward/mean": "reward",
+    "kl/reference": "KL",
+    "sft/loss": "loss",
+    "rm/ai_loss": "loss",
+    "rm/ai_accuracy": "accuracy",
+    "rm/human_loss": "human loss",
+    "rm/human_accuracy": "human accuracy",
+    "dpo/loss": "loss",
+    "dpo/ai_accuracy": "accuracy",
+}
+RECENT = 20
+"""Steps that the time left is estimated from: the first ones of a stage take longer than the others."""
 
 
 class Log:
@@ -23,62 +39,92 @@ class Log:
         self.run, self.stage, self.total = run, stage, total
         self.rows: list[dict[str, Any]] = list(rows or [])
         self._written = time.monotonic()
+        self._ends: deque[float] = deque(maxlen=RECENT + 1)
+        self._feeds: list[sinks.Feed] = []
+        if rank() == 0:
+            # Of the key, the part before the time is the same for every attempt.
+            attempt = derive_id(run.root, stage, _told.rpartition("-")[0])
+            self._feeds = sinks.open_all(sinks.Watched(run, stage, attempt, tuple(self.rows)), warn)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds a row; `step` counts from 1."""
         self.rows.append({"step": step, **metrics})
-        progress(self.stage, step, self.total, metrics)
+        self._ends.append(time.monotonic())
+        if rank() != 0:
+            return
+        tell(progress(self.stage, step, self.total, metrics, step_seconds(self._ends)))
+        for feed in self._feeds:
+            feed.log(self.rows[-1])
         if time.monotonic() - self._written > 30:  # whoever watches a long run sees it grow
-            self.write()
+            self._write()
 
-    def write(self) -> None:
+    def close(self) -> None:
+        """Writes the metrics for good."""
         if rank() == 0:
-            self.run.write_metrics(self.stage, self.rows)
+            self._write()
+            sinks.close_all(self._feeds)
+
+    def _write(self) -> None:
+        self.run.write_metrics(self.stage, self.rows)
         self._written = time.monotonic()
 
 
-def progress(stage: str, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-    """Tells the driver where rank 0 is; it prints the line on stderr now and then."""
-    if rank() == 0 and _told:
-        shown = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, int | float))
-        put(_told, "progress", f"{stage}: step {step} of {total}, {shown}".encode())
+def progress(
+    stage: str, step: int, total: int, metrics: Mapping[str, Any], seconds: float | None = None
+) -> str:
+    """One line on where a stage is.
+
+    Args:
+        seconds: what a step takes now; None while that is not known.
+    """
+    parts = [f"{stage}: step {step} of {total}"]
+    parts += [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
+    if (speed := metrics.get("tokens/per_s")) is not None:
+        parts.append(f"{_short(speed)} tokens/s")
+    if seconds is not None and step < total:
+        parts.append(f"{_duration(seconds * (total - step))} left")
+    return ", ".join(parts)
 
 
-def say(text: str) -> None:
-    """Has the driver print a line on stderr, once: what a person should know, whatever the step."""
-    if rank() == 0 and _told:
-        put(_told, f"said/{time.time_ns()}", text.encode())
+def step_seconds(ends: Sequence[float]) -> float | None:
+    """The mean time of the steps between these ends; the first step, which has the start in it, has none before it."""
+    return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
 
 
-def write_events(run: Run, stage: str) -> None:
-    """The numbers of metrics.jsonl as TensorBoard events, under RUN/<stage>/tensorboard."""
-    uri = run.path(stage, "metrics.jsonl")
-    if not storage.exists(uri):
-        return
-    from tensorboardX import SummaryWriter
+def _short(number: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
 
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder, write_to_disk=True) as writer:
-            for line in storage.read_bytes(uri).decode().splitlines():
-                row = json.loads(line)
-                for name, value in row.items():
-                    if name != "step" and isinstance(value, int | float):
-                        writer.add_scalar(name, value, row["step"])
-        storage.delete(run.path(stage, "tensorboard"))
-        storage.upload_folder(folder, run.path(stage, "tensorboard"))
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 @contextmanager
 def progress_lines(key: str) -> Iterator[None]:
-    """Prints on stderr what rank 0 says: on a terminal in place, else a line every few seconds."""
+    """Prints on stderr what rank 0 says: where it is every few seconds (on a terminal more often), and its warnings."""
     done = threading.Event()
 
     def watch() -> None:
         shown, last, every = b"", 0.0, 0.5 if sys.stderr.isatty() else 10.0
-        while not done.wait(0.5):
-            _print_said(key)
+        warned: set[str] = set()
+        ended = False
+        while not ended:
+            ended = done.wait(0.5)  # what was said last is read after the end
+            for text in json.loads(get(key, "warnings") or b"[]"):
+                if text not in warned:  # a group that was started again may say it again
+                    print(f"  warning: {text}", file=sys.stderr, flush=True)
+                warned.add(text)
             line = get(key, "progress")
-            if line and line != shown and time.monotonic() - last >= every:
+            if line and line != shown and not ended and time.monotonic() - last >= every:
                 shown, last = line, time.monotonic()
                 print(f"  {line.decode()}", file=sys.stderr, flush=True)
 
@@ -89,28 +135,32 @@ def progress_lines(key: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        _print_said(key)
         _delete(key)
 
 
-def _print_said(key: str) -> None:
-    from ray.experimental.internal_kv import _internal_kv_list
-
-    for name in sorted(_internal_kv_list(f"{key}/said/".encode(), namespace=b"cai_ray")):
-        what = name.decode().removeprefix(f"{key}/")
-        if line := get(key, what):
-            print(f"  {line.decode()}", file=sys.stderr, flush=True)
-        _delete(f"{key}/{what}")
-
-
-# Ray's own key-value store carries two short texts from a rank to the driver: no actor, no port, no shared disk.
+# Ray's own key-value store carries a few short texts from a rank to the driver: no actor, no port, no shared disk.
 _told = ""
+_warnings: list[str] = []
 
 
 def told_to(key: str) -> None:
-    """Under which key this process tells its progress."""
+    """Under which key this process tells its progress: the training run's name, and the time it was started at."""
     global _told
     _told = key
+    _warnings.clear()
+
+
+def tell(line: str) -> None:
+    """Tells the driver where rank 0 is; it prints the line now and then."""
+    if _told:
+        put(_told, "progress", line.encode())
+
+
+def warn(text: str) -> None:
+    """Tells the driver what went wrong without ending anything; it prints each text once."""
+    _warnings.append(text)
+    if _told:
+        put(_told, "warnings", json.dumps(_warnings).encode())
 
 
 def put(key: str, what: str, value: bytes) -> None:

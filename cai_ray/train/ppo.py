@@ -207,7 +207,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             save_checkpoint(engines, kept, step + 1)
             if alarmed:
                 wait_until_saved()
-    log.write()
+    log.close()
     if watch:
         watch.ends()
         best = watch.publish()

@@ -77,21 +77,19 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
         batch = [train[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
         rate = model.lr
         sums, norm = update(model, data, batch, cfg)
-        log.add(
-            step + 1,
-            {
-                **means("rm", sums),
-                "rm/epoch": epoch + 1,
-                "rm/grad_norm": norm,
-                "rm/learning_rate": rate,
-                "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
-            },
-        )
+        metrics = {
+            **means("rm", sums),
+            "rm/epoch": epoch + 1,
+            "rm/grad_norm": norm,
+            "rm/learning_rate": rate,
+            "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
+        }
         if (step + 1) % per_epoch == 0:
-            log.rows[-1].update(evaluate(model, data, config["held"], cfg))
+            metrics |= evaluate(model, data, config["held"], cfg)
+        log.add(step + 1, metrics)
         if fit.checkpoint_due(step + 1, every) or step + 1 == total:
             fit.save_checkpoint({"reward": model}, {"step": step + 1, "rows": log.rows}, step + 1)
-    log.write()
+    log.close()
     mean, std = reward_scale(model, data, config["reference"], cfg)
     out = run.path("rm", "model")
     fit.save_model(model, source, out)

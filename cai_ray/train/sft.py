@@ -172,7 +172,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
         )
         if fit.checkpoint_due(step + 1, every) or step + 1 == total:
             fit.save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
-    log.write()
+    log.close()
     fit.save_model(policy, source, run.path("sft", "model"))
     last = log.rows[-per_epoch:]
     return {"steps": total, "loss": sum(r["sft/loss"] for r in last) / len(last)}

@@ -21,7 +21,7 @@ from cai_ray.train.alarms import Snapshot, alarms, best_of, measure
 from cai_ray.train.batches import rank_micro_batches
 from cai_ray.train.experience import make_batch
 from cai_ray.train.fit import Trained, save_model
-from cai_ray.train.metrics import say
+from cai_ray.train.metrics import warn
 from cai_ray.train.ranks import from_first, rank, world_size
 from cai_ray.train.rewards import Reward, combined, load_reward, raw_scores
 from cai_ray.train.rollout import Pool, Request
@@ -121,8 +121,8 @@ class Watch:
             self._write(step, texts, [r.truncated for r in rollouts], reward, opinions)
         self._keep(policy, snapshot)
         raised = self.alarms()
-        for alarm in raised:
-            say(f"ppo: step {step}: alarm: {alarm}")
+        for alarm in raised if rank() == 0 else ():
+            warn(f"ppo: step {step}: {alarm}")
         return self._numbers(snapshot) | {"watch/alarms": len(raised)}
 
     def due(self, step: int, total: int) -> bool:

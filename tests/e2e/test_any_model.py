@@ -70,7 +70,7 @@ def run(runs: dict[str, Run], request: pytest.FixtureRequest) -> Run:
 
 
 def test_all_stages_are_done_on_two_rows_and_two_steps(run: Run) -> None:
-    rows = {stage: (run.manifest(stage) or {}).get("rows_out") for stage in pipeline.path(run.config)}
+    rows = {stage: (run.manifest(stage) or {}).get("rows_out") for stage in pipeline.stages_of(run.config)}
     assert rows["revise"] == 4  # two to be revised, two samples that keep the policy helpful
     assert rows["compare"] == rows["label"] == 2
     assert rows["evaluate"] == 6  # two prompts, three policies

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from cai_ray import config, constitution, pipeline, storage
 from cai_ray.generate import compare, revise
 from cai_ray.generate.sources import normalised, read_comparisons, read_prompts
 from cai_ray.storage import Run, open_run
 from cai_ray.town import BASE
-from tests.e2e.command import SMALL, cai_ray, refused, settings, succeed
+from tests.e2e.command import SMALL, cai_ray, environment, refused, settings, succeed
+from tests.events import scalars
 
-STAGES = pipeline.path(config.load("errand-town"))
+STAGES = pipeline.stages_of(config.load("errand-town"))
 GENERATED = ("revise", "compare", "label", "evaluate")
 TRAINED = ("sft", "rm", "ppo")
 RATES = ("harm", "helpful", "over_refusal", "malformed", "principle_named")
@@ -91,6 +96,15 @@ def test_item_20_and_28_in_every_step_of_ppo(report: dict[str, Any]) -> None:
         assert 0 < row["rollout/length"] <= 40
         assert 0 <= row["rollout/eos_rate"] <= 1
         assert row["sync/send_s"] <= 2 and row["sync/prove_s"] > 0
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_tensorboard_has_what_metrics_jsonl_has(run: Run, stage: str) -> None:
+    rows = [json.loads(line) for line in storage.read_bytes(run.path(stage, "metrics.jsonl")).splitlines()]
+    events = scalars(run.path(stage, "tensorboard"))
+    assert rows and [r.keys() for r in events] == [r.keys() for r in rows]
+    for event, row in zip(events, rows, strict=True):
+        assert event == pytest.approx(row)
 
 
 def test_page_stands_alone(town_run: Path) -> None:
@@ -211,7 +225,7 @@ def test_another_configuration_is_refused(
 
 
 def test_how_a_stage_runs_is_not_what_it_yields(town_run: Path) -> None:
-    how = {**SMALL, "engine.max_num_seqs": 16, "sft.workers": 2, "ppo.checkpoint_every": 1}
+    how = {**SMALL, "engine.max_num_seqs": 16, "sft.workers": 2, "ppo.checkpoint_every": 1, "sinks": "[]"}
     said = succeed("run", "errand-town", "--out", town_run, *settings(how)).stderr
     assert said.count("skipped") == len(STAGES)
 
@@ -268,6 +282,66 @@ def test_check_starts_nothing(tmp_path: Path) -> None:
     said = succeed("run", "errand-town", "--out", tmp_path / "run", "--check").stdout
     assert said.splitlines()[-1] == "ok: nothing was started"
     assert not list((tmp_path / "run").rglob("manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def exported(town_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "out"
+    done = succeed("export", town_run, "--out", out)
+    assert done.stdout.strip() == str(out) and not done.stderr
+    return out
+
+
+def test_an_exported_policy_answers_as_its_card_says(exported: Path) -> None:
+    for role in ("sl", "rl"):
+        said = _as_the_card_says(exported / "models" / role, "how do i read the baker's diary ?")
+        assert "diary" in said
+
+
+def test_the_exported_reward_model_scores_as_its_card_says(exported: Path, run: Run) -> None:
+    """The same as the pipeline's own reward of an answer that came to its end."""
+    rows = [r for r in run.rows("evaluate") if not r["truncated"] and r["reward"] is not None]
+    for row in rows[:2]:
+        (turn,) = row["messages"]
+        said = _as_the_card_says(exported / "models" / "rm", turn["content"], row["response"])
+        assert float(said) == pytest.approx(row["reward"], abs=1e-3)
+
+
+def _as_the_card_says(model: Path, *texts: str) -> str:
+    """What the first code on a model's card prints in the model's folder, with these texts in the place of its dots."""
+    code = (model / "README.md").read_text().split("```python\n")[1].partition("```")[0]
+    for text in texts:
+        code = code.replace('"…"', json.dumps(text), 1)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=model,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_exported_datasets_are_what_the_stages_wrote(exported: Path, run: Run) -> None:
+    folder = exported / "datasets"
+    matter = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    rows = {}
+    for entry in matter["configs"]:
+        (data,) = entry["data_files"]
+        files = list(folder.glob(data["path"]))
+        assert len(files) == 1 and data["split"] == "train"
+        rows[entry["config_name"]] = pq.read_table(files[0]).to_pylist()
+    assert len(rows["revisions"]) == sum(r["error"] is None for r in run.rows("revise"))
+    assert [r["messages"] for r in rows["sft"]] == [r["messages"] for r in run.rows("sft")]
+    labels = {r["id"]: r for r in run.rows("label") if r["response_a"] != r["response_b"]}
+    assert rows["preferences"] and {r["id"] for r in rows["preferences"]} == labels.keys()
+    for row in rows["preferences"]:
+        p_a = labels[row["id"]]["p_a"]
+        assert row["p_chosen"] == max(p_a, 1 - p_a)
+        chosen = labels[row["id"]]["response_a" if p_a >= 0.5 else "response_b"]
+        assert row["chosen"] == [{"role": "assistant", "content": chosen}]
 
 
 def test_chat_answers_each_line(town_run: Path) -> None:

@@ -29,7 +29,10 @@ LAYERS = {
     # The embedded world's words: data, which `town:NAME` paths give to whoever reads prompts.
     **{f"cai_ray.town.{name}": 1 for name in ("grammar", "answers", "judge", "corpus", "data", "tokenizer")},
     # What only the command line uses, or runs the pipeline.
-    **{f"cai_ray.{name}": 4 for name in ("pipeline", "cli", "__main__", "chat", "memory", "town.demo")},
+    **{
+        f"cai_ray.{name}": 4
+        for name in ("pipeline", "cli", "__main__", "chat", "export", "memory", "town.demo")
+    },
 }
 HEAVY = {"ray", "torch", "vllm", "transformers", "deepspeed", "peft", "accelerate"}
 

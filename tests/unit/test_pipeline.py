@@ -207,8 +207,8 @@ def test_a_method_has_its_own_stages_and_reads_no_others(
     shared = ["revise", "sft", "compare", "label"]
     for method, own in (("ppo", ["rm", "ppo"]), ("dpo", ["dpo"])):
         run = Run(load(tmp_path, f"method={method}"))
-        assert pipeline.path(run.config) == [*shared, *own, "evaluate", "report"]
-        assert [s["stage"] for s in pipeline.status(run)] == pipeline.path(run.config)
+        assert pipeline.stages_of(run.config) == [*shared, *own, "evaluate", "report"]
+        assert [s["stage"] for s in pipeline.status(run)] == pipeline.stages_of(run.config)
         assert run.model("rl") == run.path(method, "model")
         for stage in [*shared, *own]:
             storage.write_json(run.path(stage, "manifest.json"), {"id": f"{method} {stage}", "inputs": {}})

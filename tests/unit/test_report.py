@@ -464,10 +464,10 @@ def test_share_copies_the_stages_that_a_change_does_not_reach(town_run: Run, tmp
         new = pipeline.share(town_run, settings)
         return [s for s in pipeline.STAGES if new.manifest(s)]
 
-    for name in pipeline.path(town_run.config):
+    for name in pipeline.stages_of(town_run.config):
         manifest = {"id": f"id of {name}", "seconds": 1.0, "inputs": pipeline.inputs(town_run, name)}
         storage.write_json(town_run.path(name, "manifest.json"), manifest)
-    everything = pipeline.path(town_run.config)
+    everything = pipeline.stages_of(town_run.config)
     assert changed("same") == everything
     assert changed("kl", "ppo.kl_coef=0.5") == everything[: everything.index("ppo")]
     assert changed("hard", "rm.hard_labels=true") == everything[: everything.index("rm")]

@@ -1,0 +1,60 @@
+"""The line that says where a training stage is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cai_ray.train.metrics import RECENT, progress, step_seconds
+
+PPO = {
+    "reward/mean": 0.8312,
+    "kl/reference": 1.94,
+    "ppo/ratio": 1.0,
+    "time/sample_s": 3.0,
+    "tokens/per_s": 5234.0,
+}
+
+
+def test_ppo_says_reward_kl_speed_and_time_left() -> None:
+    assert progress("ppo", 12, 100, PPO, 8.2) == (
+        "ppo: step 12 of 100, reward 0.831, KL 1.94, 5.2k tokens/s, 12 min left"
+    )
+
+
+def test_sft_and_rm_say_loss_and_accuracy() -> None:
+    sft = {"sft/loss": 1.5, "sft/grad_norm": 2.0, "tokens/per_s": 870.4}
+    assert progress("sft", 1, 9, sft) == "sft: step 1 of 9, loss 1.5, 870 tokens/s"
+    rm = {"rm/ai_loss": 0.61, "rm/ai_accuracy": 0.7, "rm/human_loss": 0.5, "rm/human_accuracy": 0.8}
+    assert progress("rm", 9, 9, rm | {"rm/ai_n": 3, "tokens/per_s": 2.3e6}, 1.0) == (
+        "rm: step 9 of 9, loss 0.61, accuracy 0.7, human loss 0.5, human accuracy 0.8, 2.3M tokens/s"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (61, "1 min"),
+        (59.6 * 60, "1 h 0 min"),
+        (3 * 3600 + 1200, "3 h 20 min"),
+        (53 * 3600, "2 d 5 h"),
+    ],
+)
+def test_time_left_is_said_in_units_that_people_use(seconds: float, says: str) -> None:
+    assert progress("sft", 1, 2, {}, seconds) == f"sft: step 1 of 2, {says} left"
+
+
+def test_a_loss_that_is_no_number_is_said() -> None:
+    assert "loss nan" in progress("sft", 1, 2, {"sft/loss": math.nan})
+
+
+def test_time_of_a_step_is_that_of_the_recent_ones() -> None:
+    """The first end has the start-up before it, which no later step has."""
+    assert step_seconds([]) is None
+    assert step_seconds([100.0]) is None
+    assert step_seconds([100.0, 102.0]) == 2
+    assert step_seconds([100.0, 101.0, 106.0]) == 3  # a checkpoint's time is part of it
+    assert RECENT > 10, "one long step does not make hours of minutes"
