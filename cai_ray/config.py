@@ -445,6 +445,9 @@ class PpoConfig(TrainConfig):
     max_logprob_gap: float = Field(default=0.1, gt=0)
     """Mean absolute difference between the engine's and the trainer's log-probabilities that stops the run."""
     rollout_engines: int = Field(default=1, gt=0)
+    weight_sync: Literal["ray", "gloo", "nccl"] = "ray"
+    """How weights reach the engines. `ray`: through the object store; a lost engine is replaced while training waits.
+    `nccl` (GPUs) and `gloo` (CPUs): vLLM's weight transfer, one broadcast; a lost engine starts the group again."""
     deadline_s: float = Field(default=600, gt=0)
     """An engine that does not answer within it is replaced."""
     save_rollouts: int = Field(default=8, ge=0)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ from cai_ray.train.diagnostics import save_rollouts, summary
 from cai_ray.train.experience import Batch, Minibatch, Targets, make_batch, make_targets, minibatches
 from cai_ray.train.fit import (
     Log,
-    Trained,
     check_resources,
     checkpoint_due,
     fit,
@@ -55,6 +55,7 @@ from cai_ray.train.rollout import Pool, close_pool, open_pool
 from cai_ray.train.sampling import Prompt, Sampler, read
 from cai_ray.train.scoring import Models, check_gap, check_ratio, load_models, logprob_gap, probe, score
 from cai_ray.train.snapshots import LABELS, Watch, read_watched
+from cai_ray.train.transfer import Send, make_sender
 
 FRESH: dict[str, Any] = {"step": 0, "log": [], "tokens": 0, "ahead": None, "snapshots": []}
 """What a run without a checkpoint starts from."""
@@ -130,7 +131,9 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     prompts: list[Prompt] = ray.get(args["prompts"]) if first else []
     sampler = Sampler(pool, prompts, cfg, seed, total, state["ahead"]) if pool else None
     fixed = from_first([p["ids"] for p in prompts[:FIXED_PROBES]])
-    sync(models.policy, pool, cfg, state["step"], fixed, probe(models.policy, fixed, cfg, pad_id), None)
+    weights = partial(gathered_state, models.policy)
+    send = make_sender(cfg.weight_sync, pool, weights, cfg.dtype, run.config.rollout_engine.span)
+    sync(send, weights, pool, cfg, state["step"], fixed, probe(models.policy, fixed, cfg, pad_id), None)
     watch = None
     if cfg.watch.every:
         watched = args["watched"], renderer, models.rewards
@@ -177,7 +180,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             sampler.wait()
         times["time/wait_s"] = clock.lap()
         now = probe(models.policy, probes, cfg, pad_id)
-        synced = sync(models.policy, pool, cfg, step + 1, probes, now, before)
+        synced = sync(send, weights, pool, cfg, step + 1, probes, now, before)
         times["time/sync_s"] = clock.lap()
 
         tokens += int(batch.mask.sum())
@@ -285,7 +288,8 @@ def too_far(moved: dict[str, Any], cfg: PpoConfig) -> bool:
 
 
 def sync(
-    policy: Trained,
+    send: Send,
+    weights: Callable[[], Iterator[tuple[str, Tensor]]],
     pool: Pool | None,
     cfg: PpoConfig,
     version: int,
@@ -298,9 +302,9 @@ def sync(
     Raises:
         Stopped: an engine holds something else.
     """
-    sent = weight_sync.send(pool, gathered_state(policy), version, cfg.dtype)
+    sent = send(version)
     # A pass of its own over the weights: what `send` believes to have sent is no evidence.
-    digests = weight_sync.digests_of(gathered_state(policy), cfg.dtype)
+    digests = weight_sync.digests_of(weights(), cfg.dtype)
     if pool is None:
         return {}
     try:

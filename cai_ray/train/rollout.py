@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from cai_ray.cluster import capacity
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
+from cai_ray.train.transfer import Way
 from cai_ray.train.weight_sync import WORKER, Held, Packed
 
 START_S = 1800.0
@@ -52,14 +53,21 @@ class RolloutEngine:
         model: the folder that the policy starts from.
         arguments: vLLM's (`engine.vllm.engine_args`).
         end_id: the token that ends a turn (`prompts.Renderer.end_id`).
+        way: how weights come (transfer.py).
     """
 
-    def __init__(self, model: str, arguments: dict[str, Any], end_id: int):
+    def __init__(self, model: str, arguments: dict[str, Any], end_id: int, way: Way = "ray"):
         # Before vllm is imported. One process, one batch at a time: that is what makes it deterministic.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        if way != "ray":
+            from vllm.config import WeightTransferConfig
+
+            import cai_ray.train.sync_worker  # noqa: F401  # registers what vLLM does not have
+
+            arguments = arguments | {"weight_transfer_config": WeightTransferConfig(backend=way)}
         self.llm = LLM(
             **(
                 arguments
@@ -94,10 +102,28 @@ class RolloutEngine:
             chunk: list[Packed] = ray.get(ref)
             self.llm.collective_rpc("sync_load", args=(chunk,))
         self.llm.collective_rpc("sync_finish")
-        # Cached keys and values are of the weights before.
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache could not be reset: a request is still running")
-        self.version = version
+        self._changed(version)
+
+    def connect(self, epoch: int, init_info: dict[str, Any]) -> None:
+        """Joins the trainer's group of communication; returns when all have come."""
+        self._expect(epoch)
+        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def begin(self, epoch: int) -> None:
+        """The weights change from now on; until `finish` it has none."""
+        self._expect(epoch)
+        self.version = None
+        self.llm.collective_rpc("sync_record")
+        self.llm.collective_rpc("start_weight_update")
+
+    def receive(self, epoch: int, update_info: Any) -> None:
+        self._expect(epoch)
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def finish(self, epoch: int, version: int) -> None:
+        self._expect(epoch)
+        self.llm.collective_rpc("finish_weight_update")
+        self._changed(version)
 
     def sample(
         self, epoch: int, version: int, requests: list[Request], temperature: float, max_tokens: int
@@ -149,6 +175,12 @@ class RolloutEngine:
         self._check_numbers(logprobs)
         return held, logprobs
 
+    def _changed(self, version: int) -> None:
+        # Cached keys and values are of the weights before.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset: a request is still running")
+        self.version = version
+
     def _check_numbers(self, rows: Iterable[Sequence[float]]) -> None:
         """A NaN in a block of keys and values would outlive the weights that made it: in the next request that is
         given the block, slots not yet filled are multiplied by zero, which leaves NaN."""
@@ -171,6 +203,7 @@ class EngineSpec(NamedTuple):
     group: Any
     cpus: float
     gpus: float
+    way: Way = "ray"
 
     def __call__(self, index: int) -> Any:
         import ray
@@ -180,7 +213,7 @@ class EngineSpec(NamedTuple):
         actor = ray.remote(RolloutEngine).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0, scheduling_strategy=place
         )
-        return actor.remote(self.model, self.arguments, self.end_id)
+        return actor.remote(self.model, self.arguments, self.end_id, self.way)
 
 
 class Keeper:
@@ -243,7 +276,7 @@ def open_pool(
             )
     arguments = engine_args(model, engine, gpu)
     group = placement_group([bundle] * ppo.rollout_engines, strategy="PACK")
-    spec = EngineSpec(model, arguments, end_id, group, bundle["CPU"], bundle.get("GPU", 0))
+    spec = EngineSpec(model, arguments, end_id, group, bundle["CPU"], bundle.get("GPU", 0), ppo.weight_sync)
     return ray.remote(Keeper).options(num_cpus=0).remote(spec, ppo.rollout_engines)
 
 
@@ -289,6 +322,24 @@ class Pool:
         for i, answer in enumerate(answers):
             rollouts[i::n] = answer
         return rollouts
+
+    @property
+    def size(self) -> int:
+        return len(self._engines)
+
+    def ask(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
+        """One call of every engine, in which they may wait for one another: none is replaced.
+
+        Raises:
+            RayActorError, GetTimeoutError: one died or is late.
+        """
+        import ray
+
+        calls = [
+            getattr(engine, method).remote(self.epoch, *given)
+            for engine, given in zip(self._engines, arguments, strict=True)
+        ]
+        ray.get(calls, timeout=self._deadline)
 
     def report(self, probes: Sequence[Sequence[int]], version: int) -> list[tuple[Held, list[list[float]]]]:
         """Every engine's (`RolloutEngine.report`)."""

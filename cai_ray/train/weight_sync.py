@@ -1,9 +1,9 @@
 """Weights from the trainer to the rollout engines, and the proof that they arrived.
 
-`send` hands named tensors to every engine through Ray's object store; an engine loads them by vLLM's layerwise
-reload, which packs them for its kernels as a load from disk does. The head of a model with tied embeddings must
-be among them: the CPU build of vLLM computes with a packed copy of the head, which a new embedding alone does not
-renew (`models.state_items` yields it).
+`send` hands named tensors to every engine through Ray's object store; transfer.py has the ways by vLLM's own interface.
+An engine loads them by vLLM's layerwise reload, which packs them for its kernels as a load from disk does. The head
+of a model with tied embeddings must be among them: the CPU build of vLLM computes with a packed copy of the head,
+which a new embedding alone does not renew (`models.state_items` yields it).
 
 `prove` believes nothing that `send` says. It compares, with what the trainer computes in a pass of its own:
 
@@ -35,7 +35,8 @@ TOLERANCE = {"float32": 5e-5, "bfloat16": 0.15, "float16": 0.05}
 MOVED = 4.0
 """A token is moved when the update changed it by more than so many tolerances: then old weights would show."""
 
-WORKER = f"{__name__}.SyncWorker"
+WORKER = "cai_ray.train.sync_worker.SyncWorker"
+"""What vLLM's worker gains (`worker_extension_cls`)."""
 
 
 class SyncError(RuntimeError):
@@ -224,61 +225,3 @@ def unpack(chunk: Iterable[Packed]) -> Iterator[tuple[str, Tensor]]:
         # Ray's objects are read-only memory, which torch does not like; the copy is the loader's own.
         data = torch.from_numpy(np.array(item.data))
         yield item.name, data.view(getattr(torch, item.dtype)).reshape(item.shape)
-
-
-class SyncWorker:
-    """What vLLM's worker gains (`worker_extension_cls`); called by `collective_rpc` on every worker."""
-
-    model_runner: Any
-    vllm_config: Any
-    _sync_received: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
-    _sync_loaded: set[str]
-
-    def sync_start(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        self._sync_received, self._sync_loaded = {}, set()
-        initialize_layerwise_reload(self.model_runner.get_model())
-
-    def sync_load(self, chunk: list[Packed]) -> None:
-        from vllm.config import set_current_vllm_config
-
-        def seen() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in unpack(chunk):
-                # Here, where the loader takes it: what never comes this far leaves no digest.
-                self._sync_received[name] = (digest(tensor), tuple(tensor.shape), tensor.dtype)
-                yield name, tensor
-
-        with set_current_vllm_config(self.vllm_config):
-            self._sync_loaded |= set(self.model_runner.get_model().load_weights(seen()) or ())
-
-    def sync_finish(self) -> None:
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.model_runner.model_config)
-        self.model_runner.reset_lora_state()
-
-    def sync_clear_cache(self) -> None:
-        for layer in self.model_runner.kv_caches:
-            layer.zero_()
-
-    def sync_held(self) -> tuple[dict[str, int], list[str]]:
-        """Digests by the names of the sender, and the parameters that the last load did not fill."""
-        parameters = dict(self.model_runner.get_model().named_parameters())
-        received = getattr(self, "_sync_received", {})
-        digests = {}
-        for name, (of_bytes, shape, dtype) in received.items():
-            own = parameters.get(name)
-            digests[name] = of_bytes
-            # Embeddings are padded with rows at the end; packed weights are empty, fused ones have other names.
-            if (
-                own is not None
-                and own.dtype == dtype
-                and shape
-                and own.shape[1:] == shape[1:]
-                and len(own) >= shape[0]
-            ):
-                digests[name] = digest(own[: shape[0]])
-        return digests, sorted(parameters.keys() - getattr(self, "_sync_loaded", set()))

@@ -198,6 +198,18 @@ def test_item_30_two_ranks_learn_what_one_does(
         assert torch.allclose(tensor, policy(two)[name], atol=2e-4), name
 
 
+def test_item_24_weights_by_vllms_own_interface(ray_cluster: None, one_rank: Run, tmp_path: Path) -> None:
+    """Gathered from two ranks, broadcast to two engines, proved as always: the same training."""
+    ways = {"weight_sync": "gloo", "workers": 2, "zero_stage": 3, "rollout_engines": 2}
+    run = ready_for_ppo(tmp_path, ppo=SMALL | ways)
+    ppo.run(run)
+    rows = metrics(run)
+    assert [row["step"] for row in rows if row["sync/shown"] > 20] == [2, 3, 4]
+    assert max(row["sync/gap"] for row in rows) <= 5e-5 and max(r["rollout/logprob_gap"] for r in rows) < 1e-4
+    for name, tensor in policy(one_rank).items():
+        assert torch.allclose(tensor, policy(run)[name], atol=2e-4), name
+
+
 def test_lora_is_merged_on_the_way_to_the_engine(ray_cluster: None, tmp_path: Path) -> None:
     """The reference is the policy with its adapter off; what is sent, and saved, is a plain model."""
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"lora": {"rank": 4, "alpha": 8}, "learning_rate": 2e-3})
