@@ -388,7 +388,7 @@ def test_an_alarm_stops_the_run_and_finish_takes_the_best_snapshot(ray_cluster: 
         return Run(config)
 
     run = stage("stop")
-    with pytest.raises(Stopped, match=r"ppo, step \d+: length: \d+ tokens .* on_alarm=finish") as stopped:
+    with pytest.raises(Stopped, match=r"ppo, step \d+: length: \d+ tokens .*on_alarm=finish") as stopped:
         ppo.run(run)
     said = str(stopped.value)
     with pytest.raises(Stopped) as again:
