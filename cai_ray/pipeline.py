@@ -313,6 +313,10 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             f"engine.pipeline_parallel={config.engine.pipeline_parallel}: vLLM splits layers over GPUs alone; "
             "leave it out on CPU"
         )
+    if "ppo" in stages and config.ppo.weight_sync == ("gloo" if uses_gpu(config) else "nccl"):
+        raise InputError(
+            f"ppo.weight_sync={config.ppo.weight_sync}: nccl is for GPUs and gloo for CPUs; use the other, or ray"
+        )
     for size in (config.engine.block_size, config.label.engine and config.label.engine.block_size):
         if size and size % 32 and not uses_gpu(config):
             raise InputError(

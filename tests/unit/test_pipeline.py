@@ -257,6 +257,14 @@ def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
         pipeline.check_inputs(on_cpu, ["revise"])
 
 
+@pytest.mark.parametrize(("device", "way"), [("cpu", "nccl"), ("gpu", "gloo")])
+def test_a_way_for_weights_that_the_device_does_not_have(tmp_path: Path, device: str, way: str) -> None:
+    changes = [f"ppo.weight_sync={way}", f"engine.device={device}"]
+    config = configs.load("errand-town", changes, out=str(tmp_path))
+    with pytest.raises(InputError, match=f"weight_sync={way}: nccl is for GPUs and gloo for CPUs"):
+        pipeline.check_inputs(config, ["ppo"])
+
+
 @pytest.mark.parametrize("engine", ["engine.block_size=16", "label.engine={block_size: 48}"])
 def test_a_block_size_that_vllm_refuses_on_cpu(tmp_path: Path, engine: str) -> None:
     config = configs.load("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
