@@ -46,9 +46,9 @@ from cai_ray.train.ranks import world_size as world_size
 
 # The stage gives up after so many failures and one more without a checkpoint between them.
 MAX_FAILURES = 2
-# How a stage is run, not what it yields: changing these goes on from the same checkpoints. Another number of workers
-# adds the same numbers in another order, and so may differ in the last digits.
-_HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker", "workers"}
+# How a stage is run, not what it yields: changing these goes on from the same checkpoints. Another number of workers,
+# or other micro-batches, add the same numbers in another order, and so may differ in the last digits.
+_HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker", "workers", "micro_batch_tokens"}
 _BOUNDS = {"on_alarm", "patience"} | {n for n in WatchConfig.model_fields if n.startswith("max_")}
 _UPSTREAM = ("revise", "sft", "compare", "label", "rm")
 

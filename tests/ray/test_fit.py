@@ -169,7 +169,8 @@ def test_a_fault_on_one_rank_reaches_the_driver_and_is_not_tried_again(
     count = tmp_path / "count"
     with pytest.raises(error, match=r"^the reason$"):
         fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft, {"kind": kind, "count": str(count)})
-    assert count.read_text() == "x" * ranks
+    # Each rank once, or not at all where the fault came first; nobody a second time.
+    assert count.read_text() in {"x", "x" * ranks}
 
 
 def test_item_38_too_few_cpus_is_said_before_anything_starts(
