@@ -221,7 +221,7 @@ def test_item_36_another_number_of_workers_goes_on(
 
 
 def _alike(one: Run, other: Run) -> None:
-    """Up to rounding, of which Adam makes more with every step: without its moments the loss differs by a tenth."""
+    """Up to rounding, of which Adam makes more with every step; moments that are lost show in the loss."""
     rows = [
         [json.loads(line) for line in storage.read_bytes(r.path("sft", "metrics.jsonl")).splitlines()]
         for r in (one, other)
