@@ -5,7 +5,7 @@
 64 prompts a step, 2 epochs of one minibatch, the model of Errand Town as policy, reference, and (with a random head)
 reward and value model, fp32, one thread for each process. Two kinds of responses:
 
-- `skewed`: sampled at a temperature at which lengths have a median of about 20 tokens and go up to 64;
+- `skewed`: of a policy whose logits are divided by 2.7, so that lengths have a median of about 20 tokens and go up to 64;
 - `even`: 25 tokens each, none ends by itself.
 
 and three ways:
@@ -41,8 +41,8 @@ from benchmarks.baseline import trl
 TRL = "1.12.0"
 PROMPTS, EPOCHS, WARM = 64, 2, 2
 KINDS: dict[str, dict[str, Any]] = {
-    "skewed": {"tokens": 64, "temperature": 2.7},
-    "even": {"tokens": 25, "temperature": 1.0},
+    "skewed": {"tokens": 64, "flatter": 2.7},
+    "even": {"tokens": 25, "flatter": 1.0},
 }
 WAYS = ["trl skewed", "ours skewed", "ahead skewed", "trl even", "ours even"]
 SETTINGS = {
@@ -121,9 +121,10 @@ def result(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def models(folder: Path) -> dict[str, str]:
+def models(folder: Path, kind: str) -> dict[str, str]:
     """Policy and reward model, the same for both sides."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     from cai_ray import storage
     from cai_ray.config import TrainConfig
@@ -134,7 +135,10 @@ def models(folder: Path) -> dict[str, str]:
     reward = str(folder / "rm" / "model")
     save_folder(load_reward_model(BASE, TrainConfig()), BASE, reward)
     storage.write_json(storage.join(reward, "reward_head.json"), {"mean": 0.0, "std": 1.0})
-    storage.upload_folder(BASE, str(folder / "sft" / "model"))
+    policy = AutoModelForCausalLM.from_pretrained(BASE)
+    with torch.no_grad():
+        policy.model.norm.weight /= KINDS[kind]["flatter"]  # what the head is given
+    save_folder(policy, str(BASE), str(folder / "sft" / "model"))
     return {"policy": str(folder / "sft" / "model"), "reward": reward}
 
 
@@ -147,9 +151,9 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
     from cai_ray.storage import Run
     from cai_ray.train import ppo
 
-    tokens, temperature = KINDS[kind]["tokens"], KINDS[kind]["temperature"]
+    tokens = KINDS[kind]["tokens"]
     with tempfile.TemporaryDirectory(prefix="cai-ray-ppo-") as folder:
-        models(Path(folder))
+        models(Path(folder), kind)
         config = RunConfig.model_validate(
             {
                 "name": "ppo",
@@ -165,7 +169,6 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
                     "rollout_batch": PROMPTS,
                     "minibatch": PROMPTS,
                     "epochs": EPOCHS,
-                    "temperature": temperature,
                     "max_tokens": tokens,
                     "schedule": "constant",
                     "async_steps": int(ahead),
@@ -243,7 +246,7 @@ def by_trl(kind: str, steps: int) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory(prefix="cai-ray-trl-") as folder:
-        made = models(Path(folder))
+        made = models(Path(folder), kind)
         policy, reference = (AutoModelForCausalLM.from_pretrained(made["policy"]) for _ in range(2))
         reward, value = (
             AutoModelForSequenceClassification.from_pretrained(made["reward"], num_labels=1) for _ in range(2)
@@ -267,7 +270,7 @@ def by_trl(kind: str, steps: int) -> dict[str, Any]:
             num_ppo_epochs=EPOCHS,
             total_episodes=steps * PROMPTS,
             response_length=KINDS[kind]["tokens"],
-            temperature=KINDS[kind]["temperature"],
+            temperature=1.0,
             stop_token="eos" if kind == "skewed" else None,
             missing_eos_penalty=None,
             learning_rate=SETTINGS["learning_rate"],

@@ -180,11 +180,11 @@ class TrainConfig(Section):
 class ReviseConfig(Section):
     rounds: int = Field(default=4, ge=1)
     draw: Literal["with_replacement", "without_replacement"] = "with_replacement"
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
     """Of the first response. Critiques and revisions use `revision_temperature`."""
     critique: bool = True
     """false: revisions are asked for at once (`direct` of the template set), as in section 3.5 of the paper."""
-    revision_temperature: float = Field(default=0.0, ge=0)
+    revision_temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: int = Field(default=512, gt=0)
     critique_max_tokens: int = Field(default=512, gt=0)
     helpful_samples: int = Field(default=1, ge=0)
@@ -240,13 +240,13 @@ class RedTeamConfig(Section):
     """Leave out what shares more than this of its character 5-grams with another prompt."""
     model: str = "base"
     """Who writes: `base`, or a Hugging Face folder or id."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     max_tokens: int = Field(default=256, gt=0)
 
 
 class CompareConfig(Section):
     samples: int = Field(default=2, ge=2)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     max_tokens: int = Field(default=512, gt=0)
     prompts: tuple[PromptSource, ...] = ()
     """By default the run's prompts."""
@@ -277,7 +277,7 @@ class LabelConfig(Section):
     """`logprob`: the two options are weighed at once. `cot`: after reasoning. `score`: each response is rated from 1 to
     10 by itself, and the preference is the logistic of the difference."""
     reasoning_max_tokens: int = Field(default=512, gt=0)
-    reasoning_temperature: float = Field(default=0.0, ge=0)
+    reasoning_temperature: float = Field(default=0.0, ge=0, le=2)
     clamp: tuple[float, float] | None = None
     """Bounds of the combined probability, applied after normalising; [0.4, 0.6] with `cot`, where null means none."""
     gold: str | None = None
@@ -413,7 +413,7 @@ class PpoConfig(TrainConfig):
     value_learning_rate: float | None = Field(default=None, gt=0)
     value_init: Literal["rm", "policy"] = "rm"
     """`rm`: the first of `rewards`."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     max_tokens: int = Field(default=512, gt=0)
     async_steps: Literal[0, 1] = 0
     """1: while a step is trained on, the next one's responses are sampled, by weights that are one step old then; they
@@ -473,7 +473,7 @@ class EvaluateConfig(Section):
     prompts: tuple[PromptSource, ...] = ()
     judge: Literal["model", "town"] = "model"
     """Who says what is harmful: the feedback model by the constitution, or the embedded world's exact judge."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
     max_tokens: int = Field(default=512, gt=0)
     best_of: int = Field(default=0, ge=0)
     """A control: best of so many SL-CAI samples by the reward model; 0 leaves it out."""
