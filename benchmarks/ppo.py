@@ -5,7 +5,8 @@
 64 prompts a step, 2 epochs of one minibatch, the model of Errand Town as policy, reference, and (with a random head)
 reward and value model, fp32, one thread for each process. Two kinds of responses:
 
-- `skewed`: of a policy whose logits are divided by 2.7, so that lengths have a median of about 20 tokens and go up to 64;
+- `skewed`: of a policy whose logits are divided by 2.7, by which lengths have a median of about 20 tokens, and go up
+  to 64;
 - `even`: 25 tokens each, none ends by itself.
 
 and three ways:
