@@ -181,8 +181,7 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
         )
         run = Run(config)
         if kind == "even":
-            stage: Any = ppo
-            stage.Renderer = never_ends(stage.Renderer)
+            never_ends(ppo)
         cluster.connect(config)
         try:
             ppo.run(run)
@@ -203,15 +202,14 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
     }
 
 
-def never_ends(renderer: Any) -> Any:
-    """The driver's renderer, by which the engine learns what ends a turn: here a token that nobody writes."""
+def never_ends(stage: Any) -> None:
+    """Tells the engine of another token that ends a turn, one that nobody writes."""
+    usual = stage.open_pool
 
-    class Endless(renderer):  # type: ignore[misc]
-        def __init__(self, *args: Any, **more: Any):
-            super().__init__(*args, **more)
-            self.end_id = self.pad_id
+    def endless(config: Any, model: str, end_id: int, *more: Any) -> Any:
+        return usual(config, model, stage.Renderer(model).pad_id, *more)
 
-    return Endless
+    stage.open_pool = endless
 
 
 # --------------------------------------------------------------------------------------------------------------- TRL
