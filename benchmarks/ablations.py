@@ -20,9 +20,11 @@ from cai_ray.report.combine import combine
 from cai_ray.report.text import columns, interval, percent
 from cai_ray.town import demo
 
+# A model that has never revised without a critique fails at many rows: a finding, and no reason to stop.
+NO_CRITIQUE = {"revise": {"critique": False}, "max_error_rate": 1.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "no_critique_sl": ("SL-CAI, revised without critiques", {"revise": {"critique": False}}),
-    "no_critique": ("revised without critiques", {"revise": {"critique": False}}),
+    "no_critique_sl": ("SL-CAI, revised without critiques", NO_CRITIQUE),
+    "no_critique": ("revised without critiques", NO_CRITIQUE),
     "hard_labels": ("AI labels rounded to 0 or 1", {"rm": {"hard_labels": True}}),
     "shuffled": ("half of the AI labels flipped", {"rm": {"shuffle_labels": True}}),
     "kl_0.02": ("KL coefficient 0.02", {"ppo": {"kl_coef": 0.02}}),
