@@ -139,6 +139,8 @@ def models(folder: Path, kind: str) -> dict[str, str]:
     policy = AutoModelForCausalLM.from_pretrained(BASE)
     with torch.no_grad():
         policy.model.norm.weight /= KINDS[kind]["flatter"]  # what the head is given
+    if kind == "even":  # nothing ends a response
+        policy.config.eos_token_id = policy.generation_config.eos_token_id = None
     save_folder(policy, str(BASE), str(folder / "sft" / "model"))
     return {"policy": str(folder / "sft" / "model"), "reward": reward}
 
