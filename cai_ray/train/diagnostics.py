@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cai_ray.prompts import Renderer
 from cai_ray.records import derive_id, to_table
 from cai_ray.storage import Run
 from cai_ray.train.experience import Batch, Scores, Targets
@@ -56,7 +57,7 @@ def save_rollouts(
     step: int,
     rows: list[dict[str, Any]],
     rollouts: list[Rollout],
-    texts: list[str],
+    renderer: Renderer,
     targets: Targets,
 ) -> None:
     """The step's first few responses, for reading."""
@@ -67,7 +68,7 @@ def save_rollouts(
             "policy_version": rollouts[i].version,
             "id": derive_id("rollout", step, i, rows[i]["id"]),
             "messages": rows[i]["messages"],
-            "response": texts[i],
+            "response": renderer.decode(rollouts[i].ids),
             "reward": float(targets.score[i]),
             "kl_reference": float(targets.kl[i]),
             "length": len(rollouts[i].ids),

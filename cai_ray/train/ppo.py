@@ -50,7 +50,7 @@ from cai_ray.train.fit import (
 from cai_ray.train.losses import policy_loss, value_loss
 from cai_ray.train.models import sequence_logprobs, sequence_values
 from cai_ray.train.ranks import from_first
-from cai_ray.train.rewards import check_value_init
+from cai_ray.train.rewards import read_by
 from cai_ray.train.rollout import Pool, close_pool, open_pool
 from cai_ray.train.sampling import Prompt, Sampler, read
 from cai_ray.train.scoring import Models, check_gap, check_ratio, load_models, logprob_gap, probe, score
@@ -74,8 +74,8 @@ def run(run: Run) -> dict[str, Any]:
 
     check_resources(run, cfg)
     renderer = Renderer(run.model("sl"), load_templates(config.templates).chat_template)
-    check_value_init(run, cfg, renderer)
-    prompts, errors = read(run, renderer)
+    readers = read_by(run, cfg, renderer)
+    prompts, errors = read(run, renderer, readers)
     inputs = derive_id(
         [(p["id"], p["ids"]) for p in prompts],
         [storage.model_sha(run.model(source.model)) for source in cfg.rewards],
@@ -83,7 +83,7 @@ def run(run: Run) -> dict[str, Any]:
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu, beside = uses_gpu(config), None
     if cfg.watch.every:
-        extra["watched"] = read_watched(run, renderer)
+        extra["watched"] = read_watched(run, renderer, readers)
         if cfg.watch.opinion == LABELS:
             beside = feedback.resources(run.feedback().config.engine, gpu)
     extra["keeper"] = keeper = open_pool(config, run.model("sl"), renderer.end_id, gpu, beside)
@@ -148,7 +148,6 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         # Sample: token ids in, token ids out.
         rows, rollouts = from_first(sampler.take(step) if sampler else None)
         batch = make_batch([row["ids"] for row in rows], rollouts)
-        texts = [renderer.decode(r.ids) for r in rollouts]
         times = {"time/sample_s": clock.lap()}
 
         # Score: old and reference log-probabilities, values, rewards, in the micro-batches of the first epoch.
@@ -157,7 +156,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             for epoch in range(cfg.epochs)
         ]
         conversations = [row["messages"] for row in rows]
-        scores, apart = score(models, batch, conversations, texts, epochs[0], cfg, pad_id)
+        scores, apart = score(models, batch, conversations, epochs[0], cfg, pad_id)
         gap, fresh = logprob_gap(scores, batch), rollouts[0].version == step
         if fresh:
             check_gap(gap, cfg)
@@ -202,7 +201,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             kl_coef, metrics["kl/reference"], target=cfg.kl_target, horizon=cfg.kl_horizon, rows=len(rows)
         )
         if first:
-            save_rollouts(run, step, rows, rollouts, texts, targets)
+            save_rollouts(run, step, rows, rollouts, renderer, targets)
         # An alarm may end the stage, and the same command goes on from here.
         due = checkpoint_due(step + 1, cfg.checkpoint_every or 10)
         if alarmed or (due and step + 1 < total):

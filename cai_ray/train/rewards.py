@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,23 @@ from cai_ray.train.ranks import device, global_sum, rank, to_device, world_size
 class Reader:
     """How a reward model with a tokenizer of its own reads a response."""
 
+    policy: Renderer
     renderer: Renderer
     templates: TemplateSet
     limit: int
     """Tokens of its context, and of a micro-batch."""
 
-    def __call__(self, conversation: Sequence[Message], response: str, truncated: bool) -> Example:
+    def __call__(self, conversation: Sequence[Message], response: Sequence[int], truncated: bool) -> Example:
         """
+        Args:
+            response: the tokens that the policy wrote.
+
         Raises:
             RowError: its chat template refuses the conversation.
         """
         messages = [
             *self.templates.answer_messages(conversation),
-            Message(role="assistant", content=response),
+            Message(role="assistant", content=self.policy.decode(response)),
         ]
         ids, mask = self.renderer.dialogue_ids(messages, truncated)
         return Example(ids[-self.limit :], mask[-self.limit :])
@@ -86,20 +91,22 @@ def reader_of(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reader 
     renderer = Renderer(path, templates.chat_template)
     if same_tokens(policy, renderer):
         return None
-    return Reader(renderer, templates, min(context_length(path), cfg.micro_batch_tokens))
+    return Reader(policy, renderer, templates, min(context_length(path), cfg.micro_batch_tokens))
 
 
-def check_value_init(run: Run, cfg: PpoConfig, policy: Renderer) -> None:
-    """
+def read_by(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:
+    """Of the reward models of `ppo.rewards`, those that read text.
+
     Raises:
         InputError: values are to start from a reward model that reads other tokens than the policy writes.
     """
-    first = cfg.rewards[0].model
-    if cfg.advantage == "gae" and cfg.value_init == "rm" and reader_of(run, cfg, policy, first) is not None:
+    readers = [reader_of(run, cfg, policy, source.model) for source in cfg.rewards]
+    if cfg.advantage == "gae" and cfg.value_init == "rm" and readers[0] is not None:
         raise InputError(
-            f"ppo.value_init=rm: the first of ppo.rewards, {first}, has another tokenizer than the policy; use "
-            "ppo.value_init: policy"
+            f"ppo.value_init=rm: the first of ppo.rewards, {cfg.rewards[0].model}, has another tokenizer than the "
+            "policy; use ppo.value_init: policy"
         )
+    return [reader for reader in readers if reader is not None]
 
 
 def same_tokens(one: Renderer, other: Renderer) -> bool:
@@ -116,14 +123,13 @@ def raw_scores(
     rewards: Sequence[Reward],
     batch: Batch,
     conversations: Sequence[Sequence[Message]],
-    texts: Sequence[str],
     groups: Sequence[Sequence[int]],
     cfg: PpoConfig,
 ) -> Tensor:
     """(N, reward models): each model's number at each row's last token, as it gives it; the same on every rank.
 
     Args:
-        texts: the responses, for models that read text.
+        conversations: of each row without the response, for models that read text.
         groups: this rank's micro-batches, for models that read the policy's tokens.
     """
     found = torch.zeros(len(batch.rows), len(rewards))
@@ -131,7 +137,8 @@ def raw_scores(
         rows, shares = batch.rows, groups
         if reward.reader is not None:
             cut = batch.truncated.tolist()
-            rows = [reward.reader(*row) for row in zip(conversations, texts, cut, strict=True)]
+            written = [list(compress(row.ids, row.mask)) for row in batch.rows]
+            rows = [reward.reader(*row) for row in zip(conversations, written, cut, strict=True)]
             lengths = [len(row.ids) for row in rows]
             shares = rank_micro_batches(lengths, cfg.micro_batch_tokens, rank(), world_size())
         for group in shares:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,22 +14,25 @@ from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_seed
 from cai_ray.storage import Run
 from cai_ray.train.experience import draw
-from cai_ray.train.rewards import reader_of
+from cai_ray.train.rewards import Reader
 from cai_ray.train.rollout import Pool, Request, Rollout
 
 Prompt = dict[str, Any]
 """`id`, `messages`, `kind`, `family`, and `ids`, the tokens up to where the policy writes."""
 
 
-def read(run: Run, renderer: Renderer) -> tuple[list[Prompt], int]:
+def read(run: Run, renderer: Renderer, readers: Sequence[Reader] = ()) -> tuple[list[Prompt], int]:
     """The training prompts with their token ids, and how many do not fit the context or cannot be encoded.
+
+    Args:
+        readers: of the reward models that read text (`rewards.read_by`).
 
     Raises:
         InputError: none is left, or a row would not fit a micro-batch.
     """
     config, cfg = run.config, run.config.ppo
     rows = [r for r in read_prompts(cfg.prompts or config.prompts, config.seed) if r["split"] == "train"]
-    ready = encoded(run, renderer, rows)
+    ready = encoded(run, renderer, rows, readers)
     context = policy_context(run)
     if not ready:
         raise InputError(
@@ -43,18 +47,17 @@ def read(run: Run, renderer: Renderer) -> tuple[list[Prompt], int]:
     return ready, len(rows) - len(ready)
 
 
-def encoded(run: Run, renderer: Renderer, rows: list[dict[str, Any]]) -> list[Prompt]:
+def encoded(
+    run: Run, renderer: Renderer, rows: list[dict[str, Any]], readers: Sequence[Reader]
+) -> list[Prompt]:
     """Rows that the policy and every reward model can read."""
-    cfg, templates = run.config.ppo, load_templates(run.config.templates)
-    context = policy_context(run)
-    readers = [reader_of(run, cfg, renderer, source.model) for source in cfg.rewards]
+    templates, context = load_templates(run.config.templates), policy_context(run)
     ready = []
     for row in rows:
         try:
             ids = renderer.prompt_ids(templates.answer_messages(row["messages"]))
             for reader in readers:
-                if reader is not None:
-                    reader(row["messages"], "", False)
+                reader(row["messages"], (), False)
         except RowError:  # such as roles that the chat template refuses
             continue
         if len(ids) < context:

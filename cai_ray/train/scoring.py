@@ -68,7 +68,6 @@ def score(
     models: Models,
     batch: Batch,
     conversations: Sequence[Sequence[Message]],
-    texts: Sequence[str],
     plan: list[Minibatch],
     cfg: PpoConfig,
     pad_id: int,
@@ -76,8 +75,7 @@ def score(
     """Each rank scores its micro-batches; the sum of what the ranks found is the whole batch.
 
     Args:
-        conversations: of each row, without the response.
-        texts: the responses, for reward models that read text.
+        conversations: of each row without the response, for reward models that read text.
 
     Returns:
         The scores, and what each reward model said where there are several.
@@ -95,7 +93,7 @@ def score(
         for i, column in enumerate(columns):
             if group and column is not None:
                 found[i, group, :width] = column.float().cpu()
-    raw = raw_scores(models.rewards, batch, conversations, texts, groups, cfg)
+    raw = raw_scores(models.rewards, batch, conversations, groups, cfg)
     reward = combined(raw, models.rewards, cfg.reward_clip)
     logprobs, reference, after = global_sum(found)
     return Scores(logprobs, reference, after, reward), describe(raw, models.rewards)

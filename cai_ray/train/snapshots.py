@@ -23,15 +23,18 @@ from cai_ray.train.experience import make_batch
 from cai_ray.train.fit import Trained, save_model
 from cai_ray.train.metrics import warn
 from cai_ray.train.ranks import from_first, rank, world_size
-from cai_ray.train.rewards import Reward, combined, load_reward, raw_scores
+from cai_ray.train.rewards import Reader, Reward, combined, load_reward, raw_scores
 from cai_ray.train.rollout import Pool, Request
 from cai_ray.train.sampling import Prompt, encoded
 
 LABELS = "labels"
 
 
-def read_watched(run: Run, renderer: Renderer) -> list[Prompt]:
+def read_watched(run: Run, renderer: Renderer, readers: Sequence[Reader]) -> list[Prompt]:
     """The development prompts with their token ids.
+
+    Args:
+        readers: of the reward models that read text (`rewards.read_by`).
 
     Raises:
         InputError: there is none that can be used.
@@ -39,7 +42,7 @@ def read_watched(run: Run, renderer: Renderer) -> list[Prompt]:
     cfg = run.config.ppo.watch
     rows = read_prompts(cfg.prompts, run.config.seed)
     rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
-    ready = encoded(run, renderer, rows)
+    ready = encoded(run, renderer, rows, readers)
     if not ready:
         raise InputError("ppo.watch.prompts: no prompt can be encoded and fits the context; give others")
     return ready
@@ -92,7 +95,7 @@ class Watch:
         groups = rank_micro_batches(batch.lengths, cfg.micro_batch_tokens, rank(), world_size())
 
         def scores(models: Sequence[Reward]) -> list[float]:
-            raw = raw_scores(models, batch, conversations, texts, groups, cfg)
+            raw = raw_scores(models, batch, conversations, groups, cfg)
             return combined(raw, models, cfg.reward_clip).tolist()
 
         reward = scores(self.rewards)

@@ -13,7 +13,7 @@ from cai_ray.prompts import Renderer, load_templates
 from cai_ray.storage import Run
 from cai_ray.train.experience import make_batch, minibatches
 from cai_ray.train.models import RewardScale, load_reward_model
-from cai_ray.train.rewards import Reward, check_value_init, combined, describe, load_rewards, raw_scores
+from cai_ray.train.rewards import Reward, combined, describe, load_rewards, raw_scores, read_by
 from cai_ray.train.rollout import Rollout
 from tests import tiny
 
@@ -49,7 +49,7 @@ def make_run(models: dict[str, str], **ppo: Any) -> Run:
     return run
 
 
-def sampled(models: dict[str, str]) -> tuple[Any, Any]:
+def sampled(models: dict[str, str]) -> Any:
     """The answers as the policy would have written them, token by token."""
     renderer, templates = Renderer(models["policy"]), load_templates("general")
     prompts = [renderer.prompt_ids(templates.answer_messages(talk)) for talk in TALKS]
@@ -58,16 +58,15 @@ def sampled(models: dict[str, str]) -> tuple[Any, Any]:
         for answer, cut in zip(ANSWERS, CUT, strict=True)
     ]
     rollouts = [Rollout(i, [-1.0] * len(i), cut, 0) for i, cut in zip(ids, CUT, strict=True)]
-    batch = make_batch(prompts, rollouts)
-    return batch, [renderer.decode(r.ids) for r in rollouts]
+    return make_batch(prompts, rollouts)
 
 
 def score(run: Run, models: dict[str, str]) -> torch.Tensor:
     cfg = run.config.ppo
-    batch, texts = sampled(models)
+    batch = sampled(models)
     plan = minibatches(batch.lengths, cfg, 0, 0, 0, 0, 1)
     groups = [group for minibatch in plan for group in minibatch.groups]
-    return raw_scores(load_rewards(run, cfg, Renderer(models["policy"])), batch, TALKS, texts, groups, cfg)
+    return raw_scores(load_rewards(run, cfg, Renderer(models["policy"])), batch, TALKS, groups, cfg)
 
 
 def alone(folder: str, ids: list[int]) -> float:
@@ -80,7 +79,7 @@ def alone(folder: str, ids: list[int]) -> float:
 def test_item_25_the_score_of_a_row_is_read_at_its_last_token(models: dict[str, str]) -> None:
     """Of the ids that the policy wrote, its end token included (item 14), whatever micro-batch the row is in."""
     run = make_run(models, rewards=[{"model": models["same"]}], micro_batch_tokens=256)
-    batch, _ = sampled(models)
+    batch = sampled(models)
     wanted = [alone(models["same"], row.ids) for row in batch.rows]
     assert score(run, models)[:, 0].tolist() == pytest.approx(wanted, abs=1e-5)
 
@@ -113,10 +112,10 @@ def test_values_cannot_start_from_a_model_that_reads_other_tokens(models: dict[s
     with pytest.raises(
         InputError, match=r"has another tokenizer than the policy; use ppo\.value_init: policy"
     ):
-        check_value_init(run, run.config.ppo, policy)
+        read_by(run, run.config.ppo, policy)
     for fine in ({"value_init": "policy"}, {"rewards": [{"model": models["same"]}]}):
         run = make_run(models, **{"rewards": [{"model": models["other"]}], **fine})
-        check_value_init(run, run.config.ppo, policy)
+        read_by(run, run.config.ppo, policy)
 
 
 def test_rewards_stand_in_the_order_of_their_weights() -> None:
