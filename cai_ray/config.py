@@ -363,6 +363,10 @@ class RewardSource(Section):
     weight: float = 1.0
 
 
+LABELS = "labels"
+"""Second opinion by the feedback model's fresh labels (`ppo.watch.opinion`)."""
+
+
 class WatchConfig(Section):
     """Snapshots of the policy on development prompts while PPO runs, and alarms on them. Bounds are on the change since
     before the first update; null: no such alarm."""
@@ -373,7 +377,7 @@ class WatchConfig(Section):
     prompts: tuple[PromptSource, ...] = ()
     """Development prompts, neither trained on nor evaluated on."""
     limit: int = Field(default=128, gt=0)
-    opinion: str = "labels"
+    opinion: str = LABELS
     """The second opinion. `labels`: how likely the feedback model prefers the response to the SL-CAI policy's, freshly
     labelled; or a reward model that PPO does not train on (folder or id), in units of its reference set."""
     on_alarm: Literal["log", "stop", "finish"] = "log"
@@ -390,6 +394,11 @@ class WatchConfig(Section):
     """Loss of second opinion since the best snapshot, while the reward is higher than there."""
     patience: int = Field(default=2, gt=0)
     """Snapshots in a row of which that must hold."""
+
+    @property
+    def asks_feedback(self) -> bool:
+        """Whether the feedback model is there while PPO runs."""
+        return self.every > 0 and self.opinion == LABELS
 
     @model_validator(mode="after")
     def _has_prompts(self) -> WatchConfig:
@@ -527,6 +536,11 @@ class RunConfig(Section):
     def preference(self) -> PreferenceConfig:
         """The section of the stage that is trained on comparisons."""
         return self.dpo if self.method == "dpo" else self.rm
+
+    @property
+    def watched(self) -> bool:
+        """Whether the run takes snapshots of its policy (`ppo.watch`)."""
+        return self.method == "ppo" and self.ppo.watch.every > 0
 
     @property
     def rollout_engine(self) -> EngineConfig:

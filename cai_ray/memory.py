@@ -102,7 +102,7 @@ def estimate(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -> li
             Need("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, shapes, gpu)),
             engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
         ]
-        if config.ppo.watch.every and config.ppo.watch.opinion == "labels" and labels:
+        if config.ppo.watch.asks_feedback and labels:
             last.append(labels[0]._replace(stage="ppo", processes=1))
     return [
         engine_need("revise", "engine", shapes("base"), engine, gpu),

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from cai_ray import constitution as constitutions
 from cai_ray import storage
-from cai_ray.config import RunConfig, TrainConfig
+from cai_ray.config import LABELS, RunConfig, TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.generate.files import data_files
 from cai_ray.prompts import load_templates
@@ -546,7 +546,7 @@ def _models(section: BaseModel) -> list[str]:
     named += [source.model for source in getattr(section, "rewards", ())]
     if watch := getattr(section, "watch", None):
         named.append(watch.opinion)
-    return [model for model in named if model not in {*_ROLES, "labels"}]
+    return [model for model in named if model not in {*_ROLES, LABELS}]
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:

@@ -140,17 +140,12 @@ def _by_gold(run: Run, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list
     scale = (certificate["gold"] or {}).get("scale")
     return {
         "models": {m: gold.measure([r for r in rows if r["model"] == m]) for m in _models(rows)},
-        "snapshots": gold.snapshots(_snapshots(run)),
+        "snapshots": gold.snapshots(run.rows("ppo", name="snapshot") if run.config.watched else []),
         "revision_harm": harm,
         "revision_harm_selective": selective,
         "label": gold.label_quality(run.rows("label"), scale, document),
         "rm": gold.reward_accuracy([r for r in rows if r["model"] in POLICIES], document),
     }, rows
-
-
-def _snapshots(run: Run) -> list[dict[str, Any]]:
-    watched = run.config.method == "ppo" and run.config.ppo.watch.every
-    return run.rows("ppo", name="snapshot") if watched else []
 
 
 def _by_feedback(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:

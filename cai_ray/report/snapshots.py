@@ -6,12 +6,10 @@ Where reward rises and the others fall, the policy learns the reward and not wha
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cai_ray import storage
 from cai_ray.report import charts, tables
 from cai_ray.report.text import percent
 from cai_ray.storage import Run
@@ -19,15 +17,15 @@ from cai_ray.storage import Run
 GOLD = ("harm", "helpful", "over_refusal")
 
 
-def read(run: Run, gold: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One entry per snapshot; gold is None where nobody knows it. Empty where PPO took none.
 
     Args:
+        steps: PPO's metrics.
         gold: of each step (as text), the exact judge's rates (`evaluate.gold.snapshots`).
     """
-    if not run.config.ppo.watch.every or run.config.method != "ppo":
+    if not run.config.watched:
         return []
-    steps = [json.loads(line) for line in storage.read_bytes(run.path("ppo", "metrics.jsonl")).splitlines()]
     kl = {step["step"]: max(step.get("kl/reference") or 0.0, 0.0) for step in steps}
     found: dict[int, list[dict[str, Any]]] = {}
     for row in run.rows("ppo", ["id", "step", "reward", "opinion"], "snapshot"):

@@ -36,6 +36,8 @@ def build(run: Run) -> dict[str, Any]:
     measured = storage.read_json(run.path("evaluate", "metrics.json"))
     opened = storage.read_json(run.path("run.json"))
     models = measured["models"]
+    # A directory may hold what another method left: it is no part of this run.
+    steps = {m: read_metrics(run, m) if m == run.config.method else [] for m in ("ppo", "dpo")}
     return _finite(
         {
             "name": run.config.name,
@@ -49,9 +51,8 @@ def build(run: Run) -> dict[str, Any]:
             "certificate": _certificate(run),
             "method": run.config.method,
             "rm": {**_reward_model(run), **(measured.get("rm") or {})},
-            # A directory may hold what another method left: it is no part of this run.
-            **{m: {"steps": read_metrics(run, m) if m == run.config.method else []} for m in ("ppo", "dpo")},
-            "snapshots": snapshots.read(run, measured.get("snapshots") or {}),
+            **{method: {"steps": rows} for method, rows in steps.items()},
+            "snapshots": snapshots.read(run, steps["ppo"], measured.get("snapshots") or {}),
             "stages": stage_costs(run),
             "versions": opened["versions"],
             "constitution_sha": opened["constitution_sha"],

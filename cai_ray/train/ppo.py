@@ -54,7 +54,7 @@ from cai_ray.train.rewards import read_by
 from cai_ray.train.rollout import Pool, close_pool, open_pool
 from cai_ray.train.sampling import Prompt, Sampler, read
 from cai_ray.train.scoring import Models, check_gap, check_ratio, load_models, logprob_gap, probe, score
-from cai_ray.train.snapshots import LABELS, Watch, read_watched
+from cai_ray.train.snapshots import Watch, read_watched
 from cai_ray.train.transfer import Send, make_sender
 
 FRESH: dict[str, Any] = {"step": 0, "log": [], "tokens": 0, "ahead": None, "snapshots": []}
@@ -84,7 +84,7 @@ def run(run: Run) -> dict[str, Any]:
     gpu, beside = uses_gpu(config), None
     if cfg.watch.every:
         extra["watched"] = read_watched(run, renderer, readers)
-        if cfg.watch.opinion == LABELS:
+        if cfg.watch.asks_feedback:
             beside = feedback.resources(run.feedback().config.engine, gpu)
     extra["keeper"] = keeper = open_pool(config, run.model("sl"), renderer.end_id, gpu, beside)
     extra["feedback"] = feedback.open_feedback(run, gpu) if beside else None

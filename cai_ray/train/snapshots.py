@@ -23,11 +23,9 @@ from cai_ray.train.experience import make_batch
 from cai_ray.train.fit import Trained, save_model
 from cai_ray.train.metrics import warn
 from cai_ray.train.ranks import from_first, rank, world_size
-from cai_ray.train.rewards import Reader, Reward, combined, load_reward, raw_scores
+from cai_ray.train.rewards import Reader, Reward, combined, load_reward, raw_scores, reader_of
 from cai_ray.train.rollout import Pool, Request
 from cai_ray.train.sampling import Prompt, encoded
-
-LABELS = "labels"
 
 
 def read_watched(run: Run, renderer: Renderer, readers: Sequence[Reader]) -> list[Prompt]:
@@ -40,6 +38,8 @@ def read_watched(run: Run, renderer: Renderer, readers: Sequence[Reader]) -> lis
         InputError: there is none that can be used.
     """
     cfg = run.config.ppo.watch
+    if not cfg.asks_feedback and (second := reader_of(run, run.config.ppo, renderer, cfg.opinion)):
+        readers = [*readers, second]
     rows = read_prompts(cfg.prompts, run.config.seed)
     rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
     ready = encoded(run, renderer, rows, readers)
@@ -71,8 +71,8 @@ class Watch:
         self.rewards, self.pool, self.feedback = rewards, pool, feedback
         self.history = [Snapshot(*s) for s in history]
         self.refusals = load_templates(run.config.templates).refusals
-        opinion = self.cfg.watch.opinion
-        self.second = None if opinion == LABELS else load_reward(run, self.cfg, renderer, opinion)
+        watch = self.cfg.watch
+        self.second = None if watch.asks_feedback else load_reward(run, self.cfg, renderer, watch.opinion)
         self.before: list[str] = []
         if self.history:
             rows = self.run.rows("ppo", name="snapshot")
@@ -154,7 +154,7 @@ class Watch:
         """The best snapshot becomes the stage's model; its step. Rank 0 copies."""
         top = self.history[best_of(self.history)].step
         if rank() == 0:
-            storage.upload_folder(storage.local_folder(self._folder(top)), self.run.path("ppo", "model"))
+            storage.upload_folder(self._folder(top), self.run.path("ppo", "model"))
         return top
 
     def _labels(self, texts: list[str]) -> list[float | None]:
