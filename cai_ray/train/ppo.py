@@ -124,6 +124,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     if rank() == 0 and not state["step"]:  # what an attempt with other settings sampled
         for name in ("part", "snapshot"):
             storage.delete_rows(run.path("ppo"), name)
+        storage.delete(run.path("ppo", "snapshots"))
     pad_id = renderer.pad_id
 
     first = rank() == 0
@@ -207,6 +208,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         if alarmed or (due and step + 1 < total):
             kept = checkpoint_state(run, models, sampler, watch, step + 1, log, tokens, kl_coef)
             save_checkpoint(engines, kept, step + 1)
+            if watch:
+                watch.saved()
             if alarmed:
                 wait_until_saved()
     log.close()

@@ -73,6 +73,8 @@ class Watch:
         self.refusals = load_templates(run.config.templates).refusals
         watch = self.cfg.watch
         self.second = None if watch.asks_feedback else load_reward(run, self.cfg, renderer, watch.opinion)
+        self._needed = self._best() if self.history else 0
+        """The best of the last checkpoint that counts."""
         self.before: list[str] = []
         if self.history:
             rows = self.run.rows("ppo", name="snapshot")
@@ -122,7 +124,9 @@ class Watch:
             self.before = texts
         if rank() == 0:
             self._write(step, texts, [r.truncated for r in rollouts], reward, opinions)
-        self._keep(policy, snapshot)
+        self.history.append(snapshot)
+        if self._best() == step:
+            save_model(policy, self.run.model("sl"), self._folder(step))
         raised = self.alarms()
         for alarm in raised if rank() == 0 else ():
             warn(f"ppo: step {step}: {alarm}")
@@ -143,19 +147,27 @@ class Watch:
         """
         raised = self.alarms()
         if raised and self.cfg.watch.on_alarm == "stop":
-            top = self.history[best_of(self.history)]
             raise Stopped(
                 f"ppo, step {self.history[-1].step}: {'; '.join(raised)}. With ppo.watch.on_alarm=finish the same "
-                f"command takes the best snapshot (step {top.step}), with on_alarm=log or a wider bound it goes on"
+                f"command takes the best snapshot (step {self._best()}), with on_alarm=log or a wider bound it goes on"
             )
         return bool(raised) and self.cfg.watch.on_alarm == "finish"
 
     def publish(self) -> int:
         """The best snapshot becomes the stage's model; its step. Rank 0 copies."""
-        top = self.history[best_of(self.history)].step
+        top = self._best()
         if rank() == 0:
             storage.upload_folder(self._folder(top), self.run.path("ppo", "model"))
+        self._leave({top})
         return top
+
+    def saved(self) -> None:
+        """A checkpoint is on its way, and the one before it counts: models that neither calls the best are removed.
+
+        Not before: a run that goes on from a checkpoint may judge what comes after it otherwise.
+        """
+        self._leave({self._needed, self._best()})
+        self._needed = self._best()
 
     def _labels(self, texts: list[str]) -> list[float | None]:
         """How likely the feedback model prefers each response to the SL-CAI policy's; one half for the same text."""
@@ -174,14 +186,15 @@ class Watch:
         ]
         return ray.get(self.feedback.prefer.remote(pairs))
 
-    def _keep(self, policy: Trained, snapshot: Snapshot) -> None:
-        """Two models at most lie there: the best until now is removed when a better one is whole."""
-        old = self.history[best_of(self.history)].step if self.history else None
-        self.history.append(snapshot)
-        if best_of(self.history) == len(self.history) - 1:
-            save_model(policy, self.run.model("sl"), self._folder(snapshot.step))
-            if old is not None and rank() == 0:
-                storage.delete(self._folder(old))
+    def _best(self) -> int:
+        """Its step."""
+        return self.history[best_of(self.history)].step
+
+    def _leave(self, steps: set[int]) -> None:
+        """Removes the models of all other snapshots."""
+        for snapshot in self.history if rank() == 0 else ():
+            if snapshot.step not in steps:
+                storage.delete(self._folder(snapshot.step))
 
     def _folder(self, step: int) -> str:
         return self.run.path("ppo", "snapshots", f"step-{step:06d}")
