@@ -56,16 +56,17 @@ class Log:
         for feed in self._feeds:
             feed.log(self.rows[-1])
         if time.monotonic() - self._written > 30:  # whoever watches a long run sees it grow
-            self._write()
+            self.write()
 
     def close(self) -> None:
         """Writes the metrics for good."""
+        self.write()
         if rank() == 0:
-            self._write()
             sinks.close_all(self._feeds)
 
-    def _write(self) -> None:
-        self.run.write_metrics(self.stage, self.rows)
+    def write(self) -> None:
+        if rank() == 0:
+            self.run.write_metrics(self.stage, self.rows)
         self._written = time.monotonic()
 
 

@@ -212,6 +212,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
                 watch.saved()
             if alarmed:
                 wait_until_saved()
+                log.write()
     log.close()
     if watch:
         watch.ends()
