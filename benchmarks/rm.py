@@ -96,7 +96,7 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     batches = [list(range(i, i + BATCH)) for i in range(0, len(pairs), BATCH)]
     seconds = timed(lambda i: rm.update(reward, data, batches[i], cfg), len(batches))
     groups = [
-        [2 * i + side for i in g for side in (0, 1)] for b in batches for g in data.micro_batches(b, cfg)
+        rows for b in batches for micro_batch in data.micro_batches(b, cfg) for rows in micro_batch.passes
     ]
     return seconds, {"padding": padding([len(row.ids) for row in rows], groups)}
 

@@ -7,7 +7,7 @@ causal attention needs no mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -49,21 +49,40 @@ def rank_micro_batches(lengths: Sequence[int], max_tokens: int, rank: int, world
     Ranks cut their shares at the same places, so that micro-batches which run at once are of about a size. One that
     has no row is empty: `pad` makes a row of weight zero from it, and without it collective calls would hang.
     """
-    order = _longest_first(range(len(lengths)), lengths)
-    if order and lengths[order[0]] > max_tokens:
+    if max(lengths, default=0) > max_tokens:
         raise InputError(
-            f"micro_batch_tokens={max_tokens} is less than the longest row ({lengths[order[0]]} tokens); "
-            f"use {lengths[order[0]]} or more"
+            f"micro_batch_tokens={max_tokens} is less than the longest row ({max(lengths)} tokens); "
+            f"use {max(lengths)} or more"
         )
-    hands = np.zeros((-(-len(order) // world), world), dtype=np.int64)  # as `for_rank` deals them
-    hands.flat[: len(order)] = [lengths[i] for i in order]
+    shares = deal(lengths, world)
+    groups = cut_alike([[lengths[i] for i in share] for share in shares], max_tokens)
+    return [take(shares[rank], group) for group in groups]
+
+
+def deal(lengths: Sequence[int], world: int) -> list[list[int]]:
+    """Every rank's share of rows (`for_rank`), the longest first."""
+    return [
+        longest_first(for_rank(range(len(lengths)), rank, world, lengths), lengths) for rank in range(world)
+    ]
+
+
+def take(share: Sequence[int], group: range) -> list[int]:
+    """A rank's rows of a group, of which its share may have fewer."""
+    return list(share[group.start : group.stop])
+
+
+def cut_alike(shares: Sequence[Sequence[int]], max_tokens: int) -> list[range]:
+    """Where all ranks cut their rows, given each rank's lengths, the longest first."""
+    hands = np.zeros((max(map(len, shares)), len(shares)), dtype=np.int64)
+    for rank, share in enumerate(shares):
+        hands[: len(share), rank] = share
+    real = int(hands.sum())
     for price in PRICES:
         groups = _cut(hands, max_tokens, price)
         tokens = sum(int(hands[group[0]].sum()) * len(group) for group in groups)
-        if tokens - sum(lengths) <= PADDING * tokens:
+        if tokens - real <= PADDING * tokens:
             break
-    mine = _longest_first(for_rank(range(len(lengths)), rank, world, lengths), lengths)
-    return [[mine[i] for i in group if i < len(mine)] for group in groups]
+    return groups
 
 
 def _cut(hands: np.ndarray, max_tokens: int, price: int) -> list[range]:
@@ -85,7 +104,7 @@ def _cut(hands: np.ndarray, max_tokens: int, price: int) -> list[range]:
     return groups[::-1]
 
 
-def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+def longest_first(rows: Iterable[int], lengths: Sequence[int]) -> list[int]:
     return sorted(rows, key=lambda i: -lengths[i])
 
 
@@ -99,7 +118,7 @@ def for_rank(
     Args:
         lengths: `lengths[i]` is the length of row i; without it rows count alike.
     """
-    order = indices if lengths is None else _longest_first(indices, lengths)
+    order = indices if lengths is None else longest_first(indices, lengths)
     mine: list[int] = []
     for start in range(0, len(order), world):
         hand = order[start : start + world]

@@ -1,14 +1,17 @@
 """Comparisons to train on, AI labels (soft) and human ones: what `rm` and `dpo` share.
 
-Both responses of a comparison are in the same micro-batch; a prompt's comparisons are all trained on or all held out.
+Both responses of a comparison are in the same micro-batch, since its loss is of the two, but not in the same pass
+forward: rows of a pass are of like length, and the two responses may not be. A prompt's comparisons are all trained on
+or all held out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from cai_ray.generate.sources import read_comparisons
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
-from cai_ray.train.batches import pad, rank_micro_batches
+from cai_ray.train.batches import PADDING, cut_alike, deal, longest_first, pad, take
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
 
 # What the report shows of the last evaluation.
@@ -137,6 +140,17 @@ def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[
     return train, held
 
 
+class MicroBatch(NamedTuple):
+    """Comparisons that go backward together."""
+
+    pairs: list[int]
+    passes: list[list[int]]
+    """Their responses, as dialogues (2i and 2i + 1 of comparison i), in passes forward."""
+
+
+Read = Callable[[dict[str, Tensor]], Tensor]
+
+
 class Pairs:
     """The comparisons as every rank holds them."""
 
@@ -150,30 +164,61 @@ class Pairs:
     def tokens(self, batch: list[int]) -> int:
         return sum(self._lengths[2 * i] + self._lengths[2 * i + 1] for i in batch)
 
-    def micro_batches(self, batch: list[int], cfg: TrainConfig) -> list[list[int]]:
-        """This rank's comparisons of a batch; a pair is as long as twice the longer of the two."""
+    def micro_batches(self, batch: list[int], cfg: TrainConfig) -> list[MicroBatch]:
+        """This rank's, of at most `cfg.micro_batch_tokens` with their padding; as many passes on every rank."""
         from cai_ray.train import fit
 
-        lengths = [2 * max(self._lengths[2 * i], self._lengths[2 * i + 1]) for i in batch]
-        groups = rank_micro_batches(lengths, cfg.micro_batch_tokens, fit.rank(), fit.world_size())
-        return [[batch[i] for i in group] for group in groups]
+        most = cfg.micro_batch_tokens
+        sizes = [self._lengths[2 * i] + self._lengths[2 * i + 1] for i in batch]
+        deals = deal(sizes, fit.world_size())
+        shares = [[batch[i] for i in share] for share in deals]
+        filled = np.cumsum([max(sizes[i] for i in hand if i is not None) for hand in zip_longest(*deals)])
+        out: list[MicroBatch] = []
+        start = 0
+        while start < len(filled):
+            before = filled[start - 1] if start else 0
+            end = int(np.searchsorted(filled, before + (1 - PADDING) * most, side="right"))
+            end = max(end, start + 1)
+            while True:
+                ranks, tokens = self._passes([share[start:end] for share in shares], most)
+                if tokens <= most or end == start + 1:
+                    break
+                end = (start + end) // 2  # short rows have more padding than was thought
+            out.append(ranks[fit.rank()])
+            start = end
+        return out
 
-    def inputs(self, group: list[int]) -> dict[str, Tensor]:
-        """Both responses of a micro-batch, padded: the first half of the rows are a's."""
-        from cai_ray.train import fit
-
-        return fit.to_device(
-            pad([self.responses[2 * i + side] for side in (0, 1) for i in group], self.pad_id)
+    def _passes(self, pairs: list[list[int]], most: int) -> tuple[list[MicroBatch], int]:
+        """One micro-batch of every rank, and the most tokens that any of them has with its padding."""
+        rows = [longest_first((2 * i + side for i in own for side in (0, 1)), self._lengths) for own in pairs]
+        lengths = [[self._lengths[row] for row in own] for own in rows]
+        cuts = cut_alike(lengths, most)
+        tokens = sum(
+            max(own[cut.start] for own in lengths if cut.start < len(own)) * len(cut) for cut in cuts
         )
+        return [
+            MicroBatch(p, [take(own, cut) for cut in cuts]) for p, own in zip(pairs, rows, strict=True)
+        ], tokens
 
-    def sides(self, group: list[int], values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Values of `inputs`' rows as a's and b's, labels and sources, each (pairs,).
+    def sides(self, micro_batch: MicroBatch, read: Read) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is read of a's and of b's, labels and sources, each (pairs,): none in a micro-batch that fills up.
 
-        None of them in a micro-batch that fills up.
+        Args:
+            read: gives a number for each row of padded inputs (`batches.pad`).
         """
-        a, b = (values[: len(group)], values[len(group) :]) if group else (values[:0], values[:0])
-        p_a = torch.as_tensor(self.p_a[group], dtype=torch.float32, device=values.device)
-        return a, b, p_a, torch.as_tensor(self.human[group], dtype=torch.bool, device=values.device)
+        from cai_ray.train import fit
+
+        passes = [pad([self.responses[i] for i in rows], self.pad_id) for rows in micro_batch.passes]
+        found = [read(fit.to_device(inputs)) for inputs in passes]
+        values = torch.cat([f[: len(rows)] for f, rows in zip(found, micro_batch.passes, strict=True)])
+        place = {row: k for k, row in enumerate(row for rows in micro_batch.passes for row in rows)}
+        pairs = micro_batch.pairs
+
+        def tensor(numbers: Any, dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(numbers, dtype=dtype, device=values.device)
+
+        a, b = (values[tensor([place[2 * i + side] for i in pairs], torch.int64)] for side in (0, 1))
+        return a, b, tensor(self.p_a[pairs], torch.float32), tensor(self.human[pairs], torch.bool)
 
 
 def pairs(config: dict[str, Any]) -> Pairs:

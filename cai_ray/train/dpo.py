@@ -17,7 +17,7 @@ from torch import Tensor
 from cai_ray import storage
 from cai_ray.config import DpoConfig, TrainConfig
 from cai_ray.storage import Run
-from cai_ray.train.comparisons import Pairs, add, last_evaluation, means, pairs, read
+from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import direct_preference, preference_metrics
 
@@ -91,8 +91,8 @@ def update(
     from cai_ray.train import fit
 
     sums: dict[str, Tensor] = {}
-    for group in data.micro_batches(batch, cfg):
-        r_a, r_b, p_a, human = rewards(policy, data, reference, group, cfg)
+    for micro_batch in data.micro_batches(batch, cfg):
+        r_a, r_b, p_a, human = rewards(policy, data, reference, micro_batch, cfg)
         loss = direct_preference(
             r_a, r_b, p_a, beta=cfg.beta, smoothing=cfg.label_smoothing, kind=cfg.loss
         ).sum()
@@ -102,14 +102,11 @@ def update(
 
 
 def rewards(
-    policy: Trained, data: Pairs, reference: Tensor, group: list[int], cfg: DpoConfig
+    policy: Trained, data: Pairs, reference: Tensor, micro_batch: MicroBatch, cfg: DpoConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implicit rewards of both responses, labels and sources, each (pairs,)."""
-    from cai_ray.train.models import sequence_logprobs
-
-    logprobs = sequence_logprobs(policy, data.inputs(group)).sum(1)
-    a, b, p_a, human = data.sides(group, logprobs)
-    ref_a, ref_b = reference[group].to(logprobs).unbind(1)
+    a, b, p_a, human = response_sums(policy, data, micro_batch)
+    ref_a, ref_b = reference[micro_batch.pairs].to(a).unbind(1)
     return cfg.beta * (a - ref_a), cfg.beta * (b - ref_b), p_a, human
 
 
@@ -133,13 +130,21 @@ def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig
 def response_logprobs(policy: Trained, data: Pairs, cfg: TrainConfig) -> Tensor:
     """(comparisons, 2) float32 on CPU: the log-probability of every whole response; each rank computes its share."""
     from cai_ray.train import fit
-    from cai_ray.train.models import sequence_logprobs
 
     found = torch.zeros(len(data), 2)
-    for group in data.micro_batches(list(range(len(data))), cfg):
-        a, b, _, _ = data.sides(group, sequence_logprobs(policy, data.inputs(group)).sum(1))
-        found[group] = torch.stack([a, b], 1).float().cpu()
+    for micro_batch in data.micro_batches(list(range(len(data))), cfg):
+        a, b, _, _ = response_sums(policy, data, micro_batch)
+        found[micro_batch.pairs] = torch.stack([a, b], 1).float().cpu()
     return fit.global_sum(found)
+
+
+def response_sums(
+    policy: Trained, data: Pairs, micro_batch: MicroBatch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of both whole responses, labels and sources, each (pairs,)."""
+    from cai_ray.train.models import sequence_logprobs
+
+    return data.sides(micro_batch, lambda inputs: sequence_logprobs(policy, inputs).sum(1))
 
 
 @torch.no_grad()
@@ -150,6 +155,6 @@ def evaluate(
     from cai_ray.train import fit
 
     sums: dict[str, Tensor] = {}
-    for group in data.micro_batches(held, cfg):
-        add(sums, measure(*rewards(policy, data, reference, group, cfg), cfg))
+    for micro_batch in data.micro_batches(held, cfg):
+        add(sums, measure(*rewards(policy, data, reference, micro_batch, cfg), cfg))
     return means("eval", fit.global_sums(sums))

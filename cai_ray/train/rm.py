@@ -17,7 +17,7 @@ from cai_ray import storage
 from cai_ray.config import RmConfig, TrainConfig
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
-from cai_ray.train.comparisons import Pairs, add, last_evaluation, means, pairs, read
+from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import preference_metrics, soft_bradley_terry
 
@@ -109,20 +109,21 @@ def update(model: Trained, data: Pairs, batch: list[int], cfg: TrainConfig) -> t
     from cai_ray.train import fit
 
     sums: dict[str, Tensor] = {}
-    for group in data.micro_batches(batch, cfg):
-        r_a, r_b, p_a, human = scores(model, data, group)
+    for micro_batch in data.micro_batches(batch, cfg):
+        r_a, r_b, p_a, human = scores(model, data, micro_batch)
         loss = soft_bradley_terry(r_a, r_b, p_a).sum() / len(batch)
         model.backward(loss * fit.world_size())
         add(sums, preference_metrics(r_a, r_b, p_a, human))
     return fit.global_sums(sums), model.step()
 
 
-def scores(model: Trained, data: Pairs, group: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scores(model: Trained, data: Pairs, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores of both responses, labels and sources, each (pairs,)."""
     from cai_ray.train.models import score_last, sequence_values
 
-    rows = data.inputs(group)
-    return data.sides(group, score_last(sequence_values(model, rows), rows["attention_mask"]))
+    return data.sides(
+        micro_batch, lambda inputs: score_last(sequence_values(model, inputs), inputs["attention_mask"])
+    )
 
 
 @torch.no_grad()
@@ -131,8 +132,8 @@ def evaluate(model: Trained, data: Pairs, held: list[int], cfg: RmConfig) -> dic
     from cai_ray.train import fit
 
     sums: dict[str, Tensor] = {}
-    for group in data.micro_batches(held, cfg):
-        add(sums, preference_metrics(*scores(model, data, group)))
+    for micro_batch in data.micro_batches(held, cfg):
+        add(sums, preference_metrics(*scores(model, data, micro_batch)))
     return means("eval", fit.global_sums(sums))
 
 
@@ -142,8 +143,8 @@ def reward_scale(model: Trained, data: Pairs, chosen: list[int], cfg: RmConfig) 
     from cai_ray.train import fit
 
     sums = torch.zeros(3, dtype=torch.float64)
-    for group in data.micro_batches(chosen, cfg):
-        r_a, r_b, _, _ = scores(model, data, group)
+    for micro_batch in data.micro_batches(chosen, cfg):
+        r_a, r_b, _, _ = scores(model, data, micro_batch)
         both = torch.cat([r_a, r_b]).double().cpu()
         sums += torch.stack([torch.tensor(float(len(both))).double(), both.sum(), both.square().sum()])
     count, first, second = fit.global_sum(sums).tolist()
