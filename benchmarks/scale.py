@@ -124,19 +124,14 @@ def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     from cai_ray.train import models, ppo
     from cai_ray.train.experience import Batch, Targets, minibatches
     from cai_ray.train.fit import distribute, rank, world_size
-    from cai_ray.train.scoring import Models
 
     count = len(data)
     cfg = PpoConfig(
         micro_batch_tokens=MICRO_BATCH_TOKENS, zero_stage=stage, schedule="constant",  # type: ignore[arg-type]
         epochs=1, rollout_batch=count, minibatch=count, max_update_kl=None,
     )  # fmt: skip
-    made = Models(
-        distribute(models.load_policy(model, cfg), cfg, 1000),
-        distribute(models.load_value_model(model, cfg, False), cfg, 1000),
-        reference=None,
-        rewards=[],
-    )
+    policy = distribute(models.load_policy(model, cfg), cfg, 1000)
+    value = distribute(models.load_value_model(model, cfg, False), cfg, 1000)
     ppo.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     g = torch.Generator().manual_seed(2)
     mask = torch.nn.utils.rnn.pad_sequence(
@@ -146,8 +141,13 @@ def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     none = torch.zeros(count)
     targets = Targets(old, old, advantages, returns, torch.ones_like(mask), none, none)
     batch = Batch(data, torch.zeros(count, dtype=torch.bool), mask, torch.zeros_like(mask))
-    epochs = [minibatches(batch.lengths, cfg, 0, 0, 0, rank(), world_size())]
-    return lambda: ppo.update(made, batch, targets, epochs, cfg, 0, True)
+    plan = minibatches(batch.lengths, cfg, 0, 0, 0, rank(), world_size())
+
+    def step() -> None:
+        ppo.update_policy(policy, batch, targets, plan, cfg, 0)
+        ppo.update_value(value, batch, targets, plan, cfg, 0, cfg.value_clip)
+
+    return step
 
 
 if __name__ == "__main__":

@@ -230,7 +230,6 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     from cai_ray.train.dialogues import pack
     from cai_ray.train.experience import Batch, Minibatch
     from cai_ray.train.fit import distribute
-    from cai_ray.train.scoring import Models
 
     _one_rank()
     settings: dict[str, Any] = {
@@ -262,18 +261,20 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
         pairs = Pairs(pack(data.rows), np.full(half, 0.8), np.zeros(half, bool), 0)
         return lambda: rm.update(reward, pairs, list(range(half)), cfg)[0]["ai/loss"] / half
     ppo_cfg = PpoConfig(**settings, epochs=1, rollout_batch=BATCH, minibatch=BATCH)
-    made = Models(
-        distribute(prepared(models.load_policy(model, ppo_cfg)), ppo_cfg, 1000),
-        distribute(prepared(models.load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000),
-        reference=None,
-        rewards=[],
-    )
+    policy = distribute(prepared(models.load_policy(model, ppo_cfg)), ppo_cfg, 1000)
+    value = distribute(prepared(models.load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000)
     ppo.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     mask = _mask(data)
     batch = Batch(data.rows, torch.zeros(BATCH, dtype=torch.bool), mask, torch.zeros_like(mask))
     groups = rank_micro_batches(data.lengths, TOKENS, 0, 1)
-    epochs = [[Minibatch(list(range(BATCH)), groups)]]
-    return lambda: ppo.update(made, batch, data.targets, epochs, ppo_cfg, 0, True)["value_loss"]
+    plan = [Minibatch(list(range(BATCH)), groups)]
+
+    def step() -> float:
+        ppo.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
+        clip = ppo_cfg.value_clip
+        return ppo.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
+
+    return step
 
 
 def _one_rank() -> None:

@@ -16,7 +16,7 @@ from cai_ray.train.rollout import Rollout
 def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
     """
     Args:
-        sums: what `ppo.update` returns.
+        sums: what `ppo.update_policy` and `ppo.update_value` return.
     """
     tokens, rows = float(batch.mask.sum()), len(batch.rows)
     out = {

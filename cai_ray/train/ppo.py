@@ -1,8 +1,9 @@
 """Stage `ppo`: the RL-CAI policy, from the SL-CAI snapshot against the reward model (Bai et al. 2022, section 4).
 
 Every rank holds policy and value model, trained, and reference and reward model, frozen. vLLM actors sample; rank 0
-speaks with them. A step reads as the method does: sample, score, advantages, a few epochs of clipped updates, send
-the weights, prove that they arrived.
+speaks with them. A step reads as the method does: sample, score, advantages, a few epochs of clipped policy updates,
+send the weights, prove that they arrived, and as many updates of the value model, in whose shadow the engines sample
+the next step already: by the new policy, for which the values do not matter.
 
 Checked as it runs: the ratio is 1 at the first minibatch (old log-probabilities are recomputed by the trainer, in
 the micro-batches of the update), the engine's log-probabilities are the trainer's, the engine holds the new
@@ -34,6 +35,7 @@ from cai_ray.train.diagnostics import save_rollouts, summary
 from cai_ray.train.experience import Batch, Minibatch, Targets, make_batch, make_targets, minibatches
 from cai_ray.train.fit import (
     Log,
+    Trained,
     check_resources,
     checkpoint_due,
     fit,
@@ -53,7 +55,16 @@ from cai_ray.train.ranks import from_first
 from cai_ray.train.rewards import read_by
 from cai_ray.train.rollout import Pool, close_pool, open_pool
 from cai_ray.train.sampling import Prompt, Sampler, read
-from cai_ray.train.scoring import Models, check_gap, check_ratio, load_models, logprob_gap, probe, score
+from cai_ray.train.scoring import (
+    Forward,
+    Models,
+    check_gap,
+    check_ratio,
+    load_models,
+    logprob_gap,
+    probe,
+    score,
+)
 from cai_ray.train.snapshots import Watch, read_watched
 from cai_ray.train.transfer import Send, make_sender
 
@@ -130,7 +141,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     first = rank() == 0
     pool = Pool(args["keeper"], cfg.deadline_s) if first else None
     prompts: list[Prompt] = ray.get(args["prompts"]) if first else []
-    sampler = Sampler(pool, prompts, cfg, seed, total, state["ahead"]) if pool else None
+    sampler = Sampler(pool, prompts, cfg, seed, total, state["step"], state["ahead"]) if pool else None
     fixed = from_first([p["ids"] for p in prompts[:FIXED_PROBES]])
     weights = partial(gathered_state, models.policy)
     send = make_sender(cfg.weight_sync, pool, weights, cfg.dtype, run.config.rollout_engine.span)
@@ -141,6 +152,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         watch = Watch(run, *watched, pool, args["feedback"], state["snapshots"])
         if not watch.history:
             watch.look(models.policy, 0)
+    if sampler:
+        sampler.start(state["step"])
 
     for step in range(state["step"], total):
         if watch and watch.ends():
@@ -157,7 +170,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             for epoch in range(cfg.epochs)
         ]
         conversations = [row["messages"] for row in rows]
-        scores, apart = score(models, batch, conversations, epochs[0], cfg, pad_id)
+        train_policy = step >= cfg.value_warmup_steps
+        scores, apart, kept = score(models, batch, conversations, epochs[0], cfg, pad_id, train_policy)
         gap, fresh = logprob_gap(scores, batch), rollouts[0].version == step
         if fresh:
             check_gap(gap, cfg)
@@ -168,20 +182,29 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         before = probe(models.policy, probes, cfg, pad_id)
         times["time/score_s"] = clock.lap()
 
-        # Update.
-        rate = models.policy.lr
-        sums = update(
-            models, batch, targets, epochs, cfg, pad_id, train_policy=step >= cfg.value_warmup_steps
-        )
+        # Update the policy, send it, and prove that it arrived.
+        rate, plan = models.policy.lr, [minibatch for epoch in epochs for minibatch in epoch]
+        sums: dict[str, float] = {"minibatches": len(plan)}
+        if train_policy:
+            sums |= update_policy(models.policy, batch, targets, plan, cfg, pad_id, kept)
         times["time/update_s"] = clock.lap()
-
-        # Send, and prove.
         if sampler:
             sampler.wait()
         times["time/wait_s"] = clock.lap()
         now = probe(models.policy, probes, cfg, pad_id)
         synced = sync(send, weights, pool, cfg, step + 1, probes, now, before)
         times["time/sync_s"] = clock.lap()
+        looked = watch.look(models.policy, step + 1) if watch and watch.due(step + 1, total) else {}
+        if sampler:
+            sampler.start(step + 1)
+
+        # Update the value model. Values that no policy update rests on yet may move as far as they must: from a new
+        # head that is far.
+        clock.lap()
+        if models.value:
+            value_clip, done = cfg.value_clip if train_policy else None, plan[: int(sums["minibatches"])]
+            sums |= update_value(models.value, batch, targets, done, cfg, pad_id, value_clip, kept)
+        times["time/update_s"] += clock.lap()
 
         tokens += int(batch.mask.sum())
         metrics = {**summary(batch, scores, targets, sums), **apart, **synced, **times}
@@ -193,17 +216,14 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         }
         metrics["time/rollout_s"] = sampler.seconds if sampler else 0.0
         metrics["tokens/per_s"] = float(batch.mask.sum()) / sum(times.values())
-        alarmed = False
-        if watch and watch.due(step + 1, total):
-            metrics |= watch.look(models.policy, step + 1)
-            alarmed = bool(watch.alarms())
-        log.add(step + 1, metrics)
+        log.add(step + 1, metrics | looked)
         kl_coef = next_kl_coef(
             kl_coef, metrics["kl/reference"], target=cfg.kl_target, horizon=cfg.kl_horizon, rows=len(rows)
         )
         if first:
             save_rollouts(run, step, rows, rollouts, renderer, targets)
         # An alarm may end the stage, and the same command goes on from here.
+        alarmed = bool(watch and looked and watch.alarms())
         due = checkpoint_due(step + 1, cfg.checkpoint_every or 10)
         if alarmed or (due and step + 1 < total):
             kept = checkpoint_state(run, models, sampler, watch, step + 1, log, tokens, kl_coef)
@@ -213,6 +233,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
             if alarmed:
                 wait_until_saved()
                 log.write()
+    if sampler:
+        sampler.wait()
     log.close()
     if watch:
         watch.ends()
@@ -229,57 +251,78 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def update(
-    models: Models,
+def update_policy(
+    policy: Trained,
     batch: Batch,
     targets: Targets,
-    epochs: list[list[Minibatch]],
+    plan: Sequence[Minibatch],
     cfg: PpoConfig,
     pad_id: int,
-    train_policy: bool,
+    kept: Sequence[Forward] = (),
 ) -> dict[str, float]:
-    """Policy and value steps on every minibatch; returns sums over tokens, ranks and minibatches."""
-    # Values that no policy update rests on yet may move as far as they must: from a new head that is far.
-    value_clip = cfg.value_clip if train_policy else None
+    """A step on every minibatch, or until one goes too far; returns sums over tokens, ranks and minibatches.
+
+    Args:
+        kept: passes over the first micro-batches by the models as they are (`scoring.score`).
+    """
     sums: dict[str, Any] = defaultdict(float)
-    norms: dict[str, list[float]] = defaultdict(list)
-    for number, minibatch in enumerate(m for epoch in epochs for m in epoch):
+    norms = []
+    known = iter(kept)
+    for number, minibatch in enumerate(plan):
         global_tokens = float(batch.mask[minibatch.rows].sum())
         moved: dict[str, Any] = defaultdict(float)
         for group in minibatch.groups:
             inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
             mask = inputs["loss_mask"]
             want = cut(targets, group, mask)
-            if train_policy:
-                new = sequence_logprobs(models.policy.engine, inputs, cfg.temperature)
-                if number == 0:
-                    check_ratio(new, want.logprobs, mask, cfg)
-                loss, metrics = policy_loss(
-                    new, want.logprobs, want.advantages, mask,
-                    clip=cfg.clip, global_tokens=global_tokens, weights=want.weights,
-                )  # fmt: skip
-                models.policy.backward(loss * world_size())
-                add(sums, metrics | {"policy_loss": loss.detach()})
-                add(moved, {name: metrics[name] for name in ("approx_kl", "tokens")})
-                if number == 0:
-                    add(sums, {"first_ratio": metrics["ratio"], "first_tokens": metrics["tokens"]})
-            if models.value:
-                values = before_tokens(sequence_values(models.value.engine, inputs))
-                loss, metrics = value_loss(
-                    values, want.values, want.returns, mask, clip=value_clip, global_tokens=global_tokens
-                )
-                models.value.backward(cfg.value_coef * loss * world_size())
-                add(sums, metrics | {"value_loss": loss.detach(), "value_tokens": mask.sum()})
-        if train_policy:
-            norms["policy"].append(models.policy.step())
-        if models.value:
-            norms["value"].append(models.value.step())
-        if train_policy and too_far(moved, cfg):
+            scored = next(known, None)
+            new = scored.logprobs if scored else sequence_logprobs(policy.engine, inputs, cfg.temperature)
+            if number == 0:
+                check_ratio(new, want.logprobs, mask, cfg)
+            loss, metrics = policy_loss(
+                new, want.logprobs, want.advantages, mask,
+                clip=cfg.clip, global_tokens=global_tokens, weights=want.weights,
+            )  # fmt: skip
+            policy.backward(loss * world_size())
+            add(sums, metrics | {"policy_loss": loss.detach()})
+            add(moved, {name: metrics[name] for name in ("approx_kl", "tokens")})
+            if number == 0:
+                add(sums, {"first_ratio": metrics["ratio"], "first_tokens": metrics["tokens"]})
+        norms.append(policy.step())
+        if too_far(moved, cfg):
             break
-    out = global_sums(sums)
-    out |= {f"{name}_norm": sum(found) / len(found) for name, found in norms.items()}
-    out["minibatches"] = number + 1
-    return out
+    return global_sums(sums) | {"policy_norm": sum(norms) / len(norms), "minibatches": number + 1}
+
+
+def update_value(
+    value: Trained,
+    batch: Batch,
+    targets: Targets,
+    plan: Sequence[Minibatch],
+    cfg: PpoConfig,
+    pad_id: int,
+    clip: float | None,
+    kept: Sequence[Forward] = (),
+) -> dict[str, float]:
+    """A step of the value model on every minibatch; returns as `update_policy` does."""
+    sums: dict[str, Any] = defaultdict(float)
+    norms = []
+    known = iter(kept)
+    for minibatch in plan:
+        global_tokens = float(batch.mask[minibatch.rows].sum())
+        for group in minibatch.groups:
+            inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
+            mask = inputs["loss_mask"]
+            want = cut(targets, group, mask)
+            scored = next(known, None)
+            after = scored.after if scored else sequence_values(value.engine, inputs)
+            loss, metrics = value_loss(
+                before_tokens(after), want.values, want.returns, mask, clip=clip, global_tokens=global_tokens
+            )
+            value.backward(cfg.value_coef * loss * world_size())
+            add(sums, metrics | {"value_loss": loss.detach(), "value_tokens": mask.sum()})
+        norms.append(value.step())
+    return global_sums(sums) | {"value_norm": sum(norms) / len(norms)}
 
 
 def too_far(moved: dict[str, Any], cfg: PpoConfig) -> bool:
@@ -364,7 +407,7 @@ def checkpoint_state(
         "tokens": tokens,
         "prompts_consumed": step * run.config.ppo.rollout_batch,
         "kl_coef": kl_coef,
-        "ahead": sampler.ahead if sampler else None,
+        "ahead": sampler.ahead(step) if sampler else None,
         "snapshots": watch.history if watch else [],
         "reward_scales": [tuple(reward.scale) for reward in models.rewards],
         "constitution_sha": load_constitution(run.config.constitution).sha,

@@ -74,13 +74,14 @@ def policy_context(run: Run) -> int:
 class Sampler:
     """Rank 0's: gives the loop the prompts of each step and the responses to them.
 
-    With `ppo.async_steps` the next step's responses are sampled while this step's are trained on, by the weights that
-    this step starts from: one step old when they are used (`losses.importance_weights`). The engines are then busy from
-    `take` to `wait`, and must not be sent weights in between.
+    The engines sample while the trainer goes on: from `start`, when they hold new weights, to `wait`, before they are
+    sent the next ones. What they sample is the next step, behind the value model's update; with `ppo.async_steps` the
+    one after it, behind a whole step, which is then one version old when it is used (`losses.importance_weights`).
 
     Args:
         total: the steps of the run.
-        ahead: responses of the first step, where a checkpoint holds them.
+        step: the first one from here.
+        ahead: its responses, where a checkpoint holds them.
     """
 
     def __init__(
@@ -90,38 +91,51 @@ class Sampler:
         cfg: PpoConfig,
         seed: int,
         total: int,
+        step: int = 0,
         ahead: list[Rollout] | None = None,
     ):
         self._pool, self._prompts, self._cfg, self._seed, self._total = pool, prompts, cfg, seed, total
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
-        self._pending: Future[list[Rollout]] | None = None
-        self.ahead = ahead
-        """Responses that are sampled and not taken yet: part of a checkpoint."""
+        self._sampled: dict[int, Future[list[Rollout]]] = {}
+        if ahead is not None:
+            self._sampled[step] = Future()
+            self._sampled[step].set_result(ahead)
+        self._seconds: dict[int, float] = {}
         self.seconds = 0.0
-        """Of the last call of the engines."""
+        """How long the engines took for the step taken last."""
+
+    def start(self, version: int) -> None:
+        """The engines hold weights number `version`, and sample what is to be sampled by these."""
+        for step in range(version, min(version + self._cfg.async_steps + 1, self._total)):
+            if step not in self._sampled:
+                self._sampled[step] = self._thread.submit(self._sample, step, version)
 
     def take(self, step: int) -> tuple[list[Prompt], list[Rollout]]:
-        """The step's prompts and one response for each. The engines hold weights number `step`."""
-        rollouts, self.ahead = self.ahead, None
-        if rollouts is None:
-            rollouts = self._sample(step, version=step)
-        if self._cfg.async_steps and step + 1 < self._total:
-            self._pending = self._thread.submit(self._sample, step + 1, step)
+        """The step's prompts and one response for each, as soon as they are there."""
+        rollouts = self._sampled.pop(step).result()
+        self.seconds = self._seconds.pop(step, 0.0)
         return step_prompts(self._prompts, self._cfg, step, self._seed), rollouts
 
     def wait(self) -> None:
         """Until the engines are idle.
 
         Raises:
-            Exception: what sampling ahead has failed with.
+            Exception: what sampling has failed with.
         """
-        if self._pending is not None:
-            self.ahead, self._pending = self._pending.result(), None
+        for sampled in self._sampled.values():
+            sampled.result()
+
+    def ahead(self, step: int) -> list[Rollout] | None:
+        """The responses to go into the checkpoint before a step: those by weights that no engine has any more.
+
+        Those by the weights that the checkpoint holds are sampled again, and are the same.
+        """
+        return self._sampled[step].result() if self._cfg.async_steps and step in self._sampled else None
 
     def _sample(self, step: int, version: int) -> list[Rollout]:
         started = time.perf_counter()
         rollouts = sample(self._pool, self._prompts, self._cfg, step, self._seed, version)
-        self.seconds = time.perf_counter() - started
+        self._seconds[step] = time.perf_counter() - started
         return rollouts
 
 

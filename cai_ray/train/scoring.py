@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,14 @@ def load_models(run: Run, cfg: PpoConfig, renderer: Renderer) -> Models:
     )
 
 
+class Forward(NamedTuple):
+    """What the trained models say of a micro-batch before any update, (B, T) each."""
+
+    logprobs: Tensor
+    after: Tensor | None
+    """The value after each token."""
+
+
 @torch.no_grad()
 def score(
     models: Models,
@@ -71,32 +80,50 @@ def score(
     plan: list[Minibatch],
     cfg: PpoConfig,
     pad_id: int,
-) -> tuple[Scores, dict[str, float]]:
+    keep: bool = False,
+) -> tuple[Scores, dict[str, float], list[Forward]]:
     """Each rank scores its micro-batches; the sum of what the ranks found is the whole batch.
 
     Args:
         conversations: of each row without the response, for reward models that read text.
+        keep: whether an update of policy and value model follows, and may want graphs (`keeps_graphs`).
 
     Returns:
-        The scores, and what each reward model said where there are several.
+        The scores; what each reward model said where there are several; and the passes over the first minibatch's
+        micro-batches with their graphs, or none.
     """
     groups = [group for minibatch in plan for group in minibatch.groups]
+    first = len(plan[0].groups) if keep and keeps_graphs(plan[0], batch.lengths, cfg) else 0
+    kept: list[Forward] = []
     found = torch.zeros(3, *batch.mask.shape)
-    for group in groups:
+    for number, group in enumerate(groups):
         inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
-        columns = (
-            sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
-            reference_logprobs(models, inputs, cfg.temperature),
-            sequence_values(models.value.engine, inputs) if models.value else None,
-        )
+        with torch.set_grad_enabled(number < first):
+            trained = Forward(
+                sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
+                sequence_values(models.value.engine, inputs) if models.value else None,
+            )
+        if number < first:
+            kept.append(trained)
+        columns = trained.logprobs, reference_logprobs(models, inputs, cfg.temperature), trained.after
         width = inputs["input_ids"].shape[1]
         for i, column in enumerate(columns):
             if group and column is not None:
-                found[i, group, :width] = column.float().cpu()
+                found[i, group, :width] = column.detach().float().cpu()
     raw = raw_scores(models.rewards, batch, conversations, groups, cfg)
     reward = combined(raw, models.rewards, cfg.reward_clip)
     logprobs, reference, after = global_sum(found)
-    return Scores(logprobs, reference, after, reward), describe(raw, models.rewards)
+    return Scores(logprobs, reference, after, reward), describe(raw, models.rewards), kept
+
+
+def keeps_graphs(minibatch: Minibatch, lengths: Sequence[int], cfg: PpoConfig) -> bool:
+    """Whether scoring keeps the graphs of the first minibatch, which saves the update its first passes forward.
+
+    Only if those of both models take no more memory than one full micro-batch of one; and not under ZeRO-3, which
+    wants a pass backward before others go forward.
+    """
+    tokens = sum(len(group) * max(lengths[i] for i in group) for group in minibatch.groups if group)
+    return cfg.zero_stage < 3 and 2 * tokens <= cfg.micro_batch_tokens
 
 
 def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: float) -> Tensor:

@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
     "kl_target": 0.01,
     "kl_horizon": 100,
     "reward_clip": 3.0,
+    "micro_batch_tokens": 512,
     "missing_eos_reward": -3.0,
     "whiten": "center",
     "save_rollouts": 4,
@@ -123,6 +124,24 @@ def test_item_28_the_ratio_is_1_at_the_first_minibatch(one_rank: Run) -> None:
     rows = metrics(one_rank)[1:]
     assert [row["ppo/ratio_first"] for row in rows] == [1.0] * 3, "exactly, in the same micro-batches"
     assert all(row["ppo/ratio"] != 1.0 for row in rows), "and not later"
+
+
+def test_item_28_graphs_kept_from_scoring_change_nothing(
+    ray_cluster: None, one_rank: Run, tmp_path: Path
+) -> None:
+    """What the update need not repeat where the first minibatch is small: weights are the same to the last bit."""
+    run = ready_for_ppo(tmp_path, ppo=SMALL)
+
+    def loop(args: dict[str, Any]) -> dict[str, Any]:
+        from cai_ray.train import ppo as stage
+        from cai_ray.train import scoring
+
+        scoring.keeps_graphs = lambda *_: True
+        return stage.loop(args)
+
+    train(run, loop)
+    assert all(torch.equal(tensor, policy(run)[name]) for name, tensor in policy(one_rank).items())
+    assert [m["ppo/value_loss"] for m in metrics(run)] == [m["ppo/value_loss"] for m in metrics(one_rank)]
 
 
 def test_item_28_another_ratio_stops_the_run() -> None:
@@ -342,14 +361,14 @@ def test_item_36_responses_sampled_ahead_outlive_a_kill(one_ahead: Run, tmp_path
         from cai_ray.train import ppo as stage
         from tests.ray.training import die_once
 
-        update = stage.update
+        update = stage.update_policy
 
         def dying(*given: Any, **more: Any) -> Any:
-            if given[0].policy.engine.global_steps == 8:  # in the third step
+            if given[0].engine.global_steps == 8:  # in the third step
                 die_once(mark)
             return update(*given, **more)
 
-        stage.update = dying
+        stage.update_policy = dying
         return stage.loop(args)
 
     train(run, loop)

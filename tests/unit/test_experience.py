@@ -13,6 +13,7 @@ from cai_ray.config import PpoConfig
 from cai_ray.train.diagnostics import explained_variance
 from cai_ray.train.experience import (
     Batch,
+    Minibatch,
     Scores,
     draw,
     final_scores,
@@ -21,6 +22,7 @@ from cai_ray.train.experience import (
     minibatches,
 )
 from cai_ray.train.rollout import Rollout
+from cai_ray.train.scoring import keeps_graphs
 
 PROMPTS = [[5, 6], [7], [8, 9, 10]]
 ROLLOUTS = [
@@ -169,3 +171,10 @@ def test_explained_variance() -> None:
     constant: Tensor = torch.zeros_like(returns)
     assert explained_variance(constant, returns, mask) == pytest.approx(0)
     assert math.isfinite(explained_variance(constant, constant, mask))
+
+
+def test_graphs_are_kept_where_both_fit_a_micro_batch() -> None:
+    minibatch, lengths = Minibatch([0, 1, 2], [[0, 1], [2], []]), [10, 5, 20]  # 40 tokens with their padding
+    assert keeps_graphs(minibatch, lengths, PpoConfig(micro_batch_tokens=80))
+    assert not keeps_graphs(minibatch, lengths, PpoConfig(micro_batch_tokens=79))
+    assert not keeps_graphs(minibatch, lengths, PpoConfig(micro_batch_tokens=80, zero_stage=3))
