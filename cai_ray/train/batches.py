@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from cai_ray.errors import InputError
+from cai_ray.train.ranks import device
 
-PADDING = 0.05
-"""Most of it, as a share of the tokens of a batch."""
+PADDING = {"cpu": 0.05, "cuda": 1.0}
+"""Most of it, as a share of the tokens of a batch. A GPU's padding is what the first price makes it: with a limit of
+.05 one H200 trained a 1B model a fifth slower (benchmarks/gpu/train.py, `fine`)."""
 PRICES = tuple(round(1024 / 2 ** (i / 2)) for i in range(11))
-"""What one more micro-batch may cost, in tokens, tried in this order. Under the last, 32, starting one takes longer
-than the padding that it saves."""
+"""What one more micro-batch may cost, in tokens, tried in this order. The first is about what it costs a GPU; under the
+last, 32, starting one takes a CPU longer than the padding that it saves."""
 
 
 class Example(NamedTuple):
@@ -34,8 +36,8 @@ class Example(NamedTuple):
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of rows grouped by length, each group of at most `max_tokens` tokens with its padding.
 
-    As few groups as let padding be at most `PADDING` of all tokens. The longest come first: if memory is short, it
-    shows in the first step. Equal lengths give equal groups.
+    On a CPU as few groups as let padding be at most a twentieth of all tokens (`PADDING`). The longest come first: if
+    memory is short, it shows in the first step. Equal lengths give equal groups.
 
     Raises:
         InputError: one row alone is longer than `max_tokens`.
@@ -76,11 +78,11 @@ def cut_alike(shares: Sequence[Sequence[int]], max_tokens: int) -> list[range]:
     hands = np.zeros((max(map(len, shares)), len(shares)), dtype=np.int64)
     for rank, share in enumerate(shares):
         hands[: len(share), rank] = share
-    real = int(hands.sum())
+    real, most = int(hands.sum()), PADDING[device().type]
     for price in PRICES:
         groups = _cut(hands, max_tokens, price)
         tokens = sum(int(hands[group[0]].sum()) * len(group) for group in groups)
-        if tokens - real <= PADDING * tokens:
+        if tokens - real <= most * tokens:
             break
     return groups
 
@@ -134,8 +136,9 @@ def pad(
     """Rows of one micro-batch as tensors (B, T); no rows give one of two padding tokens that counts nowhere.
 
     Returns:
-        input_ids; attention_mask (int64); loss_mask (float32, an `Example`'s mask, else all real tokens);
-        position_ids, which count real tokens from 0.
+        input_ids; attention_mask (int64); loss_mask (float32, an `Example`'s mask, else all real tokens); before (n,),
+        the places in the flattened rows before a token that counts; and if padded at the left position_ids, which
+        count real tokens from 0.
     """
     pairs = [(list(r.ids), list(r.mask)) if isinstance(r, Example) else (list(r), [1] * len(r)) for r in rows]
     # The model attends to something even in a row that counts nowhere: a softmax over nothing is NaN.
@@ -151,13 +154,18 @@ def pad(
         input_ids[row, place] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[row, place] = 1
         loss_mask[row, place] = torch.tensor(mask, dtype=torch.float32)
-    # Without a gap, which would begin a packed sequence.
-    positions = torch.arange(width).expand(len(pairs), -1)
-    if side == "left":
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "loss_mask": loss_mask,
-        "position_ids": positions,
+        # Known here: to find them on a GPU, the host would wait for it.
+        "before": before_counted(loss_mask),
     }
+    if side == "left":
+        batch["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+def before_counted(mask: Tensor) -> Tensor:
+    """(n,): the places in the flattened (B, T) before a token whose mask is not 0."""
+    return torch.nn.functional.pad(mask[:, 1:] != 0, (0, 1)).flatten().nonzero().squeeze(1)

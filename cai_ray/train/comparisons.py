@@ -23,7 +23,7 @@ from cai_ray.generate.sources import read_comparisons
 from cai_ray.prompts import Renderer, load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
-from cai_ray.train.batches import PADDING, cut_alike, deal, longest_first, pad, take
+from cai_ray.train.batches import cut_alike, deal, longest_first, pad, take
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
 
 # What the report shows of the last evaluation.
@@ -177,13 +177,13 @@ class Pairs:
         start = 0
         while start < len(filled):
             before = filled[start - 1] if start else 0
-            end = int(np.searchsorted(filled, before + (1 - PADDING) * most, side="right"))
+            end = int(np.searchsorted(filled, before + 0.95 * most, side="right"))  # the rest may be padding
             end = max(end, start + 1)
             while True:
                 ranks, tokens = self._passes([share[start:end] for share in shares], most)
                 if tokens <= most or end == start + 1:
                     break
-                end = (start + end) // 2  # short rows have more padding than was thought
+                end = (start + end) // 2  # they have more
             out.append(ranks[fit.rank()])
             start = end
         return out
@@ -215,7 +215,7 @@ class Pairs:
         pairs = micro_batch.pairs
 
         def tensor(numbers: Any, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(numbers, dtype=dtype, device=values.device)
+            return torch.as_tensor(numbers, dtype=dtype).to(values.device, non_blocking=True)
 
         a, b = (values[tensor([place[2 * i + side] for i in pairs], torch.int64)] for side in (0, 1))
         return a, b, tensor(self.p_a[pairs], torch.float32), tensor(self.human[pairs], torch.bool)
@@ -232,7 +232,7 @@ def pairs(config: dict[str, Any]) -> Pairs:
 
 def add(sums: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
     for key, value in new.items():
-        sums[key] = sums.get(key, 0.0) + value.detach().double().cpu()
+        sums[key] = sums.get(key, 0.0) + value.detach().double()
 
 
 def means(group: str, sums: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from cai_ray.config import DpoConfig, TrainConfig
 from cai_ray.storage import Run
 from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
-from cai_ray.train.losses import direct_preference, preference_metrics
+from cai_ray.train.losses import direct_preference, masked, preference_metrics
 
 if TYPE_CHECKING:
     from cai_ray.train.fit import Trained
@@ -122,7 +122,7 @@ def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig
     out = preference_metrics(r_a, r_b, p_a, human)
     for source, rows in (("ai", ~human), ("human", human)):
         for what, values in (("chosen", chosen), ("rejected", rejected), ("drift", drift)):
-            out[f"{source}/{what}"] = values[rows].sum()
+            out[f"{source}/{what}"] = masked(values, rows).sum()
     return out
 
 

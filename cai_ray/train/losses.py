@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cai_ray.train.batches import before_counted
+
 # Log-ratios are cut here before exp: e^20 is far outside any trust region, and finite in every dtype used.
 MAX_LOG_RATIO = 20.0
 # Logits in memory at once, in fp32: 2^26 numbers are 256 MiB.
@@ -112,6 +114,7 @@ def head_logprobs(
     ids: Tensor,
     mask: Tensor,
     temperature: float = 1.0,
+    before: Tensor | None = None,
 ) -> Tensor:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which are never whole in memory.
 
@@ -120,11 +123,14 @@ def head_logprobs(
     Args:
         hidden: (B, T, D), the backbone's output.
         weight, bias: (V, D) and (V,) of the head; no weight if `hidden` are the logits.
+        before: `batches.before_counted(mask)`, where it is known.
     """
-    before = F.pad(mask[:, 1:] != 0, (0, 1))
-    targets = F.pad(ids[:, 1:], (0, 1))[before]
-    found: Tensor = _Logprobs.apply(hidden[before], weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
-    out = torch.zeros(ids.shape, dtype=found.dtype, device=found.device).masked_scatter(before, found)
+    if before is None:
+        before = before_counted(mask)
+    targets = F.pad(ids[:, 1:], (0, 1)).flatten()[before]
+    chosen = hidden.flatten(0, 1).index_select(0, before)
+    found: Tensor = _Logprobs.apply(chosen, weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
+    out = found.new_zeros(ids.numel()).index_copy(0, before, found).view(ids.shape)
     return F.pad(out[:, :-1], (1, 0))
 
 
@@ -153,9 +159,9 @@ def preference_metrics(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor) -> 
     out: Metrics = {}
     for source, chosen in (("ai", ~human.bool()), ("human", human.bool())):
         out[f"{source}/n"] = chosen.sum().to(d.dtype)
-        out[f"{source}/loss"] = losses[chosen].sum()
-        out[f"{source}/accuracy"] = agreement[chosen].sum()
-        out[f"{source}/margin"] = (d * torch.sign(p_a - 0.5))[chosen].sum()
+        out[f"{source}/loss"] = masked(losses, chosen).sum()
+        out[f"{source}/accuracy"] = masked(agreement, chosen).sum()
+        out[f"{source}/margin"] = masked(d * torch.sign(p_a - 0.5), chosen).sum()
     return out
 
 

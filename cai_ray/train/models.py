@@ -23,7 +23,7 @@ from cai_ray import storage
 from cai_ray.config import TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.train.advantages import last_index
-from cai_ray.train.losses import head_logprobs, token_logprobs
+from cai_ray.train.losses import head_logprobs
 from cai_ray.train.ranks import device
 
 TOKENIZER_FILES = (
@@ -63,14 +63,13 @@ class LogprobHead(nn.Linear):
     Inside the model's own forward pass, where its weight is whole under ZeRO-3 too.
     """
 
-    asked: tuple[Tensor, Tensor, float] | None = None
-    """Ids, mask and temperature, for one pass."""
+    asked: tuple[Tensor, Tensor, float, Tensor] | None = None
+    """Ids, mask, temperature and places (`losses.head_logprobs`), for one pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.asked is None:
             return super().forward(input)
-        ids, mask, temperature = self.asked
-        return head_logprobs(input, self.weight, self.bias, ids, mask, temperature)
+        return head_logprobs(input, self.weight, self.bias, *self.asked)
 
 
 class PerToken:
@@ -165,10 +164,10 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], temperature: floa
         model: a causal LM (`load_policy`), as it is or under DeepSpeed.
     """
     inputs = _inputs(batch)
-    asked = (batch["input_ids"], batch["loss_mask"], temperature)
+    asked = (batch["input_ids"], batch["loss_mask"], temperature, batch["before"])
     head = base_model(getattr(model, "module", model)).get_output_embeddings()
     if not isinstance(head, LogprobHead):
-        return token_logprobs(model(**inputs, use_cache=False).logits, *asked)
+        return head_logprobs(model(**inputs, use_cache=False).logits, None, None, *asked)
     head.asked = asked
     try:
         return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
@@ -179,9 +178,10 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], temperature: floa
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without a padding mask: what stands at the right is never attended to, and attention is faster so.
 
-    Padding at the left has positions that do not rise, by which transformers keeps it apart like a packed sequence.
+    Padding at the left has positions that do not rise, by which transformers keeps it apart like a packed sequence. To
+    look for such it waits for the GPU, and is given none for padding at the right.
     """
-    return {k: batch[k] for k in INPUTS}
+    return {k: batch[k] for k in INPUTS if k in batch}
 
 
 def base_model(model: nn.Module) -> Any:

@@ -38,6 +38,7 @@ from cai_ray.train.fit import (
     Trained,
     check_resources,
     checkpoint_due,
+    device,
     fit,
     gathered_state,
     global_sums,
@@ -60,6 +61,7 @@ from cai_ray.train.scoring import (
     Models,
     check_gap,
     check_ratio,
+    difference,
     load_models,
     logprob_gap,
     probe,
@@ -267,6 +269,7 @@ def update_policy(
     """
     sums: dict[str, Any] = defaultdict(float)
     norms = []
+    worst = torch.zeros((), device=device())
     known = iter(kept)
     for number, minibatch in enumerate(plan):
         global_tokens = float(batch.mask[minibatch.rows].sum())
@@ -278,7 +281,7 @@ def update_policy(
             scored = next(known, None)
             new = scored.logprobs if scored else sequence_logprobs(policy.engine, inputs, cfg.temperature)
             if number == 0:
-                check_ratio(new, want.logprobs, mask, cfg)
+                worst = torch.maximum(worst, difference(new, want.logprobs, mask))
             loss, metrics = policy_loss(
                 new, want.logprobs, want.advantages, mask,
                 clip=cfg.clip, global_tokens=global_tokens, weights=want.weights,
@@ -288,6 +291,8 @@ def update_policy(
             add(moved, {name: metrics[name] for name in ("approx_kl", "tokens")})
             if number == 0:
                 add(sums, {"first_ratio": metrics["ratio"], "first_tokens": metrics["tokens"]})
+        if number == 0:
+            check_ratio(float(worst), cfg)
         norms.append(policy.step())
         if too_far(moved, cfg):
             break
@@ -387,7 +392,12 @@ def cut(targets: Targets, group: Sequence[int], mask: Tensor) -> Targets:
     if not group:
         return Targets(*[torch.zeros_like(mask)] * len(Targets._fields))
     rows = list(group)
-    return Targets(*[(t[rows, : mask.shape[1]] if t.ndim == 2 else t[rows]).to(mask.device) for t in targets])
+    return Targets(
+        *[
+            (t[rows, : mask.shape[1]] if t.ndim == 2 else t[rows]).to(mask.device, non_blocking=True)
+            for t in targets
+        ]
+    )
 
 
 def checkpoint_state(

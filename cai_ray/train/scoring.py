@@ -165,9 +165,17 @@ def check_gap(gap: float, cfg: PpoConfig) -> None:
         )
 
 
-def check_ratio(new: Tensor, old: Tensor, mask: Tensor, cfg: PpoConfig) -> None:
-    """Before the first step of an update, the policy is the one that the old log-probabilities are of."""
-    worst = float(((new.detach() - old) * mask).abs().max())
+def difference(new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """The largest |new - old| of a token that counts, as a tensor: to read it, the host waits for the GPU."""
+    return ((new.detach() - old) * mask).abs().max()
+
+
+def check_ratio(worst: float, cfg: PpoConfig) -> None:
+    """Before the first step of an update, the policy is the one that the old log-probabilities are of.
+
+    Args:
+        worst: the largest `difference` of the two.
+    """
     if not worst <= RATIO_TOLERANCE[cfg.dtype]:
         raise RuntimeError(
             f"the ratio is not 1 at the first minibatch: log-probabilities differ by {worst:.3g}"

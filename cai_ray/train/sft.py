@@ -187,11 +187,11 @@ def update(
 
     examples = [data[i] for i in batch]
     tokens = sum(sum(example.mask) for example in examples)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=fit.device())
     lengths = [len(example.ids) for example in examples]
     for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, fit.rank(), fit.world_size()):
         rows = fit.to_device(pad([examples[i] for i in group], pad_id))
         loss = sft_loss(sequence_logprobs(policy, rows), rows["loss_mask"], tokens)
         policy.backward(loss * fit.world_size())
-        total += loss.detach().double().cpu()
+        total += loss.detach()  # never read before the end: the host would wait for the GPU
     return float(fit.global_sum(total)), policy.step()

@@ -145,15 +145,15 @@ def test_item_28_graphs_kept_from_scoring_change_nothing(
 
 
 def test_item_28_another_ratio_stops_the_run() -> None:
-    from cai_ray.train.scoring import check_ratio
+    from cai_ray.train.scoring import check_ratio, difference
 
     cfg = shared_config()
     old, mask = torch.zeros(2, 3), torch.tensor([[0.0, 1, 1], [0, 1, 0]])
-    check_ratio(old + 1e-6, old, mask, cfg)
-    check_ratio(old + torch.tensor([5.0, 0, 0]), old, mask, cfg)
+    check_ratio(float(difference(old + 1e-6, old, mask)), cfg)
+    check_ratio(float(difference(old + torch.tensor([5.0, 0, 0]), old, mask)), cfg)
     for wrong in (1e-4, math.nan):
         with pytest.raises(RuntimeError, match="ratio is not 1"):
-            check_ratio(old + wrong, old, mask, cfg)
+            check_ratio(float(difference(old + wrong, old, mask)), cfg)
 
 
 def test_item_32_the_reference_is_the_sl_cai_snapshot(one_rank: Run) -> None:
