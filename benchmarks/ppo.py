@@ -67,7 +67,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=3, help="measurements of each way (default 3)")
-    parser.add_argument("--steps", type=int, default=12, help="PPO steps in each (default 12)")
+    parser.add_argument("--steps", type=int, default=8, help="PPO steps in each (default 8)")
     parser.add_argument("--only", nargs="+", default=WAYS, help="these ways alone")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -7,10 +7,12 @@ whose lengths are skewed as answers' are (log-normal; at most 1,024 tokens). The
 
 - `ours`: the stage's own `update`, under DeepSpeed.
 - `trl`: RewardTrainer as it comes: 4 comparisons, that is 8 rows, in a micro-batch, in the order in which they come.
+  With the longest of 1,024 tokens these take the memory that ours may take.
+- `single`: the same with 1 comparison in a micro-batch, which pads least and is the best of TRL's sizes on one core.
 
 TRL is installed into a folder of its own by the first run (baseline.py) and uses the same torch and transformers. All
 steps but the first are timed. Each measurement is a process of its own; they take turns, and medians are compared. The
-last line is JSON: `vs_trl` is ours over theirs, `padding` is its share of our tokens.
+last line is JSON: `vs_trl` and `vs_trl_single` are ours over theirs, `padding` is its share of our tokens.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from cai_ray.train.batches import Example
 
 BATCH = 32
 """Comparisons of a step."""
-PAIRS = 4
+PAIRS = {"trl": 4, "single": 1}
 """Of TRL's micro-batches."""
-WAYS = ("ours", "trl")
+WAYS = ("ours", *PAIRS)
 Pair = tuple[Example, Example]
 
 
 def main() -> int:
-    env = {"trl": lambda: baseline.trl(TRL)}
+    env = {way: lambda: baseline.trl(TRL) for way in PAIRS}
     return Turns(__file__, __doc__, WAYS, rows=4 * BATCH, hidden=256, layers=4, env=env).main(
         measure, summary
     )
@@ -55,17 +57,19 @@ def summary(found: Found, rows: int) -> dict[str, Any]:
     rates = median_of(found, "rate")
     return {
         "vs_trl": round(rates["ours"] / rates["trl"], 2),
+        "vs_trl_single": round(rates["ours"] / rates["single"], 2),
         "padding": round(found["ours"][0]["padding"], 3),
         "comparisons_per_s": {way: round(rate, 2) for way, rate in rates.items()},
         "trl": TRL,
         "comparisons_per_step": BATCH,
-        "micro_batch": {"ours": f"{MICRO_BATCH_TOKENS} tokens", "trl": f"{PAIRS} comparisons"},
+        "micro_batch": {"ours": f"{MICRO_BATCH_TOKENS} tokens"}
+        | {way: f"{n} comparisons" for way, n in PAIRS.items()},
     }
 
 
 def measure(way: str, model: str, rows: int, folder: str) -> dict[str, Any]:
     pairs = comparisons(rows, words_of(model))
-    seconds, more = (ours if way == "ours" else theirs)(model, pairs, folder)
+    seconds, more = ours(model, pairs, folder) if way == "ours" else theirs(PAIRS[way], model, pairs, folder)
     return {"rate": (rows - WARM * BATCH) / seconds, "seconds": seconds, "start": 0.0, **more}
 
 
@@ -101,11 +105,11 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     return seconds, {"padding": padding([len(row.ids) for row in rows], groups)}
 
 
-def theirs(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, float]]:
+def theirs(rows: int, model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, float]]:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    args = RewardConfig(**settings(folder, PAIRS, BATCH, len(pairs) // BATCH), max_length=LONGEST)
+    args = RewardConfig(**settings(folder, rows, BATCH, len(pairs) // BATCH), max_length=LONGEST)
     columns = {"chosen_ids": [a.ids for a, _ in pairs], "rejected_ids": [b.ids for _, b in pairs]}
     return timed_by(RewardTrainer(model, args, train_dataset=Dataset.from_dict(columns))), {}
 

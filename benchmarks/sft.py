@@ -6,13 +6,16 @@ A random model of 3 million parameters in fp32, one thread, on random rows whose
 (log-normal; at most 1,024 tokens). The loss is that of the answers' tokens on all sides, and these are what is counted.
 
 - `ours`: the stage's own `update`, under DeepSpeed.
-- `unpacked`: SFTTrainer as it comes: 8 rows in a micro-batch, in the order in which they come.
+- `unpacked`: SFTTrainer as it comes: 8 rows in a micro-batch, in the order in which they come. With the longest of
+  1,024 tokens these take the memory that ours may take.
+- `single`: the same with 1 row in a micro-batch, which pads nothing and is the best of TRL's sizes on one core.
 - `packed`: SFTTrainer with `packing=True`: rows of 1,024 tokens, each a micro-batch (several in one would be one long
   row, with a mask of its length squared), as many in a step as give the same tokens.
 
 TRL is installed into a folder of its own by the first run (baseline.py) and uses the same torch and transformers. All
 steps but the first are timed. Each measurement is a process of its own; they take turns, and medians are compared. The
-last line is JSON: `vs_trl_unpacked` and `vs_trl_best` are ours over theirs, `padding` is its share of our tokens.
+last line is JSON: `vs_trl_unpacked`, `vs_trl_single` and `vs_trl_best`, of all three, are ours over theirs, `padding`
+is its share of our tokens.
 """
 
 from __future__ import annotations
@@ -39,9 +42,9 @@ from cai_ray.config import TrainConfig
 from cai_ray.train.batches import Example, micro_batches
 
 BATCH = 32
-ROWS = 8
+ROWS = {"unpacked": 8, "single": 1, "packed": 1}
 """Of TRL's micro-batches."""
-WAYS = ("ours", "unpacked", "packed")
+WAYS = ("ours", *ROWS)
 
 
 def main() -> int:
@@ -56,16 +59,14 @@ def summary(found: Found, rows: int) -> dict[str, Any]:
     ours = rates["ours"]
     return {
         "vs_trl_unpacked": round(ours / rates["unpacked"], 2),
-        "vs_trl_best": round(ours / max(rates["unpacked"], rates["packed"]), 2),
+        "vs_trl_single": round(ours / rates["single"], 2),
+        "vs_trl_best": round(ours / max(rates[way] for way in ROWS), 2),
         "padding": round(found["ours"][0]["padding"], 3),
         "tokens_per_s": {way: round(rate) for way, rate in rates.items()},
         "trl": TRL,
         "rows_per_step": {way: found[way][0]["rows_per_step"] for way in WAYS},
-        "micro_batch": {
-            "ours": f"{MICRO_BATCH_TOKENS} tokens",
-            "unpacked": f"{ROWS} rows",
-            "packed": "1 row",
-        },
+        "micro_batch": {"ours": f"{MICRO_BATCH_TOKENS} tokens"}
+        | {way: f"{n} rows" for way, n in ROWS.items()},
     }
 
 
@@ -99,7 +100,7 @@ def theirs(way: str, model: str, data: list[Example], folder: str) -> tuple[int,
     from trl import SFTConfig, SFTTrainer
 
     packed, steps = way == "packed", len(data) // BATCH
-    rows = 1 if packed else ROWS
+    rows = ROWS[way]
     # The packer fills rows nearly to the end, so that these hold what a step of whole rows does.
     batch = round(sum(len(row.ids) for row in data) / steps / LONGEST) if packed else BATCH
     args = SFTConfig(
