@@ -138,6 +138,48 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-auth", action="store_true", help="no token; on loopback only")
     serve.set_defaults(function=_serve)
 
+    document = commands.add_parser("constitution", help="look at a constitution, check it, compare two")
+    actions = document.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="its principles, with their hashes")
+    show.add_argument("file", help="YAML or Markdown, or the name of one that ships with the package")
+    show.add_argument("--json", action="store_true")
+    show.set_defaults(function=_constitution_show)
+    lint = actions.add_parser(
+        "lint", help="slips of form, wording and balance; exit code 3 if one is an error"
+    )
+    lint.add_argument("files", nargs="+", metavar="FILE")
+    lint.add_argument("--strict", action="store_true", help="exit code 3 for warnings, too")
+    lint.add_argument("--json", action="store_true")
+    lint.set_defaults(function=_constitution_lint)
+    diff = actions.add_parser("diff", help="what an edit changes, principle by principle and word by word")
+    diff.add_argument("before")
+    diff.add_argument("after")
+    diff.add_argument("--json", action="store_true")
+    diff.set_defaults(function=_constitution_diff)
+    votes = actions.add_parser(
+        "import", help="a draft from what people voted for (a Polis export), with weights"
+    )
+    votes.add_argument("comments", help="comments.csv of the export")
+    votes.add_argument("votes", help="participants-votes.csv of the export")
+    votes.add_argument("--out", required=True, help="file of the draft, in YAML")
+    votes.add_argument("--name", default="draft", help="name of the constitution (default: draft)")
+    votes.add_argument(
+        "--least", type=float, default=0.6, help="least group-informed consensus, 0 to 1 (default: 0.6)"
+    )
+    votes.add_argument("--most", type=int, default=0, help="so many principles at most (default: all)")
+    votes.set_defaults(function=_constitution_import)
+    test = _with_config(
+        actions.add_parser(
+            "test", help="which principle the critic finds at stake in the document's examples"
+        ),
+        check=False,
+    )
+    test.add_argument("--constitution", metavar="FILE", help="another than the configuration's")
+    test.add_argument("--json", action="store_true")
+    test.set_defaults(function=_constitution_test)
+    schema = actions.add_parser("schema", help="the JSON Schema of the YAML form, for editors")
+    schema.set_defaults(function=_constitution_schema)
+
     town = commands.add_parser(
         "town", help="the embedded world: make its base model again, measure its skills"
     )
@@ -152,12 +194,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _with_config(command: argparse.ArgumentParser, check: bool = True) -> argparse.ArgumentParser:
     command.add_argument(
         "config", help="configuration in YAML, or the name of one that ships with the package"
     )
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     command.add_argument("--out", help="run directory, any URI")
+    if not check:
+        return command
     command.add_argument("--overwrite", action="store_true", help="make stages again whose inputs changed")
     command.add_argument(
         "--check", action="store_true", help="validate everything, estimate memory, start nothing"
@@ -264,6 +308,114 @@ def _serve(args: argparse.Namespace) -> int:
 
     token = serve.read_token(args.token_file, no_auth=args.no_auth, host=args.host)
     serve.serve(open_run(args.run), args.host, args.port, token, blocking=True)
+    return EXIT_DONE
+
+
+def _constitution_show(args: argparse.Namespace) -> int:
+    from cai_ray import constitution
+
+    document = constitution.load(args.file)
+    if args.json:
+        principles = [{**p.model_dump(mode="json"), "sha": p.sha} for p in document.principles]
+        print(json.dumps({**document.model_dump(mode="json"), "principles": principles, "sha": document.sha}))
+        return EXIT_DONE
+    print(f"{document.name}  version {document.version}  {document.sha}")
+    for about in (document.description, document.source, *document.sources):
+        if about:
+            print(about)
+    for p in document.principles:
+        facts = [f"weight {p.weight:g}"] + [f"priority {p.priority}"] * bool(p.priority)
+        facts += ["off"] * (not p.enabled) + [p.form] * (p.form == "negative") + list(p.families or p.tags)
+        print(f"\n{p.id}  {p.sha}  {p.title}  ({', '.join(facts)})\n  {p.text}")
+    return EXIT_DONE
+
+
+def _constitution_lint(args: argparse.Namespace) -> int:
+    from cai_ray import constitution
+    from cai_ray.constitution.lint import LEVELS, lint
+
+    found = {file: lint(constitution.load(file)) for file in args.files}
+    counts = {level: sum(f.level == level for fs in found.values() for f in fs) for level in LEVELS}
+    if args.json:
+        print(json.dumps({file: [f._asdict() for f in fs] for file, fs in found.items()}))
+    else:
+        for file, findings in found.items():
+            for f in findings:
+                where = f"{file}: {f.principle}" if f.principle else file
+                print(f"{f.level:8} {where}: {f.message}; {f.remedy}")
+        print(", ".join(f"{count} {level}s" for level, count in counts.items()))
+    failed = counts["error"] or (args.strict and counts["warning"])
+    return EXIT_STOPPED if failed else EXIT_DONE
+
+
+def _constitution_diff(args: argparse.Namespace) -> int:
+    from cai_ray import constitution
+    from cai_ray.constitution.differences import differences, lines
+
+    before, after = constitution.load(args.before), constitution.load(args.after)
+    changes = differences(before, after)
+    if args.json:
+        print(
+            json.dumps(
+                {"before": before.sha, "after": after.sha, "changes": [c._asdict() for c in changes]},
+                ensure_ascii=False,
+            )
+        )
+        return EXIT_DONE
+    for line in lines(changes):
+        print(line)
+    same = len(after.principles) - sum(c.what != "removed" for c in changes)
+    print(f"{len(changes)} principles differ, {same} are the same; {before.sha} -> {after.sha}")
+    return EXIT_DONE
+
+
+def _constitution_import(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cai_ray.constitution.votes import draft
+
+    document = draft(args.comments, args.votes, args.name, args.least, args.most)
+    Path(args.out).write_text(document.to_yaml(), encoding="utf-8")
+    print(f"{len(document.principles)} principles; look at them with: cai-ray constitution lint {args.out}")
+    return EXIT_DONE
+
+
+def _constitution_test(args: argparse.Namespace) -> int:
+    from cai_ray import cluster, constitution
+    from cai_ray.evaluate import examples
+    from cai_ray.report.text import columns, interval, percent
+    from cai_ray.storage import Run
+
+    config = _load(args)
+    document = constitution.load(args.constitution or config.constitution)
+    try:
+        cluster.connect(config)
+        found = examples.run(Run(config), document)
+    finally:
+        cluster.disconnect()
+    if args.json:
+        print(json.dumps(found))
+        return EXIT_DONE
+    table = [["", "recall", "", "specificity", ""]]
+    for name, rates in {**found["by_principle"], "all": found}.items():
+        pairs = [rates[kind] for kind in ("recall", "specificity")]
+        table.append([name, *(text for r in pairs for text in (percent(r["value"]), interval(r)))])
+    print("\n".join(columns(table)))
+    mixed = [
+        f"{q} for {p}: {percent(share)}"
+        for q, row in found["confusion"].items()
+        for p, share in row.items()
+        if p != q and share
+    ]
+    print("taken for another, of a principle's violating examples: " + ("; ".join(mixed) or "none"))
+    print(f"{found['examples']} examples, {found['errors']} errors")
+    return EXIT_DONE
+
+
+def _constitution_schema(args: argparse.Namespace) -> int:
+    from cai_ray.constitution.document import schema
+
+    print(json.dumps(schema(), indent=2))
     return EXIT_DONE
 
 

@@ -123,6 +123,23 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("truncated", pa.bool_()),
         ]
     ),
+    "examined": pa.schema(
+        [
+            ("id", _text),
+            ("principle_id", _text),
+            ("owner_id", _text),
+            ("side", _text),
+            ("violates", pa.bool_()),
+            ("prompt", _text),
+            ("response", _text),
+            ("at_stake", pa.bool_()),
+            ("p_at_stake", pa.float64()),
+            ("critique", _text),
+            ("revision", _text),
+            ("usage", USAGE),
+            ("error", _text),
+        ]
+    ),
     "snapshots": pa.schema(
         [
             ("id", _text),

@@ -89,12 +89,16 @@ class Label:
     async def _vote(
         self, engine: Engine, row: dict[str, Any], principle: Principle
     ) -> tuple[dict[str, Any], Usage]:
+        ask = self._rate if self.config.mode == "score" else self._compare
         try:
-            if self.config.mode == "score":
-                return await self._rate(engine, row, principle)
-            return await self._compare(engine, row, principle)
+            vote, usage = await ask(engine, row, principle)
         except Abstained as e:
             return {"principle_id": principle.id, "p_a": None, "abstained": str(e)}, Usage()
+        if (
+            principle.form == "negative"
+        ):  # it was asked for the worse response; log-probabilities stay as given
+            vote["p_a"] = 1 - vote["p_a"]
+        return vote, usage
 
     async def _compare(
         self, engine: Engine, row: dict[str, Any], principle: Principle

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -18,16 +17,11 @@ from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.cluster import uses_gpu
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.engine import Engine, Sampling, make_engine
+from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import RowError
-from cai_ray.generate.label import Label
-from cai_ray.generate.quality import run_templates, without_prefix, without_thinking
-from cai_ray.prompts import TemplateSet, load_templates
-from cai_ray.records import derive_id, derive_seed
+from cai_ray.generate.examine import comparison, judge_by, make_examine
+from cai_ray.prompts import load_templates
 from cai_ray.storage import Run
-
-# A principle is at stake when the feedback model prefers the revision by it to the response this clearly.
-AT_STAKE = 0.6
 
 
 class Critic:
@@ -35,13 +29,11 @@ class Critic:
 
     def __init__(self, run: Run):
         config = run.config
-        self.templates = run_templates(config)
         self.constitution = run_constitution(run)
-        self.judge = _judge(self.constitution, self.templates, run)
+        self.examine = make_examine(config, self.constitution)
         self.engine: Engine = make_engine(
-            run.model(config.label.model), self.templates, config.engine, uses_gpu(config)
+            run.model(config.label.model), self.examine.templates, config.engine, uses_gpu(config)
         )
-        self.seed = config.seed
 
     async def critique(
         self, messages: list[dict[str, str]], principles: list[str] | None, max_tokens: int
@@ -66,30 +58,8 @@ class Critic:
     async def _examine(
         self, messages: list[dict[str, str]], principle: Principle, max_tokens: int
     ) -> dict[str, Any]:
-        conversation, response = messages[:-1], messages[-1]["content"]
-        seed = derive_seed(self.seed, messages, principle.id)
-        # Greedy, so that the same question has the same answer.
-        critique = await self.engine.chat(
-            self.templates.critique_messages(conversation, response, principle),
-            Sampling(0.0, max_tokens, seed),
-        )
-        remarks = without_thinking(critique.text, self.templates.thinking)
-        revision = await self.engine.chat(
-            self.templates.revision_messages(conversation, response, principle, remarks),
-            Sampling(0.0, max_tokens, seed),
-        )
-        revised = without_thinking(revision.text, self.templates.thinking)
-        revised = without_prefix(revised, self.templates.prefixes)
-        label = await _judge_by(self.judge, [principle])(
-            self.engine, _row(conversation, revised.strip(), response.strip())
-        )
-        return {
-            "principle": _name(principle),
-            "at_stake": label["p_a"] > AT_STAKE,
-            "p_at_stake": label["p_a"],
-            "critique": remarks,
-            "revision": revised,
-        }
+        found = await self.examine(self.engine, messages[:-1], messages[-1]["content"], principle, max_tokens)
+        return {"principle": _name(principle), **found}
 
     async def compare(
         self, messages: list[dict[str, str]], response_a: str, response_b: str, principles: list[str] | None
@@ -99,7 +69,8 @@ class Critic:
         if isinstance(chosen, dict):
             return chosen
         try:
-            label = await _judge_by(self.judge, chosen)(self.engine, _row(messages, response_a, response_b))
+            judge = judge_by(self.examine.judge, chosen)
+            label = await judge(self.engine, comparison(messages, response_a, response_b))
         except RowError as e:
             return {"fault": str(e)}
         votes = {v["principle_id"]: v for v in label["votes"]}
@@ -181,26 +152,6 @@ def choose_principles(constitution: Constitution, ids: list[str] | None) -> list
     if missing:
         return {"fault": f"no principle {missing[0]!r}; there are: {', '.join(known)}", "param": "principles"}
     return [known[i] for i in dict.fromkeys(ids)]
-
-
-def _judge(constitution: Constitution, templates: TemplateSet, run: Run) -> Label:
-    # Served preferences are as the model gives them: every principle asked, in both orders, nothing clamped.
-    config = run.config.label.model_copy(update={"principles": "all", "both_orders": True, "clamp": None})
-    return Label(constitution, templates, config, run.config.seed)
-
-
-def _judge_by(judge: Label, principles: Sequence[Principle]) -> Label:
-    chosen = tuple(p.model_copy(update={"enabled": True}) for p in principles)
-    return replace(judge, constitution=judge.constitution.model_copy(update={"principles": chosen}))
-
-
-def _row(messages: list[dict[str, str]], response_a: str, response_b: str) -> dict[str, Any]:
-    return {
-        "id": derive_id(messages, response_a, response_b),
-        "messages": messages,
-        "response_a": response_a,
-        "response_b": response_b,
-    }
 
 
 def _name(principle: Principle) -> dict[str, str]:

@@ -237,3 +237,21 @@ def test_item_38_a_set_without_the_parts_of_a_mode() -> None:
     check_mode(load_templates("errand-town"), "logprob")
     with pytest.raises(ValueError, match=r"label\.mode=score has no slots"):
         LabelConfig(mode="score", gates={"max_slot_bias": 0.5})
+
+
+@pytest.mark.parametrize("mode", ["logprob", "score"])
+def test_a_negative_question_counts_the_other_way_round(mode: str) -> None:
+    """Its log-probabilities stay those of the options as they were put."""
+    turned = constitution.parse(
+        TOWN.model_dump() | {"principles": [p.model_dump() | {"form": "negative"} for p in TOWN.principles]},
+        "t",
+    )
+    config = LabelConfig(principles="all", mode=mode)
+    templates = load_templates("errand-town" if mode == "logprob" else "general")
+    likes = ScriptedEngine(weigh=prefers_sorry if mode == "logprob" else likes_sorry)
+    plain, other = (
+        asyncio.run(Label(document, templates, config, seed=0)(likes, row())) for document in (TOWN, turned)
+    )
+    assert plain["p_a"] > 0.5 and other["p_a"] == pytest.approx(1 - plain["p_a"], abs=1e-12)
+    for a, b in zip(plain["votes"], other["votes"], strict=True):
+        assert b["p_a"] == pytest.approx(1 - a["p_a"], abs=1e-12) and b.get("logprob_a") == a.get("logprob_a")

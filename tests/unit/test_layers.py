@@ -17,6 +17,7 @@ LAYERS = {
     **{
         f"cai_ray.{name}": 0 for name in ("errors", "records", "constitution", "prompts", "config", "storage")
     },
+    **{f"cai_ray.constitution.{name}": 1 for name in ("lint", "differences", "votes")},
     "cai_ray.cluster": 1,
     "cai_ray.interrupt": 1,
     "cai_ray.engine": 1,

@@ -1,7 +1,7 @@
-"""The constitution: a list of principles, validated, with a content hash over what matters.
+"""The document: principles, validated, with a content hash for each and over all.
 
 The hash covers what changes a model's behaviour (texts, requests, weights, which principles are enabled) and
-leaves out what does not (source, tags, file layout), so that a better citation does not invalidate a run.
+leaves out what does not (sources, tags, examples, file layout), so that a better citation does not invalidate a run.
 """
 
 from __future__ import annotations
@@ -9,17 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cai_ray.constitution import markdown
 from cai_ray.errors import InputError
 
 
-class Principle(BaseModel):
-    """One principle, in the words that the critique, revision and feedback models read."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Example(_Part):
+    """A response to a prompt, by which `cai-ray constitution test` measures a principle."""
+
+    prompt: str = Field(min_length=1)
+    response: str = Field(min_length=1)
+
+
+class Examples(_Part):
+    violates: tuple[Example, ...] = ()
+    """What a critique by this principle must find fault with."""
+    follows: tuple[Example, ...] = ()
+    """What it must not."""
+
+
+class Principle(_Part):
+    """One principle, in the words that the critique, revision and feedback models read."""
 
     id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = Field(min_length=1)
@@ -28,28 +46,51 @@ class Principle(BaseModel):
     revision_request: str = Field(min_length=1)
     comparison: str = Field(min_length=1)
     """The question put to the feedback model when two responses are compared."""
+    form: Literal["positive", "negative"] = "positive"
+    """Whether `comparison` asks for the better response or for the worse one."""
     source: str = ""
     tags: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    """Families of prompts in which it is meant to be at stake."""
+    priority: int = Field(default=0, ge=0)
+    """1 goes before 2 where principles conflict, for people who read reports; 0 is none. Votes have weights."""
     weight: float = Field(default=1.0, gt=0)
     enabled: bool = True
+    examples: Examples = Examples()
 
     @property
     def sha(self) -> str:
         """Hash of what changes behaviour, `enabled` left out: a disabled principle keeps its identity."""
-        return _sha(
-            [self.id, self.text, self.critique_request, self.revision_request, self.comparison, self.weight]
-        )
+        parts = [
+            self.id,
+            self.text,
+            self.critique_request,
+            self.revision_request,
+            self.comparison,
+            self.weight,
+        ]
+        return _sha([*parts, self.form] if self.form == "negative" else parts)
 
 
-class Constitution(BaseModel):
+class SignOff(_Part):
+    """Who stands for this version of the document, and since when."""
+
+    name: str = Field(min_length=1)
+    date: str = Field(default="", pattern=r"^(\d{4}-\d{2}-\d{2})?$")
+    note: str = ""
+
+
+class Constitution(_Part):
     """A named, versioned list of principles."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1)
     version: str = "1"
     description: str = ""
     source: str = ""
+    authors: tuple[str, ...] = ()
+    sign_off: tuple[SignOff, ...] = ()
+    sources: tuple[str, ...] = ()
+    """Documents that principles draw on, where one line (`source`) is not enough."""
     principles: tuple[Principle, ...] = Field(min_length=1)
 
     @field_validator("principles")
@@ -78,24 +119,34 @@ class Constitution(BaseModel):
         raise KeyError(principle_id)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        """Without what is as it would be anyway, but for the fields that every principle has."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 def load(path: str | Path) -> Constitution:
-    """Reads a constitution from YAML.
+    """Reads a constitution: YAML, or a document in Markdown (`*.md`, constitution/markdown.py).
 
     Raises:
-        InputError: the file is missing, is no YAML, or a principle lacks a field.
+        InputError: the file is missing or cannot be read, or a principle lacks a field.
     """
     path = find(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = markdown.read(text, path.stem) if path.suffix == ".md" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"constitution {path}: cannot be read ({_one_line(e)}); give a YAML file") from e
+        raise InputError(
+            f"constitution {path}: cannot be read ({_one_line(e)}); give a file in YAML or Markdown"
+        ) from e
     return parse(data, str(path))
 
 
-def parse(data: object, name: str) -> Constitution:
+def parse(data: Any, name: str) -> Constitution:
+    """A constitution from what YAML gave.
+
+    Raises:
+        InputError: a field is missing, not known, or not what it should be; the line names the principle.
+    """
     if not isinstance(data, dict):
         raise InputError(f"constitution {name}: a mapping with `name` and `principles` is needed")
     try:
@@ -117,12 +168,28 @@ def find(path: str | Path) -> Path:
     given = Path(path)
     if given.exists():
         return given
-    shipped = Path(__file__).parent / "constitutions"
-    for candidate in (shipped / given.name, shipped / f"{given.name}.yaml"):
+    shipped = Path(__file__).parents[1] / "constitutions"
+    for candidate in (shipped / given.name, shipped / f"{given.name}.yaml", shipped / f"{given.name}.md"):
         if len(given.parts) == 1 and candidate.exists():
             return candidate
-    names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+    names = ", ".join(shipped_names())
     raise InputError(f"constitution {given}: no such file; give a path, or one of: {names}")
+
+
+def shipped_names() -> list[str]:
+    """The constitutions that come with the package, which are named without a path."""
+    folder = Path(__file__).parents[1] / "constitutions"
+    return sorted(p.stem for kind in ("*.yaml", "*.md") for p in folder.glob(kind))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML form: editors complete by it (`constitution.schema.json`)."""
+    made = Constitution.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **made,
+        "title": "cai_ray constitution",
+    }
 
 
 def _sha(value: object) -> str:

@@ -1,0 +1,131 @@
+"""A constitution as a document for people: Markdown with sections in the order of their priority.
+
+    ---
+    name: mine
+    version: "1"
+    ---
+    # What our assistant stands for
+
+    Introduction, which no model reads.
+
+    ## Safety
+
+    ### No weapons {#weapons}
+
+    The assistant does not help to build weapons that ...
+
+    ```yaml
+    revision_request: Rewrite the response without ...
+    ```
+
+A heading with text of its own and without headings below it is a principle; one with headings below it is a section,
+and the number of the section is its principles' priority. What stands in a block of YAML are fields of the principle as
+in the YAML form, all optional; requests that are not given are made of the text. `principle: false` leaves a heading
+out. The metadata at the top is that of the YAML form, too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+ANCHOR = re.compile(r"\s*\{#([^}\s]+)\}\s*$")
+REQUESTS = {
+    "critique_request": "Say where the response goes against this principle, or that it does not: {text}",
+    "revision_request": "Rewrite the response so that it follows this principle, and keep what was good in it: {text}",
+    "comparison": "Which response follows this principle better? {text}",
+}
+"""Of a principle that has a text alone."""
+
+
+@dataclass
+class Heading:
+    level: int
+    title: str
+    texts: list[str] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def read(text: str, stem: str) -> dict[str, Any]:
+    """What the YAML form of the document would give.
+
+    Args:
+        stem: of the file: its name, if the document has none.
+
+    Raises:
+        yaml.YAMLError: the metadata or the fields of a principle are no YAML.
+    """
+    meta, body = _metadata(text)
+    headings = _headings(body)
+    title = next((h for h in headings if h.level == 1), None)
+    principles = []
+    section = 0
+    for i, heading in enumerate(headings):
+        if heading.level == 2:
+            section += 1
+        below = i + 1 < len(headings) and headings[i + 1].level > heading.level
+        if heading.level == 1 or below or not heading.fields.pop("principle", True):
+            continue
+        if heading.texts or heading.fields:
+            principles.append(_principle(heading, section))
+    described = {"description": " ".join(title.texts)} if title and title.texts else {}
+    name = _slug(title.title) if title else stem
+    return {"name": name or stem, **described, **meta, "principles": principles}
+
+
+def _metadata(text: str) -> tuple[dict[str, Any], str]:
+    lines = text.lstrip("\ufeff").splitlines(keepends=True)
+    if not lines or lines[0].strip() != "---":
+        return {}, text
+    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
+    if end is None:
+        raise yaml.YAMLError("the metadata at the top has no end: a line of three dashes")
+    return _mapping("".join(lines[1:end]), "the metadata at the top"), "".join(lines[end + 1 :])
+
+
+def _headings(body: str) -> list[Heading]:
+    from markdown_it import MarkdownIt
+
+    lines = body.splitlines()
+    found: list[Heading] = []
+    tokens = MarkdownIt("commonmark").parse(body)
+    for i, token in enumerate(tokens):
+        if token.level != 0 or token.nesting == -1:
+            continue  # what stands inside a block is read with the block
+        if token.type == "heading_open":
+            found.append(Heading(int(token.tag[1:]), tokens[i + 1].content))
+        elif not found or token.map is None or token.type == "html_block":
+            continue
+        elif token.type == "fence" and token.info.strip() in ("yaml", "yml"):
+            found[-1].fields |= _mapping(token.content, f"the fields of {found[-1].title!r}")
+        else:
+            found[-1].texts.append(" ".join(line.strip() for line in lines[slice(*token.map)]).strip())
+    return found
+
+
+def _mapping(text: str, what: str) -> dict[str, Any]:
+    data = yaml.safe_load(text) or {}
+    if not isinstance(data, dict):
+        raise yaml.YAMLError(f"{what} are no mapping of fields")
+    return data
+
+
+def _principle(heading: Heading, section: int) -> dict[str, Any]:
+    anchor = ANCHOR.search(heading.title)
+    title = ANCHOR.sub("", heading.title)
+    text = str(heading.fields.get("text", "\n\n".join(heading.texts)))
+    known = {"id": anchor[1] if anchor else _slug(title), "title": title, "text": text, **made_of(text)}
+    return {**known, "priority": section, **heading.fields}
+
+
+def made_of(text: str) -> dict[str, str]:
+    """The requests and the question of a principle that has a text alone."""
+    return {name: form.replace("{text}", text) for name, form in REQUESTS.items()}
+
+
+def _slug(title: str) -> str:
+    """`No weapons, ever` to `no-weapons-ever`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
