@@ -13,6 +13,7 @@ from cai_ray.errors import InputError
 from cai_ray.evaluate.stats import rate
 from cai_ray.generate.examine import Examine, make_examine
 from cai_ray.generate.rows import map_rows
+from cai_ray.prompts import Message
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
 
@@ -27,7 +28,7 @@ class ByPrinciple:
 
     async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
         principle = self.document[row["principle_id"]]
-        asked = [{"role": "user", "content": row["prompt"]}]
+        asked: list[Message] = [{"role": "user", "content": row["prompt"]}]
         return row | await self.examine(engine, asked, row["response"], principle, self.max_tokens)
 
 

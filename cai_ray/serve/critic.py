@@ -20,7 +20,7 @@ from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import RowError
 from cai_ray.generate.examine import comparison, judge_by, make_examine
-from cai_ray.prompts import load_templates
+from cai_ray.prompts import Message, load_templates
 from cai_ray.storage import Run
 
 
@@ -35,9 +35,7 @@ class Critic:
             run.model(config.label.model), self.examine.templates, config.engine, uses_gpu(config)
         )
 
-    async def critique(
-        self, messages: list[dict[str, str]], principles: list[str] | None, max_tokens: int
-    ) -> Any:
+    async def critique(self, messages: list[Message], principles: list[str] | None, max_tokens: int) -> Any:
         """Critique and revision by each principle, and how far the revision is preferred: that is what is at stake."""
         chosen = choose_principles(self.constitution, principles)
         if isinstance(chosen, dict):
@@ -56,13 +54,14 @@ class Critic:
         }
 
     async def _examine(
-        self, messages: list[dict[str, str]], principle: Principle, max_tokens: int
+        self, messages: list[Message], principle: Principle, max_tokens: int
     ) -> dict[str, Any]:
-        found = await self.examine(self.engine, messages[:-1], messages[-1]["content"], principle, max_tokens)
+        response = str(messages[-1]["content"])
+        found = await self.examine(self.engine, messages[:-1], response, principle, max_tokens)
         return {"principle": _name(principle), **found}
 
     async def compare(
-        self, messages: list[dict[str, str]], response_a: str, response_b: str, principles: list[str] | None
+        self, messages: list[Message], response_a: str, response_b: str, principles: list[str] | None
     ) -> Any:
         """The soft preference between two responses, per principle and overall, both orders averaged."""
         chosen = choose_principles(self.constitution, principles)
@@ -113,7 +112,7 @@ class Scorer:
         self.context = int(self.model.config.get_text_config().max_position_embeddings)
         self.busy = threading.Lock()
 
-    async def score(self, messages: list[dict[str, str]]) -> Any:
+    async def score(self, messages: list[Message]) -> Any:
         try:
             asked = [*self.templates.answer_messages(messages[:-1]), messages[-1]]
             ids, _ = self.renderer.dialogue_ids(asked)

@@ -58,9 +58,6 @@ def test_recall_specificity_and_confusion() -> None:
     assert found["by_principle"]["b"]["specificity"]["value"] == 0.5
     # What breaks both is taken for neither's other.
     assert found["confusion"] == {"a": {"a": 1.0, "b": 1.0}, "b": {"a": 0.0, "b": 0.5}}
-        "a": 0.5,
-        "b": 0.5,
-    }
     assert (found["examples"], found["errors"]) == (4, 0)
 
 
