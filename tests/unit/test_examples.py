@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from cai_ray import constitution
 from cai_ray.evaluate import examples
 
