@@ -123,6 +123,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", help="folder of the export, any URI (default: RUN/export)")
     export.set_defaults(function=_export)
 
+    explain = commands.add_parser("explain", help="the chain behind a row: steps, votes, rewards, answers")
+    explain.add_argument("run")
+    explain.add_argument("id", help="of a prompt, revision, comparison or judged answer, or how it begins")
+    explain.add_argument("--json", action="store_true")
+    explain.set_defaults(function=_explain)
+
     chat = commands.add_parser("chat", help="talk to a run's policy")
     chat.add_argument("run")
     chat.add_argument(
@@ -292,6 +298,17 @@ def _export(args: argparse.Namespace) -> int:
     for line in done.missing:
         print(f"not exported: {line}", file=sys.stderr)
     print(out)
+    return EXIT_DONE
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from cai_ray.report.explain import explain, lines
+    from cai_ray.storage import open_run
+
+    run = open_run(args.run)
+    told = explain(run, run.constitution(), args.id)
+    for line in [json.dumps(told, ensure_ascii=False)] if args.json else lines(told):
+        print(line)
     return EXIT_DONE
 
 

@@ -17,8 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import yaml
 
+from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig, validate
+from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 
 
@@ -200,6 +203,13 @@ class Run:
         """The run as its feedback model is asked: `label.engine`, where it is given, is the engine."""
         engine = self.config.label.engine
         return Run(self.config.model_copy(update={"engine": engine})) if engine else self
+
+    def constitution(self) -> Constitution:
+        """The one that the run was made with: its own copy, wherever the original went."""
+        copy = self.path("constitution.yaml")
+        if exists(copy):
+            return constitutions.parse(yaml.safe_load(read_bytes(copy)), copy)
+        return constitutions.load(self.config.constitution)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """The stage's manifest, or None while the stage is not complete.

@@ -32,7 +32,7 @@ def build(run: Run) -> dict[str, Any]:
     `models` names the policies, each of which is a key of its own: harm, harm_by_family, helpful, over_refusal,
     malformed, principle_named, each {value, low, high, n}; a value is None where nothing was judged.
     """
-    constitution = constitutions.parse(_constitution(run), run.path("constitution.yaml"))
+    constitution = run.constitution()
     measured = storage.read_json(run.path("evaluate", "metrics.json"))
     opened = storage.read_json(run.path("run.json"))
     models = measured["models"]
@@ -101,12 +101,6 @@ def _reward_model(run: Run) -> dict[str, Any]:
     manifest = (run.manifest("rm") if run.config.method == "ppo" else None) or {}
     metrics = manifest.get("metrics") or {}
     return {"accuracy_ai": None, **metrics}
-
-
-def _constitution(run: Run) -> object:
-    import yaml
-
-    return yaml.safe_load(storage.read_bytes(run.path("constitution.yaml")))
 
 
 def _summary(constitution: constitutions.Constitution) -> dict[str, Any]:

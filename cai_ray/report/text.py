@@ -165,20 +165,21 @@ def columns(rows: list[list[str]]) -> list[str]:
 def transcript(item: dict[str, Any], number: int) -> str:
     """One transcript, from prompt to the last policy's answer."""
     parts = [f"Transcript {number}"]
-    parts += [_said("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
-    parts.append(_said("first answer", item["response"]))
+    parts += [said("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
+    parts.append(said("first answer", item["response"]))
     for step in item["steps"]:
-        parts.append(_said(f"critique {step['round']}", f"[{step['title']}] {step['critique'] or '(none)'}"))
+        parts.append(said(f"critique {step['round']}", f"[{step['title']}] {step['critique'] or '(none)'}"))
         parts.append(
-            _said(f"revision {step['round']}", step["revision"] if step["changed"] else "(unchanged)")
+            said(f"revision {step['round']}", step["revision"] if step["changed"] else "(unchanged)")
         )
     for model in in_order(item["answers"]):
         answer = item["answers"][model]
         reward = "" if answer["reward"] is None else f"  (reward {answer['reward']:+.2f})"
-        parts.append(_said(name_of(model), answer["text"] + reward))
+        parts.append(said(name_of(model), answer["text"] + reward))
     return "\n".join(parts)
 
 
-def _said(who: str, text: str) -> str:
+def said(who: str, text: str) -> str:
+    """A text beside who said it, in lines that fit a terminal."""
     lines = [line for part in visible(text).split("\n") for line in textwrap.wrap(part, 92) or [""]]
     return "\n".join(f"  {who if i == 0 else '':<14}{line}".rstrip() for i, line in enumerate(lines))

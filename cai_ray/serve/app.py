@@ -66,12 +66,12 @@ def build(run: Run, role: str, token: str | None) -> Any:
 
     from cai_ray.prompts import load_templates, load_tokenizer
     from cai_ray.serve.auth import hash_token
-    from cai_ray.serve.critic import Critic, Scorer, run_constitution
+    from cai_ray.serve.critic import Critic, Scorer
     from cai_ray.serve.ingress import make_ingress
 
     config = run.config
     templates = load_templates(config.templates)
-    constitution = run_constitution(run)
+    constitution = run.constitution()
     environment = {"env_vars": _environment(config)}
     feedback = run.feedback().config
     gpus = {"num_gpus": feedback.engine.span} if cluster.uses_gpu(feedback) else {}

@@ -11,10 +11,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from cai_ray import constitution as constitutions
-from cai_ray import storage
 from cai_ray.cluster import uses_gpu
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine import Engine, make_engine
@@ -29,7 +25,7 @@ class Critic:
 
     def __init__(self, run: Run):
         config = run.config
-        self.constitution = run_constitution(run)
+        self.constitution = run.constitution()
         self.examine = make_examine(config, self.constitution)
         self.engine: Engine = make_engine(
             run.model(config.label.model), self.examine.templates, config.engine, uses_gpu(config)
@@ -132,14 +128,6 @@ class Scorer:
         batch = {k: v.to(self.device) for k, v in pad([list(ids)], self.renderer.pad_id).items()}
         with self.busy, torch.inference_mode():
             return float(score_last(sequence_values(self.model, batch), batch["attention_mask"]))
-
-
-def run_constitution(run: Run) -> Constitution:
-    """The constitution that the run was made with: its own copy, wherever the original went."""
-    copy = run.path("constitution.yaml")
-    if storage.exists(copy):
-        return constitutions.parse(yaml.safe_load(storage.read_bytes(copy)), copy)
-    return constitutions.load(run.config.constitution)
 
 
 def choose_principles(constitution: Constitution, ids: list[str] | None) -> list[Principle] | dict[str, Any]:
