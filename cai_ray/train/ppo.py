@@ -228,8 +228,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
         alarmed = bool(watch and looked and watch.alarms())
         due = checkpoint_due(step + 1, cfg.checkpoint_every or 10)
         if alarmed or (due and step + 1 < total):
-            kept = checkpoint_state(run, models, sampler, watch, step + 1, log, tokens, kl_coef)
-            save_checkpoint(engines, kept, step + 1)
+            progress = checkpoint_state(run, models, sampler, watch, step + 1, log, tokens, kl_coef)
+            save_checkpoint(engines, progress, step + 1)
             if watch:
                 watch.saved()
             if alarmed:
