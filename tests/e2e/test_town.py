@@ -355,3 +355,12 @@ def test_chat_answers_each_line(town_run: Path) -> None:
 
 def _manifests(run: Path) -> dict[str, str]:
     return {p.parent.name: p.read_text() for p in run.glob("*/manifest.json")}
+
+
+def test_the_critic_finds_each_principle_in_its_examples(tmp_path: Path) -> None:
+    """And no other: on prompts that the base model has never seen."""
+    asked = "constitution", "test", "errand-town", "--out", tmp_path / "run", "--json"
+    found = json.loads(succeed(*asked).stdout.splitlines()[-1])
+    assert found["recall"]["value"] >= 0.9 and found["recall"]["n"] == 40
+    assert found["specificity"]["value"] >= 0.98 and found["errors"] == 0
+    assert all(rates["recall"]["value"] >= 0.75 for rates in found["by_principle"].values())
