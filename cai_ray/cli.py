@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     votes.add_argument(
         "--least", type=float, default=0.6, help="least group-informed consensus, 0 to 1 (default: 0.6)"
     )
-    votes.add_argument("--most", type=int, default=0, help="so many principles at most (default: all)")
+    votes.add_argument("--most", type=_positive, default=0, help="so many principles at most (default: all)")
     votes.set_defaults(function=_constitution_import)
     test = _with_config(
         actions.add_parser(
@@ -387,12 +387,11 @@ def _constitution_diff(args: argparse.Namespace) -> int:
 
 
 def _constitution_import(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
+    from cai_ray import storage
     from cai_ray.constitution.votes import draft
 
     document = draft(args.comments, args.votes, args.name, args.least, args.most)
-    Path(args.out).write_text(document.to_yaml(), encoding="utf-8")
+    storage.write_bytes(args.out, document.to_yaml().encode())
     print(f"{len(document.principles)} principles; look at them with: cai-ray constitution lint {args.out}")
     return EXIT_DONE
 

@@ -120,6 +120,11 @@ def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "
     return table.sort_by("id") if "id" in table.column_names else table
 
 
+def has_rows(uri: str | Path, name: str = "part") -> bool:
+    """Whether a folder holds `name`-*.parquet."""
+    return any(os.path.basename(f).startswith(f"{name}-") for f in list_files(uri, ".parquet"))
+
+
 def delete_rows(uri: str | Path, name: str = "part") -> None:
     """Removes `name`-*.parquet from a folder."""
     fs, _ = resolve(uri)

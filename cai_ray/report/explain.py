@@ -116,10 +116,10 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
 def _find(run: Run, id: str) -> Found:
     found: dict[str, Found] = {}
     for stage, name in ROWS:
+        table = _columns(run, stage, name, ["id", "prompt_id"])
+        if table is None:
+            continue
         for column in ("id", "prompt_id"):
-            table = _columns(run, stage, name, ["id", "prompt_id"])
-            if table is None:
-                continue
             for row in table.filter(pc.starts_with(table[column], id)).to_pylist():
                 found.setdefault(row["prompt_id"], Found(stage, row[column], row["prompt_id"]))
                 if len(found) > 1:
@@ -146,10 +146,8 @@ def _table(run: Run, stage: str, name: str, columns: list[str]) -> list[dict[str
 
 def _columns(run: Run, stage: str, name: str, columns: list[str] | None) -> pa.Table | None:
     """A stage's rows, or None where it wrote none."""
-    files = storage.list_files(run.path(stage), ".parquet")
-    if not any(f.rsplit("/", 1)[1].startswith(f"{name}-") for f in files):
-        return None
-    return storage.read_tables(run.path(stage), columns, name)
+    folder = run.path(stage)
+    return storage.read_tables(folder, columns, name) if storage.has_rows(folder, name) else None
 
 
 def _comparison(row: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:

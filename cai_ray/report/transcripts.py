@@ -86,10 +86,7 @@ def _comparison(label: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]
 
 
 def _rows(run: Run, stage: str, name: str) -> list[dict[str, Any]]:
-    files = storage.list_files(run.path(stage), ".parquet")
-    return (
-        run.rows(stage, name=name) if any(f.rsplit("/", 1)[1].startswith(f"{name}-") for f in files) else []
-    )
+    return run.rows(stage, name=name) if storage.has_rows(run.path(stage), name) else []
 
 
 def _by_prompt(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
