@@ -32,14 +32,14 @@ from cai_ray.train.batches import Example, for_rank
 
 KINDS, STAGES, GROUPS = ("sft", "ppo"), (1, 2, 3), ("together", "apart")
 WORLD = 2
-STEPS = 4
+STEPS = 2
 """Timed ones, after one that is not."""
 MICRO_BATCH_TOKENS = 4096
 
 
 def main() -> int:
     ways = [f"{kind} {stage} {group}" for kind in KINDS for stage in STAGES for group in GROUPS]
-    return Turns(__file__, __doc__, ways, rows=32, hidden=384, layers=4, kinds=KINDS).main(measure, summary)
+    return Turns(__file__, __doc__, ways, rows=64, hidden=384, layers=4, kinds=KINDS).main(measure, summary)
 
 
 def summary(found: Found, rows: int) -> dict[str, Any]:
