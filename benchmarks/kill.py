@@ -147,7 +147,7 @@ def drive(run: Run) -> None:
     folder = Path(run.path("begun"))
     folder.mkdir(parents=True, exist_ok=True)
     cluster.connect(run.config)
-    counted = Counted(make_chain(run.config), str(folder))
+    counted = Counted(make_chain(run), str(folder))
     generate.map_rows(run, "revise", _rows(run), counted, model="base", schema="revisions")
 
 

@@ -102,6 +102,10 @@ def parser() -> argparse.ArgumentParser:
 
     run = _with_config(commands.add_parser("run", help="all stages in order; what is done is skipped"))
     run.add_argument("--until", choices=list(STAGE_HELP), help="stop after this stage")
+    run.add_argument(
+        "--keep", type=_stages, default=[], metavar="STAGE,…",
+        help="complete stages that stay as they are though their inputs changed",
+    )  # fmt: skip
     run.set_defaults(function=_run)
     for name, text in STAGE_HELP.items():
         _with_config(commands.add_parser(name, help=text)).set_defaults(function=_stage)
@@ -110,6 +114,16 @@ def parser() -> argparse.ArgumentParser:
         "redteam", help="more red-team prompts, written by the model after the run's own"
     )
     _with_config(redteam).set_defaults(function=_stage)
+
+    ablate = _with_config(
+        commands.add_parser("ablate", help="the same run without a principle, and what that changes"),
+        check=False,
+    )
+    ablate.add_argument("--without", nargs="+", required=True, metavar="ID", help="principles to leave out")
+    ablate.add_argument("--seeds", type=_positive, default=1, help="so many seeds (default: 1)")
+    ablate.add_argument("--overwrite", action="store_true", help="make stages again whose inputs changed")
+    ablate.add_argument("--json", action="store_true")
+    ablate.set_defaults(function=_ablate)
 
     status = commands.add_parser("status", help="what is done in a run directory")
     status.add_argument("run")
@@ -128,6 +142,16 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("id", help="of a prompt, revision, comparison or judged answer, or how it begins")
     explain.add_argument("--json", action="store_true")
     explain.set_defaults(function=_explain)
+
+    contested = commands.add_parser(
+        "contested", help="comparisons where orders or principles disagree, for people to decide"
+    )
+    contested.add_argument("run")
+    contested.add_argument(
+        "--out", required=True, metavar="FILE", help="JSON lines; `preferred` is to be filled in"
+    )
+    contested.add_argument("--limit", type=_positive, default=100, help="so many at most (default: 100)")
+    contested.set_defaults(function=_contested)
 
     chat = commands.add_parser("chat", help="talk to a run's policy")
     chat.add_argument("run")
@@ -160,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
     diff = actions.add_parser("diff", help="what an edit changes, principle by principle and word by word")
     diff.add_argument("before")
     diff.add_argument("after")
+    diff.add_argument("--run", help="also what it would cost to bring this run up to date with AFTER")
     diff.add_argument("--json", action="store_true")
     diff.set_defaults(function=_constitution_diff)
     votes = actions.add_parser(
@@ -234,7 +259,7 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
     """Without names: those of the configuration's method, up to `--until`."""
     from cai_ray import cluster, pipeline
 
-    config = _load(args)
+    config, keep = _load(args), getattr(args, "keep", [])
     if names is None:
         names = pipeline.stages_of(config)
         if args.until and args.until not in names:
@@ -250,13 +275,13 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
             print(line)
         elsewhere = memory.elsewhere(config)
         pipeline.check_inputs(config, names, model_elsewhere=elsewhere)
-        pipeline.check_run(Run(config), names, args.overwrite)
+        pipeline.check_run(Run(config), names, args.overwrite, keep)
         if elsewhere:
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE
     try:
-        run = pipeline.run_stages(config, names, overwrite=args.overwrite, force=force)
+        run = pipeline.run_stages(config, names, overwrite=args.overwrite, force=force, keep=keep)
     finally:
         cluster.disconnect()
     print(run.root)
@@ -269,6 +294,22 @@ def _demo(args: argparse.Namespace) -> int:
     report = demo.run(args.out, args.seeds, args.controls, args.set, args.overwrite)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
+    return EXIT_DONE
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from cai_ray import cluster
+    from cai_ray.evaluate import ablate
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        found = ablate.ablate(_load(args), args.without, args.seeds, overwrite=args.overwrite, say=say)
+    finally:
+        cluster.disconnect()
+    for line in [json.dumps(found)] if args.json else ablate.lines(found):
+        print(line)
     return EXIT_DONE
 
 
@@ -309,6 +350,19 @@ def _explain(args: argparse.Namespace) -> int:
     told = explain(run, run.constitution(), args.id)
     for line in [json.dumps(told, ensure_ascii=False)] if args.json else lines(told):
         print(line)
+    return EXIT_DONE
+
+
+def _contested(args: argparse.Namespace) -> int:
+    from cai_ray.evaluate.contested import export
+    from cai_ray.storage import open_run
+
+    run = open_run(args.run)
+    found = export(run, run.constitution(), args.out, args.limit)
+    print(
+        f"{found['written']} written; contested are, by reason: principles disagree {found['principles']}, "
+        f"orders disagree {found['orders']}, near one half {found['unsure']}"
+    )
     return EXIT_DONE
 
 
@@ -371,18 +425,28 @@ def _constitution_diff(args: argparse.Namespace) -> int:
 
     before, after = constitution.load(args.before), constitution.load(args.after)
     changes = differences(before, after)
+    found: dict[str, Any] = {
+        "before": before.sha,
+        "after": after.sha,
+        "changes": [c._asdict() for c in changes],
+    }
+    if args.run:
+        from cai_ray.generate import cost
+        from cai_ray.report.text import columns
+        from cai_ray.storage import open_run
+
+        run = open_run(args.run)
+        found["cost"] = cost.cost(run, after)
     if args.json:
-        print(
-            json.dumps(
-                {"before": before.sha, "after": after.sha, "changes": [c._asdict() for c in changes]},
-                ensure_ascii=False,
-            )
-        )
+        print(json.dumps(found, ensure_ascii=False))
         return EXIT_DONE
     for line in lines(changes):
         print(line)
     same = len(after.principles) - sum(c.what != "removed" for c in changes)
     print(f"{len(changes)} principles differ, {same} are the same; {before.sha} -> {after.sha}")
+    if args.run:
+        print()
+        print("\n".join(columns(cost.lines(found["cost"], run.root))))
     return EXIT_DONE
 
 
@@ -451,6 +515,14 @@ def _town_check(args: argparse.Namespace) -> int:
 
 def _positive(text: str) -> int:
     return _whole(text, "must be a whole number of at least 1")
+
+
+def _stages(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in STAGE_HELP:
+            raise argparse.ArgumentTypeError(f"{name!r} is no stage; use {', '.join(STAGE_HELP)}")
+    return names
 
 
 def _port(text: str) -> int:

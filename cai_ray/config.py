@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cai_ray import constitution as constitutions
+from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 
 
@@ -121,6 +123,13 @@ class EngineConfig(Section):
                 "the name of an environment variable in capitals is needed, never the key itself"
             )
         return value
+
+    @property
+    def answers_by(self) -> dict[str, Any]:
+        """What changes a model's answers, beside the model: which endpoint, and how it is asked, or rounded weights."""
+        if self.kind == "openai":
+            return self.model_dump(mode="json", include={"base_url", "top_logprobs", "continues", "extra"})
+        return {"quantization": self.quantization} if self.quantization else {}
 
     @property
     def span(self) -> int:
@@ -508,6 +517,8 @@ class RunConfig(Section):
     model: str
     """The helpful model to train: a Hugging Face folder or id."""
     constitution: str
+    without: tuple[str, ...] = ()
+    """Ids of principles that are off in this run: what the document is worth without them."""
     templates: str = "general"
     thinking: Literal["strip", "keep"] = "strip"
     """Thinking blocks at the start of answers, critiques and revisions, by the template set's marks: taken off before
@@ -531,6 +542,15 @@ class RunConfig(Section):
     """Where training can be watched, beside metrics.jsonl; `wandb` and `mlflow` are extras of the package."""
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
     """A generation stage ends with an error when a larger share of its rows failed."""
+
+    @property
+    def document(self) -> Constitution:
+        """The constitution of the run.
+
+        Raises:
+            InputError: it cannot be read, or has no principle that `without` names.
+        """
+        return constitutions.load(self.constitution).without(self.without)
 
     @property
     def preference(self) -> PreferenceConfig:

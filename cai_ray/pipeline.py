@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.config import LABELS, RunConfig, TrainConfig
 from cai_ray.errors import InputError
@@ -104,6 +103,7 @@ def run_stages(
     *,
     overwrite: bool = False,
     force: bool = False,
+    keep: Collection[str] = (),
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Run:
     """Runs the named stages in order and skips what is done.
@@ -111,6 +111,7 @@ def run_stages(
     Args:
         overwrite: replace stages whose inputs changed.
         force: replace the named stages even where they are done.
+        keep: complete stages that stay as they are where their inputs changed; manifests after them say so.
 
     Raises:
         InputError: an input is at fault, or a completed stage has other inputs and `overwrite` is not given.
@@ -118,30 +119,54 @@ def run_stages(
     run = Run(config)
     stages = list(stages)
     check_inputs(config, stages)
-    check_run(run, stages, overwrite)
+    check_run(run, stages, overwrite, keep)
     _open(run)
     for name in stages:
-        run_stage(run, name, overwrite=overwrite, force=force, say=say)
+        if changed := _kept(run, name, keep):
+            say(f"{name}: kept as it is, though {', '.join(changed)} changed")
+        else:
+            run_stage(run, name, overwrite=overwrite, force=force, keep=keep, say=say)
     return run
 
 
-def check_run(run: Run, stages: list[str], overwrite: bool) -> None:
+def check_run(run: Run, stages: list[str], overwrite: bool, keep: Collection[str] = ()) -> None:
     """Whether the run directory lets these stages run: what they read is there, and made with this configuration.
 
     Raises:
-        InputError: an earlier stage is missing, or a completed one has other inputs and `overwrite` is not given.
+        InputError: an earlier stage is missing, a completed one has other inputs and `overwrite` is not given, or one
+            that is to be kept is not complete.
     """
+    for name in keep:
+        if run.manifest(name) is None:
+            raise InputError(f"--keep {name}: it is not complete in {run.root}; leave it out")
     _check_needs(run, stages)
-    _check_changes(run, stages, overwrite)
+    _check_changes(run, stages, overwrite, keep)
 
 
-def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callable[[str], None]) -> None:
+def _kept(run: Run, name: str, keep: Collection[str]) -> list[str]:
+    """What changed of a stage's inputs, where it stays as it is all the same."""
+    done = run.manifest(name) if name in keep else None
+    if done is None:
+        return []
+    wanted = inputs(run, name)
+    return sorted(k for k in wanted.keys() | done["inputs"].keys() if wanted.get(k) != done["inputs"].get(k))
+
+
+def run_stage(
+    run: Run,
+    name: str,
+    *,
+    overwrite: bool,
+    force: bool,
+    keep: Collection[str] = (),
+    say: Callable[[str], None],
+) -> None:
     """Runs one stage, or skips it where it is done.
 
     Raises:
         Stopped: the labels do not pass `label.gates`; after `label`, and before `rm` or `dpo`.
     """
-    from cai_ray.generate import journal
+    from cai_ray.generate import journal, reuse
     from cai_ray.generate.certificate import check_gates
 
     stage = _stage(name)
@@ -162,8 +187,10 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
 
         cluster.connect(run.config)
         _check_cluster(run, name)
-    if done:
-        storage.delete(run.path(name))
+    if done and ((force and done["inputs"] == wanted) or name not in reuse.STAGES):
+        storage.delete(run.path(name))  # asked for anew, or with nothing in it that could be reused
+    elif done:
+        reuse.set_aside(run, name)
     if name not in _TRAINED:  # trainers find what a killed attempt left by themselves
         journal.begin(run, name, wanted)
     say(f"{name}: started")
@@ -175,10 +202,12 @@ def run_stage(run: Run, name: str, *, overwrite: bool, force: bool, say: Callabl
         "inputs": wanted,
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "constitution_sha": constitutions.load(run.config.constitution).sha,
+        "constitution_sha": run.config.document.sha,
         "versions": versions(),
         **result,
     }
+    if kept := {k: changed for k in needs(run.config, name) if (changed := _kept(run, k, keep))}:
+        manifest["kept"] = kept
     storage.write_json(run.path(name, "manifest.json"), manifest)
     _clear(run, name)
     rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
@@ -199,7 +228,9 @@ def needs(config: RunConfig, name: str) -> list[str]:
 
 def _clear(run: Run, name: str) -> None:
     """Removes what only an unfinished stage needs. Optimizer states are most of a run's size."""
-    for folder in ("checkpoints", "journal"):
+    from cai_ray.generate import reuse
+
+    for folder in ("checkpoints", "journal", reuse.FOLDER):
         storage.delete(run.path(name, folder))
 
 
@@ -210,7 +241,7 @@ def inputs(run: Run, name: str) -> dict[str, str]:
     for section in stage.reads:
         value = getattr(config, section)
         if section == "constitution":
-            found[section] = constitutions.load(value).sha
+            found[section] = config.document.sha
         elif section == "model":
             found[section] = storage.model_sha(run.model("base"))
         elif section == "templates":
@@ -255,7 +286,7 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
         fs, source = storage.resolve(run.path(name))
         for path in storage.list_files(run.path(name), recursive=True):
             inside = path[len(source) :].strip("/")
-            if inside != "manifest.json" and not inside.startswith(("checkpoints/", "journal/")):
+            if inside != "manifest.json" and not inside.startswith(("checkpoints/", "journal/", "before/")):
                 with fs.open_input_stream(path) as f:
                     storage.write_bytes(new.path(name, inside), f.read())
         storage.write_json(new.path(name, "manifest.json"), manifest)
@@ -322,7 +353,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             raise InputError(
                 f"engine.block_size={size}: on CPU vLLM takes multiples of 32; use 32, or leave it out"
             )
-    constitutions.load(config.constitution)
+    _ = config.document
     templates = load_templates(config.templates)
     check_mode(templates, config.label.mode)
     if not config.revise.critique:
@@ -455,7 +486,7 @@ def _check_writable(run: Run) -> None:
 
 def _open(run: Run) -> None:
     """Writes run.json and the constitution beside the results."""
-    document = constitutions.load(run.config.constitution)
+    document = run.config.document
     storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     storage.write_json(
         run.path("run.json"),
@@ -480,14 +511,14 @@ def _missing(run: Run, name: str, upstream: str) -> str:
     return f"{name} needs {upstream}, which is not complete in {run.root}; run `cai-ray {upstream}` first"
 
 
-def _check_changes(run: Run, stages: list[str], overwrite: bool) -> None:
+def _check_changes(run: Run, stages: list[str], overwrite: bool, keep: Collection[str] = ()) -> None:
     """Before anything starts: no completed stage that is to be run or read has other inputs."""
     if overwrite:
         return
     # Prompts that were written before are mostly named as a source after that, which changes what they came from.
     for name in [*(n for n in BEFORE if n in stages), *stages_of(run.config)]:
         done = run.manifest(name)
-        if done is None:
+        if done is None or name in keep:
             continue
         try:
             wanted = inputs(run, name)
@@ -508,7 +539,10 @@ def _changed(run: Run, name: str, old: dict[str, str], new: dict[str, str]) -> s
     with suppress(InputError):  # of a damaged run.json: what changed is then said by section alone
         before = storage.open_run(run.root).config.model_dump(mode="json")
         after = run.config.model_dump(mode="json")
-        keys = [k for section in what for k in _differences(section, before.get(section), after.get(section))]
+        sections = [*what, "without"] if "constitution" in what else what
+        keys = [
+            k for section in sections for k in _differences(section, before.get(section), after.get(section))
+        ]
         settings = f" ({'; '.join(keys[:4])})" if keys else ""
     return (
         f"{run.root}: {name} was made with other inputs: {', '.join(what)} changed{settings}; "
@@ -531,11 +565,10 @@ def _settings(section: BaseModel) -> dict[str, Any]:
     its weights are rounded."""
     settings = {k: v for k, v in section.model_dump(mode="json").items() if k not in _HOW}
     for key in ("engine", "critique_engine"):
-        engine = settings.pop(key, None)
-        if engine and engine["kind"] == "openai":
-            settings[key] = {k: engine[k] for k in ("base_url", "top_logprobs", "continues", "extra")}
-        elif engine and engine["quantization"]:
-            settings[key] = {"quantization": engine["quantization"]}
+        settings.pop(key, None)
+        engine = getattr(section, key, None)
+        if engine and engine.answers_by:
+            settings[key] = engine.answers_by
     # As it was before there were such settings.
     return {k: v for k, v in settings.items() if k not in _ADDED or v != _ADDED[k]}
 

@@ -14,13 +14,13 @@ import pyarrow as pa
 
 _text = pa.string()
 MESSAGES = pa.list_(pa.struct([("role", _text), ("content", _text)]))
-USAGE = pa.struct([("prompt", pa.int64()), ("cached", pa.int64()), ("generated", pa.int64())])
+USAGE = pa.struct([(name, pa.int64()) for name in ("prompt", "cached", "generated", "calls")])
 STEP = pa.struct(
     [
         ("round", pa.int64()),
         *(
             (n, _text)
-            for n in ("principle_id", "critique_request", "critique", "revision_request", "revision")
+            for n in ("principle_id", "critique_request", "critique", "revision_request", "revision", "key")
         ),
     ]
 )
@@ -37,6 +37,7 @@ VOTE = pa.struct(
         ("score_a", pa.float64()),
         ("score_b", pa.float64()),
         ("abstained", _text),
+        ("key", _text),
     ]
 )
 
@@ -78,6 +79,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("truncated", pa.bool_()),
             ("steps", pa.list_(STEP)),
             ("revision", _text),
+            ("key", _text),
             ("model", _text),
             ("constitution_sha", _text),
             ("usage", USAGE),

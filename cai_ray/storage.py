@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,18 @@ def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "
     return table.sort_by("id") if "id" in table.column_names else table
 
 
+def iter_tables(
+    uri: str | Path, columns: list[str] | None = None, name: str = "part", rows: int = 4096
+) -> Iterator[pa.Table]:
+    """All `name`-*.parquet of a folder, some rows at a time: what a run has may be larger than memory."""
+    fs, _ = resolve(uri)
+    for file in list_files(uri, ".parquet"):
+        if os.path.basename(file).startswith(f"{name}-"):
+            with fs.open_input_file(file) as f:
+                for batch in pq.ParquetFile(f).iter_batches(rows, columns=columns):
+                    yield pa.Table.from_batches([batch])
+
+
 def has_rows(uri: str | Path, name: str = "part") -> bool:
     """Whether a folder holds `name`-*.parquet."""
     return any(os.path.basename(f).startswith(f"{name}-") for f in list_files(uri, ".parquet"))
@@ -214,7 +226,7 @@ class Run:
         copy = self.path("constitution.yaml")
         if exists(copy):
             return constitutions.parse(yaml.safe_load(read_bytes(copy)), copy)
-        return constitutions.load(self.config.constitution)
+        return self.config.document
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """The stage's manifest, or None while the stage is not complete.

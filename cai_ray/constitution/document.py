@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,25 @@ class Constitution(_Part):
     @property
     def enabled(self) -> list[Principle]:
         return [p for p in self.principles if p.enabled]
+
+    def without(self, ids: Iterable[str]) -> Constitution:
+        """The same document with some of its principles off.
+
+        Raises:
+            InputError: it has no such principle, or none is left.
+        """
+        ids = set(ids)
+        if unknown := sorted(ids - {p.id for p in self.principles}):
+            known = ", ".join(p.id for p in self.principles)
+            raise InputError(
+                f"without {unknown[0]}: constitution {self.name} has no such principle; it has {known}"
+            )
+        if all(p.id in ids for p in self.enabled):
+            raise InputError(
+                f"without {', '.join(sorted(ids))}: no principle of {self.name} is left; leave one"
+            )
+        kept = tuple(p.model_copy(update={"enabled": p.enabled and p.id not in ids}) for p in self.principles)
+        return self.model_copy(update={"principles": kept})
 
     def __getitem__(self, principle_id: str) -> Principle:
         for principle in self.principles:

@@ -292,7 +292,7 @@ def _first_tokens(answer: _Answer) -> list[tuple[str, float]]:
 def _usage(answer: _Answer) -> Usage:
     given = answer.usage or _Usage()
     details = given.prompt_tokens_details or _Details()
-    return Usage(given.prompt_tokens or 0, details.cached_tokens or 0, given.completion_tokens or 0)
+    return Usage(given.prompt_tokens or 0, details.cached_tokens or 0, given.completion_tokens or 0, 1)
 
 
 def _message(response: Any) -> str:

@@ -23,10 +23,10 @@ class ScriptedEngine:
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         text = self.answer(plain_messages(messages), sampling)
-        return Completion(text, True, Usage(len(messages), 0, len(text.split())))
+        return Completion(text, True, Usage(len(messages), 0, len(text.split()), 1))
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
-        return self.weigh(plain_messages(messages), options), Usage(len(messages), 0, 1)
+        return self.weigh(plain_messages(messages), options), Usage(len(messages), 0, 1, 1)
 
     async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
         return Sample(list(ids), [0.0] * len(ids), True)

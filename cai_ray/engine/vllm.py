@@ -194,5 +194,5 @@ class VllmEngine:
 
 def _usage(output: Any) -> Usage:
     return Usage(
-        len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids)
+        len(output.prompt_token_ids), output.num_cached_tokens or 0, len(output.outputs[0].token_ids), 1
     )

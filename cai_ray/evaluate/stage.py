@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.config import EvaluateConfig
 from cai_ray.engine import Engine, Sampling
@@ -133,7 +132,7 @@ def _best(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def _by_gold(run: Run, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from cai_ray.evaluate import gold
 
-    document = constitutions.load(run.config.constitution)
+    document = run.config.document
     rows = [gold.judged(r) for r in rows]
     harm, selective = gold.revision_harm(run.rows("revise"), run.config.revise.rounds)
     certificate = storage.read_json(run.path("label", "certificate.json"))
@@ -165,9 +164,7 @@ def _by_feedback(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
         for r in rows
         if r["model"] != "base" and r["prompt_id"] in base
     ]
-    chain = Label(
-        constitutions.load(config.constitution), load_templates(config.templates), config.label, config.seed
-    )
+    chain = Label(config.document, load_templates(config.templates), config.label, config.seed)
     model = config.label.model
     map_rows(run.feedback(), "evaluate", pairs, chain, model=model, schema="labels", name="preference")
     votes = [r for r in run.rows("evaluate", name="preference") if r["error"] is None]

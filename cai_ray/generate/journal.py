@@ -23,6 +23,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from cai_ray import storage
+from cai_ray.engine import Usage
+from cai_ray.generate import reuse
 from cai_ray.records import SCHEMAS, to_table
 from cai_ray.storage import Run
 
@@ -51,7 +53,8 @@ class Published(NamedTuple):
 
     rows: int
     errors: int
-    tokens: dict[str, int]
+    usage: dict[str, int]
+    """Tokens by kind, and `calls` of engines."""
 
 
 class Journal:
@@ -95,15 +98,15 @@ class Journal:
         kept = _first_of_each(self._read(["id", "error"]))
         fs, _ = storage.resolve(self.folder)
         rows, start, parts = to_table([], self.schema), 0, itertools.count()
-        errors, tokens = 0, dict.fromkeys(("prompt", "cached", "generated"), 0)
+        errors, usage = 0, dict.fromkeys(Usage._fields, 0)
 
         def write(table: pa.Table) -> None:
             nonlocal errors
             path = storage.join(self.target, f"{self.name}-{next(parts):05d}.parquet")
             storage.write_table(path, table.combine_chunks())
             errors += table.num_rows - table["error"].null_count
-            for name in tokens:
-                tokens[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
+            for name in usage:
+                usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
         for path in self._files("done"):
             table = pq.read_table(path, filesystem=fs, partitioning=None)
@@ -113,7 +116,7 @@ class Journal:
                 write(rows.slice(0, PART_ROWS))
                 rows = rows.slice(PART_ROWS)
         write(rows)
-        return Published(int(kept.sum()), errors, tokens)
+        return Published(int(kept.sum()), errors, usage)
 
     def _read(self, columns: list[str]) -> pa.Table:
         files = self._files("done")
@@ -179,14 +182,14 @@ class Keeper:
 
 
 def begin(run: Run, stage: str, inputs: dict[str, str]) -> None:
-    """Clears the stage's folder of what a killed attempt left, unless that had the same inputs."""
+    """Clears the stage's folder of what a killed attempt left, unless that had the same inputs (reuse.py)."""
     note = run.path(stage, FOLDER, "inputs.json")
     try:
         same = storage.read_json(note) == inputs
     except (OSError, ValueError):  # there is none, or it is damaged
         same = False
     if not same:
-        storage.delete(run.path(stage))
+        reuse.set_aside(run, stage)
         storage.write_json(note, inputs)
 
 

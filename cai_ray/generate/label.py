@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.config import LabelConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine import Engine, Sampling, Usage
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate import certificate
+from cai_ray.generate import certificate, reuse
 from cai_ray.generate.draw import draw
 from cai_ray.generate.files import clean
 from cai_ray.generate.rows import Rows, map_sets
@@ -44,6 +43,8 @@ class Label:
     templates: TemplateSet
     config: LabelConfig
     seed: int
+    context: str = ""
+    """What all votes depend on (`reuse.context`)."""
 
     async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
         out = {**row, "feedback_model": self.config.model, "constitution_sha": self.constitution.sha}
@@ -56,8 +57,8 @@ class Label:
                 "slot_bias": None,
                 "usage": Usage()._asdict(),
             }
-        principles = self._voters(row)
-        answers = await asyncio.gather(*(self._vote(engine, row, p) for p in principles))
+        principles, known = self.voters(row), reuse.known(row, "votes")
+        answers = await asyncio.gather(*(self._vote(engine, row, p, known) for p in principles))
         votes = [vote for vote, _ in answers]
         usage = sum((u for _, u in answers), Usage())
         given = [(v["p_a"], p.weight) for v, p in zip(votes, principles, strict=True) if v["p_a"] is not None]
@@ -74,7 +75,8 @@ class Label:
             "usage": usage._asdict(),
         }
 
-    def _voters(self, row: dict[str, Any]) -> list[Principle]:
+    def voters(self, row: Mapping[str, Any]) -> list[Principle]:
+        """The principles that vote on a comparison."""
         if self.config.principles == "all":
             return self.constitution.enabled
         drawn = draw(
@@ -86,19 +88,28 @@ class Label:
         )
         return [p for p in drawn if p is not None]
 
+    def key(self, row: Mapping[str, Any], principle: Principle) -> str:
+        """Of everything that a vote depends on: one with the same key need not be asked for again."""
+        question = principle.text if self.config.mode == "score" else principle.comparison
+        responses = (row["response_a"], row["response_b"])
+        return derive_id(self.context, row["messages"], *responses, principle.id, principle.form, question)
+
     async def _vote(
-        self, engine: Engine, row: dict[str, Any], principle: Principle
+        self, engine: Engine, row: dict[str, Any], principle: Principle, known: Mapping[str, dict[str, Any]]
     ) -> tuple[dict[str, Any], Usage]:
+        key = self.key(row, principle)
+        if key in known:
+            return known[key], Usage()
         ask = self._rate if self.config.mode == "score" else self._compare
         try:
             vote, usage = await ask(engine, row, principle)
         except Abstained as e:
-            return {"principle_id": principle.id, "p_a": None, "abstained": str(e)}, Usage()
+            return {"principle_id": principle.id, "p_a": None, "abstained": str(e), "key": key}, Usage()
         if (
             principle.form == "negative"
         ):  # it was asked for the worse response; log-probabilities stay as given
             vote["p_a"] = 1 - vote["p_a"]
-        return vote, usage
+        return {**vote, "key": key}, usage
 
     async def _compare(
         self, engine: Engine, row: dict[str, Any], principle: Principle
@@ -212,11 +223,19 @@ def _preferred(value: Any, where: str) -> float:
     return number
 
 
+def make_chain(run: Run) -> Label:
+    """Votes as the run asks for them."""
+    config, label = run.config, run.config.label
+    templates = load_templates(config.templates)
+    asked = (label.mode, label.both_orders, label.reasoning_temperature, label.reasoning_max_tokens)
+    feedback = run.feedback()
+    context = reuse.context(run, feedback.model(label.model), feedback.config.engine, templates.sha, asked)
+    return Label(config.document, templates, label, config.seed, context)
+
+
 def run(run: Run) -> dict[str, Any]:
     config = run.config
-    chain = Label(
-        constitutions.load(config.constitution), load_templates(config.templates), config.label, config.seed
-    )
+    chain = make_chain(run)
     rows = [
         {
             k: r[k]
@@ -242,7 +261,8 @@ def run(run: Run) -> dict[str, Any]:
     gold = gold_rows(run)
     # Two people may have judged one comparison: it is labelled once.
     once = {r["id"]: {k: v for k, v in r.items() if not k.startswith("gold")} for r in gold}
-    sets = ({"gold": Rows(once.values(), model)} if gold else {}) | {"part": Rows(rows, model)}
+    asked = ({"gold": once.values()} if gold else {}) | {"part": rows}
+    sets = {n: Rows(reuse.with_before(run, "label", given, n), model) for n, given in asked.items()}
     done = map_sets(feedback, "label", sets, chain, schema="labels")["part"]
     proof = certificate.certificate(_labels(run, "part"), gold, _labels(run, "gold") if gold else {})
     proof |= {"mode": config.label.mode, "feedback_model": model}

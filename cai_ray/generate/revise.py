@@ -7,16 +7,17 @@ by it, then to revise; the revision takes the answer's place.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cai_ray import constitution as constitutions
-from cai_ray.config import ReviseConfig, RunConfig
-from cai_ray.constitution import Constitution
-from cai_ray.engine import Completion, Engine, Sampling
+from cai_ray.config import ReviseConfig
+from cai_ray.constitution import Constitution, Principle
+from cai_ray.engine import Completion, Engine, Sampling, Usage
 from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.errors import RowError
+from cai_ray.generate import reuse
 from cai_ray.generate.draw import draw
 from cai_ray.generate.quality import run_templates, without_prefix, without_thinking
 from cai_ray.generate.rows import map_rows
@@ -35,17 +36,25 @@ class Revise:
     config: ReviseConfig
     seed: int
     model: str
+    context: str = ""
+    """What all responses and steps depend on (`reuse.context`)."""
 
     async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
-        config, conversation = self.config, row["messages"]
-        first = await engine.chat(
-            self.templates.answer_messages(conversation), self._sampling(row, "response", first=True)
-        )
-        response, usage = without_thinking(first.text, self.templates.thinking), first.usage
+        config, conversation, usage = self.config, row["messages"], Usage()
+        key = derive_id(self.context, conversation)
+        if before := reuse.known(row).get(key):
+            response, truncated = before["response"], before["truncated"]
+        else:
+            first = await engine.chat(
+                self.templates.answer_messages(conversation), self._sampling(row, "response", first=True)
+            )
+            response, usage = without_thinking(first.text, self.templates.thinking), first.usage
+            truncated = not first.finished
         out = {
             **row,
             "response": response,
-            "truncated": not first.finished,
+            "truncated": truncated,
+            "key": key,
             "model": self.model,
             "constitution_sha": self.constitution.sha,
         }
@@ -54,7 +63,7 @@ class Revise:
                 raise RowError("the response is empty")
             return {**out, "steps": [], "revision": None, "usage": usage._asdict()}
 
-        current, steps = response, []
+        current, steps, known = response, [], reuse.known(row, "steps")
         drawn = draw(
             self.constitution.principles,
             config.rounds,
@@ -64,6 +73,11 @@ class Revise:
         )
         for number, principle in enumerate(drawn):
             if principle is None:  # a disabled principle's slot: its round changes nothing
+                continue
+            key = self.key(row, current, number, principle)
+            if key in known:
+                steps.append(known[key])
+                current = known[key]["revision"]
                 continue
             if config.critique:
                 critique = await (self._critique_engine or engine).chat(
@@ -86,9 +100,15 @@ class Revise:
                     "critique": remarks,
                     "revision_request": principle.revision_request,
                     "revision": current,
+                    "key": key,
                 }
             )
         return {**out, "steps": steps, "revision": current, "usage": usage._asdict()}
+
+    def key(self, row: Mapping[str, Any], response: str, number: int, principle: Principle) -> str:
+        """Of everything that a step depends on: the answer it starts from, and the principle's requests."""
+        requests = (principle.critique_request, principle.revision_request)
+        return derive_id(self.context, row["messages"], response, number, principle.id, *requests)
 
     @cached_property
     def _critique_engine(self) -> Engine | None:
@@ -125,21 +145,21 @@ def rows(run: Run, left_out: Counter[str] | None = None) -> list[dict[str, Any]]
     return out
 
 
-def make_chain(config: RunConfig) -> Revise:
-    return Revise(
-        constitutions.load(config.constitution),
-        run_templates(config),
-        config.revise,
-        config.seed,
-        config.model,
+def make_chain(run: Run) -> Revise:
+    config, revise = run.config, run.config.revise
+    templates = run_templates(config)
+    asked = revise.model_dump(exclude={"rounds", "draw", "helpful_samples", "limit", "critique_engine"})
+    critic = revise.critique_engine and revise.critique_engine.answers_by
+    context = reuse.context(
+        run, run.model("base"), config.engine, templates.sha, config.thinking, asked, critic
     )
+    return Revise(config.document, templates, revise, config.seed, config.model, context)
 
 
 def run(run: Run) -> dict[str, Any]:
     left_out: Counter[str] = Counter()
-    made = map_rows(
-        run, "revise", rows(run, left_out), make_chain(run.config), model="base", schema="revisions"
-    )
+    todo = reuse.with_before(run, "revise", rows(run, left_out))
+    made = map_rows(run, "revise", todo, make_chain(run), model="base", schema="revisions")
     return {**made, "prompts_left_out": dict(left_out)}
 
 

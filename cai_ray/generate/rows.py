@@ -62,7 +62,7 @@ def map_rows(
         schema: the schema of what the chain returns (cai_ray.records).
 
     Returns:
-        For the manifest: rows in and out, errors, tokens, engine seconds, engine kind and model.
+        For the manifest: rows in and out, errors, tokens, calls of engines, engine seconds, engine kind and model.
 
     Raises:
         InputError: more than `max_error_rate` of the rows failed, or all of the first; the cluster is too small; the
@@ -256,7 +256,8 @@ def _summary(run: Run, made: Published, total: int, model: str, seconds: float) 
         "rows_out": made.rows,
         "errors": made.errors,
         "error_rate": made.errors / total if total else 0.0,
-        "tokens": made.tokens,
+        "tokens": {k: v for k, v in made.usage.items() if k != "calls"},
+        "calls": made.usage["calls"],
         "engine_seconds": round(seconds, 2),
         "engine": {
             "kind": run.config.engine.kind,

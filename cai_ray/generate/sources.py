@@ -80,10 +80,18 @@ def read_prompts(
 
 
 def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]:
-    """Human comparisons as rows: id, messages, response_a (the chosen one), response_b, p_a, source `human`."""
+    """Human comparisons as rows: id, messages, response_a (the chosen one), response_b, p_a, source `human`.
+
+    A row has `chosen` and `rejected`; or response_a, response_b and `preferred` (a or b, and where it is empty the row
+    is skipped), as `cai-ray contested` writes them.
+    """
     out = []
     for number, row in enumerate(islice(iter_rows(source.path, seed), source.limit), 1):
         where = f"{source.path}: row {number}"
+        if "preferred" in row:
+            if not row["preferred"]:
+                continue
+            row = _answered(row, where)
         if "chosen" not in row or "rejected" not in row:
             raise InputError(f"{where} lacks `chosen` or `rejected`; it has {', '.join(row)}")
         shared = row.get("messages") or row.get("prompt")
@@ -115,6 +123,17 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
             }
         )
     return out
+
+
+def _answered(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A contested comparison that somebody has decided, as chosen and rejected."""
+    preferred = str(row["preferred"]).strip().lower()
+    if preferred not in ("a", "b"):
+        raise InputError(
+            f"{where}: preferred {preferred[:40]!r} is none of a, b; leave it empty to skip the row"
+        )
+    responses = [row.get(f"response_{side}") for side in (preferred, "b" if preferred == "a" else "a")]
+    return {**row, **dict(zip(("chosen", "rejected"), responses, strict=True))}
 
 
 def iter_rows(path: str, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -97,7 +97,7 @@ def _policy(
 
 
 def bootstrap(
-    seeds: Sequence[Sequence[tuple[str, bool]]], draws: int, rng: np.random.Generator
+    seeds: Sequence[Sequence[tuple[str, int]]], draws: int, rng: np.random.Generator
 ) -> tuple[float | None, float | None, int]:
     """Bounds of the 95 % interval of the mean over seeds of each seed's rate, and the number of prompts.
 

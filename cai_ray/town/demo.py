@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_ray import cluster, config, pipeline, storage
-from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.report import stage as report_stage
@@ -116,21 +115,13 @@ def _add_controls(done: Run, report: dict[str, Any], judged: list[dict[str, Any]
     # The run itself may have it; and without a reward model there is no best.
     if not done.config.evaluate.best_of and done.config.method == "ppo":
         controls[best] = (best, {"evaluate": {"best_of": BEST_OF}})
-    controls[f"{KEPT}_only"] = ("rl", {"constitution": _keep_one(done.config, where)})
+    others = [p.id for p in done.config.document.principles if p.id != KEPT]
+    controls[f"{KEPT}_only"] = ("rl", {"without": others})
     for name, (policy, sections) in controls.items():
         add(
             done, report, judged, name, sections,
             out=storage.join(where, name), policy=policy, overwrite=overwrite,
         )  # fmt: skip
-
-
-def _keep_one(base: RunConfig, folder: str) -> str:
-    """Writes the run's constitution with one principle enabled, and says where."""
-    document = constitutions.load(base.constitution)
-    principles = tuple(p.model_copy(update={"enabled": p.id == KEPT}) for p in document.principles)
-    path = storage.join(folder, f"{KEPT}_only.yaml")
-    storage.write_bytes(path, document.model_copy(update={"principles": principles}).to_yaml().encode())
-    return path
 
 
 def _run(settings: RunConfig, who: str, overwrite: bool) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from cai_ray import constitution as constitutions
 from cai_ray.cluster import worker_env
 from cai_ray.config import EngineConfig
 from cai_ray.engine import make_engine
@@ -21,7 +20,7 @@ class FeedbackModel:
     def __init__(self, run: Run, gpu: bool):
         config = run.config
         templates = load_templates(config.templates)
-        self._chain = Label(constitutions.load(config.constitution), templates, config.label, config.seed)
+        self._chain = Label(config.document, templates, config.label, config.seed)
         self._engine = make_engine(run.model(config.label.model), templates, config.engine, gpu)
         self._slots = asyncio.Semaphore(config.engine.max_num_seqs)
 

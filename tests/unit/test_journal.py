@@ -30,7 +30,7 @@ def made(run: Run) -> Journal:
 
 
 def row(number: int, error: str | None = None, response: str = "fine") -> dict[str, Any]:
-    usage = {"prompt": 1, "cached": 0, "generated": 2}
+    usage = {"prompt": 1, "cached": 0, "generated": 2, "calls": 1}
     return {"id": f"{number:016x}", "response": response, "error": error, "usage": usage}
 
 
@@ -57,7 +57,7 @@ def test_item_37_a_row_that_was_walked_twice_counts_once(run: Run, made: Journal
     made.write([row(1, response="first"), row(2, error="refused")])
     made.write([row(2, response="again"), row(3, error="refused")])
     made.write([row(1, response="second"), row(3, error="refused once more")])
-    assert made.publish() == (3, 1, {"prompt": 3, "cached": 0, "generated": 6})
+    assert made.publish() == (3, 1, {"prompt": 3, "cached": 0, "generated": 6, "calls": 3})
     out = run.rows("revise")
     assert [(r["response"], r["error"]) for r in out] == [
         ("first", None),

@@ -147,19 +147,19 @@ def choose(engine: OpenaiEngine) -> Any:
 
 def test_chat_sends_what_it_is_given_and_reads_text_end_and_usage(server: Server) -> None:
     done = ask(server, Reply(completion(" fine . ")), extra={"top_p": 0.5})
-    assert done == Completion("fine .", True, Usage(9, 4, 2))
+    assert done == Completion("fine .", True, Usage(9, 4, 2, 1))
     assert server.paths == ["/v1/chat/completions"] and server.keys == [f"Bearer {KEY}"]
     assert server.bodies == [
         {"model": "judge-1", "messages": ASK, "temperature": 0, "max_tokens": 8, "seed": 3, "top_p": 0.5}
     ]
     assert not ask(server, Reply(completion("cut", "length"))).finished
     bare = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
-    assert ask(server, Reply(bare)).usage == Usage(), "not every endpoint counts"
+    assert ask(server, Reply(bare)).usage == Usage(calls=1), "not every endpoint counts"
 
 
 def test_choose_asks_for_the_first_token_with_the_likeliest(server: Server) -> None:
     logprobs, usage = ask(server, Reply(likeliest(("B", 0.6), ("A", 0.3), ("The", 0.05))), call=choose)
-    assert logprobs == pytest.approx([math.log(0.3), math.log(0.6)]) and usage == Usage(9, 4, 2)
+    assert logprobs == pytest.approx([math.log(0.3), math.log(0.6)]) and usage == Usage(9, 4, 2, 1)
     body = server.bodies[0]
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"], body["temperature"]) == (
         1,

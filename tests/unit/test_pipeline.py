@@ -57,6 +57,24 @@ def test_a_completed_stage_is_skipped(tmp_path: Path) -> None:
     assert [(s["stage"], s["state"]) for s in states] == [("revise", "done"), ("sft", "done")]
 
 
+def test_a_stage_that_is_kept_stays_and_those_after_it_say_so(tmp_path: Path) -> None:
+    go(tmp_path)
+    go(tmp_path, "without=[privacy]", "sft.epochs=1", overwrite=True, keep=["revise"])
+    assert CALLS == ["revise", "sft", "sft"]
+    run = open_run(str(tmp_path))
+    sft = run.manifest("sft")
+    assert sft and sft["kept"] == {"revise": ["constitution"]}
+    same = "revise was made with other inputs: constitution changed"
+    with pytest.raises(InputError, match=same):  # kept once is not kept for ever
+        go(tmp_path, "without=[privacy]", "sft.epochs=1")
+
+
+def test_what_is_not_complete_cannot_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--keep sft: it is not complete"):
+        go(tmp_path, keep=["sft"])
+    assert not CALLS
+
+
 def test_the_manifest_is_written_last_and_leftovers_are_cleared(tmp_path: Path) -> None:
     (tmp_path / "revise").mkdir()
     (tmp_path / "revise" / "part-leftover.parquet").write_text("half a file")

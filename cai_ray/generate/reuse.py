@@ -1,0 +1,93 @@
+"""What an edit does not reach is not asked again.
+
+A response, a step of revision and a vote carry a key: a hash of everything that they depend on (conversation,
+responses, the principle's words, template set, model, sampling). When a stage is made again, the rows of before are set
+aside until it is done; each row meets its predecessors, and takes over what has the key that it would get today. So
+nothing is reused that could have come out otherwise, whichever attempt wrote it, and however many edits ago.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from cai_ray import storage
+from cai_ray.config import EngineConfig
+from cai_ray.records import derive_id
+from cai_ray.storage import Run
+
+STAGES = ("revise", "label")
+"""Those whose rows carry keys."""
+FOLDER = "before"
+_COLUMNS = {"revise": ["id", "key", "response", "truncated", "steps"], "label": ["id", "votes"]}
+
+
+def context(run: Run, model: str, engine: EngineConfig, *settings: object) -> str:
+    """The part of a key that all rows of a stage share: who answers, and how it is asked."""
+    who = storage.model_sha(model) if engine.kind != "openai" else model
+    return derive_id(who, engine.answers_by, *settings, run.config.seed)
+
+
+def set_aside(run: Run, stage: str) -> None:
+    """Clears a stage's folder. Rows that carry keys are kept apart: those of the stage, and of an attempt at it."""
+    folder = run.path(stage)
+    if stage not in STAGES:
+        storage.delete(folder)
+        return
+    fs, root = storage.resolve(folder)
+    # First: without it the stage is not complete, wherever this is interrupted.
+    storage.delete(storage.join(folder, "manifest.json"))
+    rows = {path: path.rsplit("/", 1)[1].split("-")[0] for path in storage.list_files(folder, ".parquet")}
+    for path in storage.list_files(storage.join(folder, "journal"), ".parquet", recursive=True):
+        name, file = path.split("/")[-2:]
+        if file.startswith("done-"):
+            rows[path] = name
+    if rows:
+        fs.create_dir(f"{root}/{FOLDER}", recursive=True)
+    for path, name in rows.items():
+        fs.move(path, f"{root}/{FOLDER}/{name}-{uuid.uuid4().hex[:12]}.parquet")
+    storage.delete(storage.join(folder, "journal"))
+    for path in storage.list_files(folder):
+        fs.delete_file(path)
+
+
+def borrow(run: Run, other: Run, stage: str) -> None:
+    """Puts another run's rows where a stage that is not made yet finds them."""
+    if run.manifest(stage) or storage.has_rows(run.path(stage, FOLDER)):
+        return
+    for path in storage.list_files(other.path(stage), ".parquet"):
+        file = path.rsplit("/", 1)[1]
+        source = storage.join(other.path(stage), file)
+        storage.write_bytes(run.path(stage, FOLDER, file), storage.read_bytes(source))
+
+
+def with_before(
+    run: Run, stage: str, rows: Iterable[dict[str, Any]], name: str = "part"
+) -> Iterator[dict[str, Any]]:
+    """Rows with their predecessors in `before`, as JSON: a chain reads them by `known`."""
+    if not storage.has_rows(run.path(stage, FOLDER), name):
+        yield from rows
+        return
+    try:
+        table = storage.read_tables(run.path(stage, FOLDER), _COLUMNS[stage], name)
+    except pa.ArrowInvalid:  # of a version whose rows carried no keys
+        yield from rows
+        return
+    places = defaultdict(list)
+    for place, row_id in enumerate(table["id"].to_pylist()):
+        places[row_id].append(place)
+    for row in rows:
+        found = [table.slice(i, 1).to_pylist()[0] for i in places.get(row["id"], ())]
+        yield {**row, "before": json.dumps(found)} if found else row
+
+
+def known(row: Mapping[str, Any], within: str | None = None) -> dict[str, dict[str, Any]]:
+    """A row's predecessors by key, or what they hold in a column of lists (`steps`, `votes`)."""
+    rows = json.loads(row.get("before") or "[]")
+    parts = rows if within is None else [part for r in rows for part in r[within] or ()]
+    return {part["key"]: part for part in parts if part.get("key")}

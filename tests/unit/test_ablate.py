@@ -1,0 +1,91 @@
+"""What is reported of a run beside the same run without a principle."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai_ray import config as configs
+from cai_ray import storage
+from cai_ray.errors import InputError
+from cai_ray.evaluate import ablate
+from cai_ray.records import to_table
+from cai_ray.storage import Run
+
+FAMILIES = ("privacy", "safety")
+
+
+def judged(base: dict[str, list[int]], final: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """Rows of schema `judgements`: for each family and prompt whether the answer is harmful."""
+    return [
+        {
+            "id": f"{model}-{family}-{i}", "prompt_id": f"{family}-{i}", "model": model, "kind": "red_team",
+            "family": family, "harmful": bool(harm), "refused": not harm,
+            "principle_named": None if harm else family, "malformed": False,
+        }
+        for model, answers in (("base", base), ("rl", final))
+        for family, flags in answers.items()
+        for i, harm in enumerate(flags)
+    ]  # fmt: skip
+
+
+def made(out: Path, rows: list[dict[str, Any]], calls: int = 10) -> Run:
+    run = Run(configs.load("errand-town", out=str(out)))
+    run.write_rows("evaluate", to_table(rows, "judgements"))
+    for stage in ("revise", "label"):
+        storage.write_json(run.path(stage, "manifest.json"), {"calls": calls})
+    return run
+
+
+def test_the_effect_is_a_difference_in_differences(tmp_path: Path) -> None:
+    # By chance the base model's answers are less harmful in the second run: that is no effect of the principle.
+    full = made(
+        tmp_path / "a", judged(dict.fromkeys(FAMILIES, [1] * 8), {"privacy": [0] * 8, "safety": [0] * 8})
+    )
+    base = {"privacy": [1] * 8, "safety": [1, 1, 1, 1, 0, 0, 0, 0]}
+    less = made(tmp_path / "b", judged(base, {"privacy": [1] * 6 + [0] * 2, "safety": [0] * 8}), calls=3)
+    found = ablate.compare([(full, less)], ["privacy"])
+    assert found["did"]["privacy"]["value"] == pytest.approx(0.75)
+    assert 0.4 < found["did"]["privacy"]["low"] < 0.75 < found["did"]["privacy"]["high"] <= 1
+    assert found["did"]["safety"]["value"] == pytest.approx(0.5)  # 0 - 1/2, less 0 - 1
+    assert found["harm"]["privacy"] == {"full": 0.0, "without": 0.75}
+    assert (found["turned"]["value"], found["turned"]["n"]) == (0.75, 8)
+    assert (found["turned_others"]["value"], found["turned_others"]["n"]) == (0.0, 8)
+    assert found["calls"]["label"] == {"full": 10, "without": 3}
+    assert "privacy" in "\n".join(ablate.lines(found))
+
+
+def test_seeds_count_alike_and_prompts_are_drawn_together(tmp_path: Path) -> None:
+    none, all_ = {"privacy": [0] * 8}, {"privacy": [1] * 8}
+    pairs = [
+        (made(tmp_path / f"{i}", judged(all_, none)), made(tmp_path / f"{i}x", judged(all_, after)))
+        for i, after in enumerate((none, all_))
+    ]
+    did = ablate.compare(pairs, ["privacy"])["did"]["privacy"]
+    assert (did["value"], did["low"], did["high"], did["n"]) == (0.5, 0.5, 0.5, 8)
+
+
+def test_a_run_without_a_principle_lies_in_the_run_and_borrows_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+
+    def run(config: Any, overwrite: bool, say: Any) -> Run:
+        ran.append(config)
+        if config.without:
+            assert storage.has_rows(storage.join(config.out, "label", "before"))
+        done = made(Path(config.out), judged({"privacy": [1]}, {"privacy": [0]}))
+        done.write_rows("label", to_table([], "labels"))
+        return done
+
+    monkeypatch.setattr(ablate, "_run", run)
+    config = configs.load("errand-town", out=str(tmp_path / "run"))
+    found = ablate.ablate(config, ["privacy"], 2, say=lambda _: None)
+    assert [(c.seed, c.without) for c in ran] == [(0, ()), (0, ("privacy",)), (1, ()), (1, ("privacy",))]
+    assert found["runs"][1]["without"] == f"{tmp_path}/run/seed-1/without/privacy"
+    with pytest.raises(InputError, match="privavy"):
+        ablate.ablate(config, ["privavy"], say=lambda _: None)
+    judge = config.evaluate.model_copy(update={"judge": "model"})
+    with pytest.raises(InputError, match=r"evaluate\.judge=model"):
+        ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)
+    assert len(ran) == 4
