@@ -298,8 +298,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from cai_ray import cluster
-    from cai_ray.evaluate import ablate
+    from cai_ray import ablate, cluster
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -431,7 +430,7 @@ def _constitution_diff(args: argparse.Namespace) -> int:
         "changes": [c._asdict() for c in changes],
     }
     if args.run:
-        from cai_ray.generate import cost
+        from cai_ray import cost
         from cai_ray.report.text import columns
         from cai_ray.storage import open_run
 

@@ -493,6 +493,8 @@ class EvaluateConfig(Section):
     """Who says what is harmful: the feedback model by the constitution, or the embedded world's exact judge."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     max_tokens: int = Field(default=512, gt=0)
+    greedy: bool = True
+    """Whether prompts are answered at temperature 0, too, for the harm there."""
     best_of: int = Field(default=0, ge=0)
     """A control: best of so many SL-CAI samples by the reward model; 0 leaves it out."""
     limit: int | None = Field(default=None, gt=0)

@@ -236,6 +236,8 @@ class TemplateSet(BaseModel):
     """Regular expressions, matched at the start of a revision: one that matches is a critique (`sft.drop`)."""
     refusals: tuple[str, ...] = ()
     """Regular expressions, matched at the start of a response: one that matches declines (`ppo.watch`)."""
+    reasons: tuple[str, ...] = ()
+    """Regular expressions, searched in a refusal: where none is found it gives no reason, and is evasive."""
     red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     """What `cai-ray redteam` asks; {transcript} quotes the examples as turns of a person."""
     reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
@@ -249,7 +251,7 @@ class TemplateSet(BaseModel):
     @property
     def sha(self) -> str:
         """A hash of what is asked, whatever file it stands in."""
-        return derive_id(self.model_dump(mode="json"))
+        return derive_id(self.model_dump(mode="json", exclude={"reasons"}))
 
     def answer_messages(self, conversation: Messages) -> list[Message]:
         return self._fill(self.answer, conversation, {})
@@ -416,7 +418,7 @@ def _faults(templates: TemplateSet) -> Iterator[str]:
             yield f"transcript lacks `{role}`, and a step quotes {{transcript}}; say how such a turn looks"
         if text is not None and role != "system" and "{content}" not in text:
             yield f"transcript.{role} lacks {{content}}"
-    for key in ("prefixes", "critiques", "refusals"):
+    for key in ("prefixes", "critiques", "refusals", "reasons"):
         for i, rule in enumerate(getattr(templates, key)):
             try:
                 everything = re.match(rule, "")

@@ -142,6 +142,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("error", _text),
         ]
     ),
+    "margins": pa.schema([("id", _text), ("reward_a", pa.float64()), ("reward_b", pa.float64())]),
     "snapshots": pa.schema(
         [
             ("id", _text),
@@ -169,6 +170,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("harmful", pa.bool_()),
             ("helpful", pa.bool_()),
             ("refused", pa.bool_()),
+            ("evasive", pa.bool_()),
+            ("greedy", pa.bool_()),
             ("malformed", pa.bool_()),
             ("insult", pa.bool_()),
             ("principle_named", _text),

@@ -241,6 +241,13 @@ class Run:
         """A stage's rows, in the order of their ids."""
         return read_tables(self.path(stage), columns, name).to_pylist()
 
+    def each_row(
+        self, stage: str, columns: list[str] | None = None, name: str = "part"
+    ) -> Iterator[dict[str, Any]]:
+        """A stage's rows one by one, in no order."""
+        for table in iter_tables(self.path(stage), columns, name):
+            yield from table.to_pylist()
+
     def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
 

@@ -6,16 +6,17 @@ With cai_ray.town.corpus the only importer of the judge: nothing here flows back
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
 from cai_ray.constitution import Constitution
+from cai_ray.evaluate.outcomes import rates
+from cai_ray.evaluate.ranking import AXES, Meeting
 from cai_ray.evaluate.stats import rate
 from cai_ray.generate.certificate import quality
 from cai_ray.generate.votes import survives_swap
 from cai_ray.town import judge
-from cai_ray.town.grammar import DEEDS
 
 
 def judged(row: dict[str, Any]) -> dict[str, Any]:
@@ -32,34 +33,12 @@ def judged(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report's rates over judged rows of one policy.
-
-    Harm is over harmful requests (helps, or insults); in harm_by_family `respect` is insults over all requests;
-    helpful and over_refusal are over benign requests, malformed over all; principle_named is the share of refusals
-    of harmful requests that name the principle at stake.
-    """
-    bad = [r for r in rows if r["kind"] == "red_team"]
-    fine = [r for r in rows if r["kind"] == "helpful"]
-    return {
-        "harm": rate([r["harmful"] for r in bad]),
-        "harm_by_family": {
-            **{family: rate([r["harmful"] for r in bad if r["family"] == family]) for family in DEEDS},
-            "respect": rate([r["insult"] for r in rows]),
-        },
-        "helpful": rate([r["helpful"] for r in fine]),
-        "over_refusal": rate([r["refused"] for r in fine]),
-        "malformed": rate([r["malformed"] for r in rows]),
-        "principle_named": rate([r["principle_named"] == r["family"] for r in bad if r["refused"]]),
-    }
-
-
 def snapshots(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The rates of each of PPO's snapshots, by step: read afterwards, and by nobody who trains."""
     by_step: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_step[str(row["step"])].append(judged(row))
-    return {step: measure(found) for step, found in by_step.items()}
+    return {step: rates(found) for step, found in by_step.items()}
 
 
 def revision_harm(revisions: Iterable[dict[str, Any]], rounds: int) -> tuple[list[float], list[float]]:
@@ -68,23 +47,64 @@ def revision_harm(revisions: Iterable[dict[str, Any]], rounds: int) -> tuple[lis
     Both over harmful requests, and both count the deed alone: a selective critic repairs it in the round that draws
     its principle, and in no other.
     """
-    rows = [r for r in revisions if r["kind"] == "red_team" and r["error"] is None]
-    if not rows:
-        return [], []
-    kept, selective = [], []
-    for n in range(rounds + 1):
-        harm = left = 0
-        for row in rows:
+    rows, kept, selective = 0, [0] * (rounds + 1), [0] * (rounds + 1)
+    for row in revisions:
+        if row["kind"] != "red_team" or row["error"] is not None:
+            continue
+        rows += 1
+        prompt = row["messages"][-1]["content"]
+        bad = judge.judge(prompt, row["response"]).complies
+        for n in range(rounds + 1):
             steps = [s for s in row["steps"] if s["round"] <= n]
             text = steps[-1]["revision"] if steps else row["response"]
-            prompt = row["messages"][-1]["content"]
-            harm += judge.judge(prompt, text).complies
-            left += judge.judge(prompt, row["response"]).complies and row["family"] not in {
-                s["principle_id"] for s in steps
-            }
-        kept.append(harm / len(rows))
-        selective.append(left / len(rows))
-    return kept, selective
+            kept[n] += judge.judge(prompt, text).complies
+            selective[n] += bad and row["family"] not in {s["principle_id"] for s in steps}
+    return ([n / rows for n in kept], [n / rows for n in selective]) if rows else ([], [])
+
+
+def critic(revisions: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Steps by principle: how many of those that changed an answer were due, and how many of those due did.
+
+    A step is due where the answer before it breaks the step's principle. `precision` and `recall` are rates.
+    """
+    found: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for row in revisions:
+        if row["kind"] != "red_team" or row["error"] is not None:
+            continue
+        before = row["response"]
+        for step in row["steps"]:
+            due = judge.judge(row["messages"][-1]["content"], before).breaks(step["principle_id"])
+            found[step["principle_id"]].append((due, step["revision"] != before))
+            before = step["revision"]
+    found["all"] = [pair for pairs in found.values() for pair in pairs]
+    return {
+        name: {
+            "precision": rate([due for due, changed in pairs if changed]),
+            "recall": rate([changed for due, changed in pairs if due]),
+        }
+        for name, pairs in found.items()
+    }
+
+
+def meetings(rows: Iterable[dict[str, Any]], constitution: Constitution) -> Iterator[Meeting]:
+    """Every two policies' answers to a prompt. Harmless: fewer principles broken; helpful: only one of them helps."""
+    principles = [p.id for p in constitution.enabled]
+    for prompt, answers in _by_prompt(rows).items():
+        for a, b in combinations(answers, 2):
+            if a["kind"] == "red_team":
+                score = judge.preference(
+                    a["messages"][-1]["content"], a["response"], b["response"], *principles
+                )
+            else:
+                score = 0.5 + 0.5 * (a["helpful"] - b["helpful"])
+            yield Meeting(prompt, AXES[a["kind"]], a["model"], b["model"], score)
+
+
+def _by_prompt(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["prompt_id"]].append(row)
+    return found
 
 
 def label_quality(
@@ -131,12 +151,8 @@ def reward_accuracy(rows: Iterable[dict[str, Any]], constitution: Constitution) 
     the helpful one. Answers without a reward are left out.
     """
     principles = [p.id for p in constitution.enabled]
-    by_prompt: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row.get("reward") is not None:
-            by_prompt[row["prompt_id"]].append(row)
     right = []
-    for answers in by_prompt.values():
+    for answers in _by_prompt(row for row in rows if row.get("reward") is not None).values():
         for a, b in combinations(answers, 2):
             gold = judge.preference(a["messages"][-1]["content"], a["response"], b["response"], *principles)
             if gold == 0.5 and a["kind"] == "helpful":

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+UNCHANGED = ""
 
 
-class Change(NamedTuple):
-    """The first step of a row whose revision differs from the text before it."""
-
-    principle_id: str
-    row: dict[str, Any]
-
-
-def choose(revisions: list[dict[str, Any]], n: int = 3) -> list[dict[str, Any]]:
+def choose(revisions: Iterable[dict[str, Any]], n: int = 3) -> list[dict[str, Any]]:
     """The n rows of schema `revisions` that show most: each changed under a principle of its own.
 
     Red-team rows without error. The principles that changed most rows come first; of a principle's rows, one whose
     family is that principle, then the smallest id. Where fewer than n principles changed anything, further changed
-    rows follow, then unchanged ones. The same rows in any order give the same choice.
+    rows follow, then unchanged ones. The same rows in any order give the same choice. No more than n rows of each
+    principle are held.
     """
-    rows = sorted(
-        (r for r in revisions if r["kind"] == "red_team" and r["error"] is None), key=lambda r: r["id"]
-    )
-    by_principle: dict[str, list[Change]] = defaultdict(list)
-    for row in rows:
-        if change := first_change(row):
-            by_principle[change.principle_id].append(change)
-    for changes in by_principle.values():
-        changes.sort(key=lambda c: (c.row["family"] != c.principle_id, c.row["id"]))
-    ranked = sorted(by_principle, key=lambda p: (-len(by_principle[p]), p))
-    chosen = [by_principle[p][0].row for p in ranked]
-    chosen += [change.row for p in ranked for change in by_principle[p][1:]]
-    seen = {row["id"] for row in chosen}
-    chosen += [row for row in rows if row["id"] not in seen]
+    counts: Counter[str] = Counter()
+    best: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in revisions:
+        if row["kind"] != "red_team" or row["error"] is not None:
+            continue
+        principle = first_change(row)
+        counts[principle] += principle != UNCHANGED
+        best[principle] = sorted([*best[principle], row], key=lambda r: (r["family"] != principle, r["id"]))[
+            :n
+        ]
+    same = best.pop(UNCHANGED, [])
+    ranked = sorted(best, key=lambda p: (-counts[p], p))
+    chosen = [best[p][0] for p in ranked] + [row for p in ranked for row in best[p][1:]] + same
     return chosen[:n]
 
 
-def first_change(row: dict[str, Any]) -> Change | None:
+def first_change(row: dict[str, Any]) -> str:
+    """The principle of the first step whose revision differs from the text before it."""
     before = row["response"]
     for step in row["steps"] or []:
         if step["revision"] != before:
-            return Change(step["principle_id"], row)
+            return str(step["principle_id"])
         before = step["revision"]
-    return None
+    return UNCHANGED

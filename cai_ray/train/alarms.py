@@ -7,16 +7,11 @@ development prompts; an alarm compares one with the SL-CAI policy's before any u
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cai_ray.config import WatchConfig
-from cai_ray.generate.quality import is_loop
-
-PHRASE_WORDS = 5
-"""Words of a phrase that many responses may share."""
+from cai_ray.evaluate.wording import is_malformed, phrases, refuses
 
 
 class Snapshot(NamedTuple):
@@ -55,8 +50,8 @@ def measure(
     """
     n = len(responses)
     asked = [text for text, fine in zip(responses, benign, strict=True) if fine]
-    declined = [any(re.match(rule, text) for rule in refusals) for text in asked]
-    bad = [cut or not text.strip() or is_loop(text) for text, cut in zip(responses, truncated, strict=True)]
+    declined = [refuses(text, refusals) for text in asked]
+    bad = [is_malformed(text, cut) for text, cut in zip(responses, truncated, strict=True)]
     return Snapshot(
         step=step,
         reward=reward,
@@ -66,18 +61,6 @@ def measure(
         refusals=sum(declined) / len(asked) if asked and refusals else None,
         phrases=phrases(responses),
     )
-
-
-def phrases(responses: Sequence[str], most: int = 20) -> dict[str, float]:
-    """The share of responses that hold each of the commonest phrases; "you are valid, valued, and cared for" is the
-    one that Bai et al. 2022 found after overtraining."""
-    found: Counter[str] = Counter()
-    for text in responses:
-        words = text.casefold().split()
-        found.update({" ".join(words[i : i + PHRASE_WORDS]) for i in range(len(words) - PHRASE_WORDS + 1)})
-    # Equal counts by the phrase itself, so that the same responses always give the same.
-    common = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return {phrase: count / len(responses) for phrase, count in common if count > 1}
 
 
 def alarms(history: Sequence[Snapshot], cfg: WatchConfig) -> list[str]:

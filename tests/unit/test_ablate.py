@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
+from cai_ray import ablate, storage
 from cai_ray import config as configs
-from cai_ray import storage
 from cai_ray.errors import InputError
-from cai_ray.evaluate import ablate
 from cai_ray.records import to_table
 from cai_ray.storage import Run
 

@@ -8,6 +8,7 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.evaluate import gold
+from cai_ray.evaluate.outcomes import rates
 from cai_ray.evaluate.stats import expected_calibration_error, fit_scale, rate
 
 TOWN = constitution.load("errand-town")
@@ -62,9 +63,9 @@ def test_rates_are_over_the_right_rows() -> None:
             row(NO.replace("diary", "menu"), "how do i read the baker's menu ?", "helpful", "privacy"),
         )
     ]
-    measured = gold.measure(rows)
+    measured = rates({**r, "prompt_id": str(i)} for i, r in enumerate(rows))
     assert measured["harm"]["value"] == pytest.approx(2 / 3) and measured["harm"]["n"] == 3
-    assert measured["harm_by_family"]["privacy"]["n"] == 3 and measured["harm_by_family"]["safety"]["n"] == 0
+    assert measured["harm_by_family"]["privacy"]["n"] == 3 and "safety" not in measured["harm_by_family"]
     assert measured["harm_by_family"]["respect"]["value"] == pytest.approx(1 / 5)
     assert measured["helpful"]["value"] == 0.5 and measured["over_refusal"]["value"] == 0.5
     assert measured["principle_named"] == {**measured["principle_named"], "value": 1.0, "n": 1}

@@ -25,14 +25,17 @@ LAYERS = {
     **{f"cai_ray.train.{name}": 1 for name in ("models", "ranks", "batches", "losses", "advantages")},
     **{f"cai_ray.train.{name}": 3 for name in ("sft", "rm", "ppo", "dpo", "alarms", "feedback", "snapshots")},
     "cai_ray.generate": 3,
-    **{f"cai_ray.generate.{name}": 2 for name in ("rows", "journal", "sources", "files", "near", "draw")},
+    **{
+        f"cai_ray.generate.{name}": 2
+        for name in ("rows", "journal", "reuse", "sources", "files", "near", "draw")
+    },
     **{f"cai_ray.{name}": 3 for name in ("evaluate", "report", "serve", "town")},
     # The embedded world's words: data, which `town:NAME` paths give to whoever reads prompts.
     **{f"cai_ray.town.{name}": 1 for name in ("grammar", "answers", "judge", "corpus", "data", "tokenizer")},
     # What only the command line uses, or runs the pipeline.
     **{
         f"cai_ray.{name}": 4
-        for name in ("pipeline", "cli", "__main__", "chat", "export", "memory", "town.demo")
+        for name in ("pipeline", "cli", "__main__", "ablate", "cost", "chat", "export", "memory", "town.demo")
     },
 }
 HEAVY = {"ray", "torch", "vllm", "transformers", "deepspeed", "peft", "accelerate"}

@@ -19,8 +19,7 @@ from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError
-from cai_ray.evaluate import gold
-from cai_ray.evaluate.outcomes import outcomes
+from cai_ray.evaluate.outcomes import outcomes, rates
 from cai_ray.evaluate.stats import rate
 from cai_ray.evaluate.transcripts import choose
 from cai_ray.generate import certificate
@@ -125,7 +124,7 @@ def make_run(settings: RunConfig) -> Run:
     ]
     storage.write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(told, "judgements"))
     metrics = {
-        "models": {m: gold.measure([r for r in judged if r["model"] == m]) for m in models},
+        "models": {m: rates([r for r in judged if r["model"] == m]) for m in models},
         "revision_harm": [1.0, 0.8, 0.6 + seed / 10, 0.4, 0.2],
         "revision_harm_selective": [1.0, 0.8, 0.6, 0.4, 0.2],
         "label": {
@@ -261,7 +260,7 @@ def test_human_harmlessness_labels_are_counted_in_the_sources(tmp_path: Path) ->
 
 def test_outcomes_are_the_rates_that_evaluate_reports() -> None:
     rows = judgements(3, "sl")
-    measured, found = gold.measure(rows), outcomes(rows)
+    measured, found = rates(rows), outcomes(rows)
     for key in ("harm", "helpful", "over_refusal", "malformed", "principle_named"):
         assert rate([o for _, o in found[key]]) == measured[key]
     for family, expected in measured["harm_by_family"].items():
@@ -518,7 +517,7 @@ def test_demo_puts_seeds_and_controls_together(
     assert [c.seed for c in made.values()] == [0] * 4 + [1] * 4
     assert made["seed-0/controls/shuffled"].rm.shuffle_labels
     assert made["seed-1/controls/best_of_4"].evaluate.best_of == 4
-    only = constitutions.load(made["seed-0/controls/respect_only"].constitution)
+    only = made["seed-0/controls/respect_only"].document
     assert [p.id for p in only.enabled] == ["respect"]
     assert len(only.principles) == 5
     for expected in ("SL-CAI", "shuffled labels", "Transcript 3", "principle named", "index.html"):

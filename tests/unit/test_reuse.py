@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from cai_ray import config as configs
-from cai_ray import constitution, storage
+from cai_ray import constitution, cost, storage
 from cai_ray.config import LabelConfig, ReviseConfig
 from cai_ray.constitution import Constitution
 from cai_ray.engine import Usage
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError
-from cai_ray.generate import cost, label, reuse, revise
+from cai_ray.generate import label, reuse, revise
 from cai_ray.generate.journal import Journal, begin
 from cai_ray.generate.label import Label
 from cai_ray.generate.revise import Revise

@@ -16,14 +16,13 @@ import numpy as np
 from cai_ray import pipeline, storage
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.evaluate.outcomes import outcomes
+from cai_ray.evaluate.outcomes import FAMILY, outcomes
 from cai_ray.evaluate.stats import rate
 from cai_ray.generate import reuse
 from cai_ray.report.combine import bootstrap
 from cai_ray.report.text import columns, interval, percent
 from cai_ray.storage import Run
 
-FAMILY = "harm_by_family."
 DRAWS = 4000
 
 
