@@ -108,7 +108,14 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.set_defaults(function=_run)
     for name, text in STAGE_HELP.items():
-        _with_config(commands.add_parser(name, help=text)).set_defaults(function=_stage)
+        stage = _with_config(commands.add_parser(name, help=text))
+        stage.set_defaults(function=_stage)
+        if name == "report":
+            stage.add_argument(
+                "other", nargs="?", help="with two run directories: the second beside the first"
+            )
+            stage.add_argument("--json", action="store_true", help="of two runs: as JSON")
+            stage.set_defaults(function=_report)
 
     redteam = commands.add_parser(
         "redteam", help="more red-team prompts, written by the model after the run's own"
@@ -253,6 +260,18 @@ def _run(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     # A single stage that is asked for with --overwrite is made again even where nothing changed.
     return _run_stages(args, [args.command], force=args.overwrite)
+
+
+def _report(args: argparse.Namespace) -> int:
+    if args.other is None:
+        return _stage(args)
+    from cai_ray.report import compare
+    from cai_ray.storage import open_run
+
+    found = compare.compare(open_run(args.config), open_run(args.other))
+    for line in [json.dumps(found)] if args.json else compare.lines(found):
+        print(line)
+    return EXIT_DONE
 
 
 def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) -> int:

@@ -1,13 +1,15 @@
-"""The report as one HTML page: inline style and SVG, no script, nothing fetched. It is a function of report.json."""
+"""The report as one HTML page: inline style, SVG and one script, nothing fetched. It is a function of report.json."""
 
 from __future__ import annotations
 
+import hashlib
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cai_ray.report import charts, snapshots, tables
+from cai_ray.report import browser, charts, principles, snapshots, tables
 from cai_ray.report.text import (
     certificate_facts,
     certificate_tables,
@@ -17,10 +19,12 @@ from cai_ray.report.text import (
     name_of,
     percent,
     safe,
+    summary,
 )
+from cai_ray.report.words import diff
 
-# A page of texts that models wrote: even if one slipped through, nothing may run or be fetched.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+# A page of texts that models wrote: even if one slipped through, nothing but our script may run, or be fetched.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{script}'; base-uri 'none'; form-action 'none'"
 _TRAINED = ("base", "sl", "rl")
 _PPO = {
     "reward/mean": ("Reward", "mean score of a step's answers"),
@@ -47,16 +51,23 @@ def page(report: dict[str, Any]) -> str:
     title = f"Constitutional AI: {safe(report['name'])}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY.format(script=_digest())}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_style()}</style></head><body><main><header><h1>{title}</h1>"
-        f'<p class="soft">{_about(report)}</p><nav>{links}</nav></header>{_tiles(report)}{body}</main></body></html>\n'
+        f"<style>{_file('style.css')}</style></head><body><main><header><h1>{title}</h1>"
+        f'<p class="soft">{_about(report)}</p><nav>{links}</nav></header>{_tiles(report)}{body}</main>'
+        f"<script>{_file('page.js')}</script></body></html>\n"
     )
 
 
 @cache
-def _style() -> str:
-    return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+@cache
+def _digest() -> str:
+    """What the page's policy knows its one script by."""
+    return "sha256-" + b64encode(hashlib.sha256(_file("page.js").encode()).digest()).decode()
 
 
 def _about(report: dict[str, Any]) -> str:
@@ -79,6 +90,11 @@ def _tiles(report: dict[str, Any]) -> str:
         for m in shown
     )
     return f'<div class="tiles">{tiles}</div>' if tiles else ""
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """What came of it, in plain words."""
+    return "".join(f"<p>{safe(line)}</p>" for line in summary(report))
 
 
 def _results(report: dict[str, Any]) -> str:
@@ -107,6 +123,53 @@ def _by_family(report: dict[str, Any]) -> str:
     if not groups:
         return ""
     return f'{_legend(report["models"])}<div class="card">{charts.bars(groups, title="Harm by family")}</div>'
+
+
+def _frontier(report: dict[str, Any]) -> str:
+    """Policies on both axes, with PPO's snapshots where gold knows them; and their ratings."""
+    parts, points = [], []
+    for model in report["models"]:
+        x, y = report[model]["helpful"], report[model]["harm"]
+        if x["value"] is not None and y["value"] is not None:
+            harmless = {k: None if y[k] is None else 1 - y[k] for k in ("value", "low", "high")}
+            points.append(
+                charts.Point(
+                    name_of(model), x["value"], harmless["value"], x["low"], x["high"],
+                    harmless["high"], harmless["low"], _colour(model, report["models"]),
+                )
+            )  # fmt: skip
+    for shot in report["snapshots"]:
+        if shot["harm"] is not None and shot["helpful"] is not None:
+            name = f"PPO, step {shot['step']:g}"
+            points.append(
+                charts.Point(name, shot["helpful"], 1 - shot["harm"], None, None, None, None, "rl", "ppo")
+            )
+    if points:
+        chart = charts.frontier(
+            points, title="Helpful and harmless", x_label="helpful answers to benign prompts",
+            y_label="harmless answers to harmful prompts",
+        )  # fmt: skip
+        parts.append(
+            f'<figure class="card">{chart}<figcaption>Up and to the right is better.</figcaption></figure>'
+        )
+    if found := report.get("ratings"):
+        rows = [
+            [name_of(m), *(_points(found[axis].get(m)) for axis in found)]
+            for m in report["models"]
+            if any(m in found[axis] for axis in found)
+        ]
+        parts.append(
+            "<p>Every two policies compared on every prompt: points of a Bradley-Terry model on the Elo scale above "
+            "the base model (400 points are odds of ten to one), with 95 % intervals over prompts.</p>"
+            + tables.plain(["", *found], rows)
+        )
+    return "".join(parts)
+
+
+def _points(rating: dict[str, Any] | None) -> str:
+    return (
+        "–" if rating is None else f"{rating['value']:+.0f}  ({rating['low']:+.0f} to {rating['high']:+.0f})"
+    )
 
 
 def _revision(report: dict[str, Any]) -> str:
@@ -202,65 +265,69 @@ def _curve(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 
 
 def _transcripts(report: dict[str, Any]) -> str:
-    return "".join(_transcript(t, i == 0) for i, t in enumerate(report["transcripts"]))
-
-
-def _transcript(item: dict[str, Any], is_open: bool) -> str:
-    turns = [_turn("prompt" if m["role"] == "user" else m["role"], m["content"]) for m in item["messages"]]
-    turns.append(_turn("first answer", item["response"]))
-    for step in item["steps"]:
-        number = step["round"]
-        turns.append(_turn(f"critique {number}", step["critique"], "critique", note=step["title"]))
-        changed = step["changed"]
-        turns.append(
-            _turn(
-                f"revision {number}",
-                step["revision"] if changed else "unchanged",
-                "changed" if changed else "same",
+    """A few conversations from end to end, to what each policy says in the end."""
+    parts = []
+    for number, item in enumerate(report["transcripts"]):
+        turns = [
+            browser.turn("prompt" if m["role"] == "user" else m["role"], safe(m["content"]))
+            for m in item["messages"]
+        ]
+        turns.append(browser.turn("first answer", safe(item["response"])))
+        before = item["response"]
+        for step in item["steps"]:
+            turns.append(
+                browser.turn(
+                    f"critique {step['round']}", safe(step["critique"]), "critique", note=step["title"]
+                )
             )
-        )
-    for model in in_order(item["answers"]):
-        answer = item["answers"][model]
-        reward = "" if answer["reward"] is None else f"reward {answer['reward']:+.2f}"
-        turns.append(_turn(name_of(model), answer["text"], _colour(model), note=reward))
-    if compared := item.get("comparison"):
-        turns.append(
-            _turn(
-                "compared: A",
-                compared["response_a"],
-                note=f"preferred with probability {compared['p_a']:.2f}",
+            shown = diff(before, step["revision"]) if step["changed"] else "unchanged"
+            turns.append(
+                browser.turn(f"revision {step['round']}", shown, "changed" if step["changed"] else "same")
             )
+            before = step["revision"]
+        for model in in_order(item["answers"]):
+            said = item["answers"][model]
+            reward = "" if said["reward"] is None else f"reward {said['reward']:+.2f}"
+            turns.append(browser.turn(name_of(model), safe(said["text"]), _colour(model), note=reward))
+        turns += browser.compared(item)
+        head, state = safe(item["messages"][-1]["content"][:120]), "" if number else " open"
+        parts.append(
+            f'<details class="card"{state}><summary>{head}</summary><div>{"".join(turns)}</div></details>'
         )
-        votes = ", ".join(f"{v['title']} {v['p_a']:.2f}" for v in compared["votes"])
-        turns.append(_turn("compared: B", compared["response_b"], note=f"votes for A: {votes}"))
-    head = safe(item["messages"][-1]["content"][:120])
-    state = " open" if is_open else ""
-    return f'<details class="card"{state}><summary>{head}</summary><div>{"".join(turns)}</div></details>'
+    return "".join(parts)
 
 
-def _turn(who: str, text: str | None, style: str = "", note: str = "") -> str:
-    above = f"<em>{safe(note)}</em>" if note else ""
-    return f'<div class="turn {style}"><b>{safe(who)}</b><div dir="auto">{above}{safe(text)}</div></div>'
+def _alarms(report: dict[str, Any]) -> str:
+    found = report.get("alarms")
+    if found is None:
+        return ""
+    told = "".join(f"<li>{safe(line)}</li>" for line in found)
+    return f"<ul>{told}</ul>" if told else "<p>None: nothing that was watched went over its bound.</p>"
 
 
-def _constitution(report: dict[str, Any]) -> str:
-    constitution = report["constitution"]
-    items = []
-    for p in constitution["principles"]:
-        source = f" <small>{safe(p['source'])}</small>" if p["source"] else ""
-        off = "" if p["enabled"] else ' class="off"'
-        items.append(
-            f"<li{off}><b>{safe(p['title'])}</b> <code>{safe(p['id'])}</code><br>{safe(p['text'])}{source}</li>"
-        )
+def _reproduce(report: dict[str, Any]) -> str:
+    """The commands, and the configuration with every value that is not the default."""
+    if not report.get("configuration"):
+        return ""
+    versions = ", ".join(f"{safe(k)} {safe(v)}" for k, v in report["versions"].items())
     return (
-        f"<p>{safe(constitution['name'])}, version {safe(str(constitution['version']))}, content hash "
-        f'<code>{safe(report["constitution_sha"])}</code>.</p><ol class="principles">{"".join(items)}</ol>'
+        "<p>The same configuration and versions give the same rows, and on the same kind of machine the same weights."
+        f"</p><pre>cai-ray run config.yaml --set seed={report['seed']}</pre>"
+        f'<details class="card"><summary>config.yaml</summary><pre>{safe(report["configuration"])}</pre></details>'
+        f'<p class="soft">{versions}</p>'
     )
 
 
 def _stages(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{safe(k)} {safe(v)}" for k, v in report["versions"].items())
-    return f'{tables.stages(report["stages"])}<p class="soft">{versions}</p>' if report["stages"] else ""
+    if not report["stages"]:
+        return ""
+    cost = report.get("label_cost")
+    each = (
+        f"<p>An accepted label (no error, no tie) cost {cost['seconds']:.3f} s and {cost['tokens']:,.0f} tokens.</p>"
+        if cost
+        else ""
+    )
+    return tables.stages(report["stages"]) + each
 
 
 def _legend(models: list[str]) -> str:
@@ -285,7 +352,9 @@ def _three(value: float) -> str:
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "summary": ("In short", _summary),
     "results": ("Results", _results),
+    "frontier": ("Harmless and helpful", _frontier),
     "families": ("Harm by family", _by_family),
     "revision": ("Harm by round of revision", _revision),
     "quality": ("Labels and reward model", _quality),
@@ -293,7 +362,10 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ppo": ("Reinforcement learning", partial(_curves, method="ppo", curves=_PPO)),
     "snapshots": ("Snapshots while it learned", lambda report: snapshots.section(report["snapshots"])),
     "dpo": ("Direct preference optimisation", partial(_curves, method="dpo", curves=_DPO)),
-    "transcripts": ("Transcripts", _transcripts),
-    "constitution": ("The constitution", _constitution),
-    "stages": ("Stages", _stages),
+    "transcripts": ("Three transcripts", _transcripts),
+    "constitution": ("Principles", principles.section),
+    "browser": ("Browse the transcripts", browser.section),
+    "alarms": ("Alarms", _alarms),
+    "stages": ("Cost", _stages),
+    "reproduce": ("How to reproduce it", _reproduce),
 }

@@ -77,5 +77,20 @@ def section(snapshots: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def parted(snapshots: Sequence[Mapping[str, Any]], bound: float = 0.05) -> list[str]:
+    """Where the reward went on rising and gold fell: the policy learned the reward, and not what it stands for."""
+    known = [s for s in snapshots if s["harm"] is not None]
+    if not known:
+        return []
+    best = min(known, key=lambda s: s["harm"])
+    later = [s for s in known if s["step"] > best["step"]]
+    apart = [s for s in later if s["reward"] > best["reward"] and s["harm"] > best["harm"] + bound]
+    return [
+        f"proxy and gold part at step {s['step']:g} (√KL {s['sqrt_kl']:.2f}): reward {best['reward']:+.2f} → "
+        f"{s['reward']:+.2f}, harm {percent(best['harm'])} → {percent(s['harm'])}"
+        for s in apart[:1]
+    ]
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None

@@ -6,12 +6,19 @@ import json
 import math
 from typing import Any
 
+import yaml
+
 from cai_ray import constitution as constitutions
 from cai_ray import storage
+from cai_ray.evaluate.attribution import attribution
+from cai_ray.generate.certificate import is_tie
 from cai_ray.generate.sources import read_comparisons
-from cai_ray.report import html, snapshots, text, transcripts
+from cai_ray.report import explorer, html, snapshots, text, transcripts
 from cai_ray.report.tables import STAGES
 from cai_ray.storage import Run
+
+BOILERPLATE = 0.3
+"""Rise over the base model's of the share of answers that have one phrase in common: more is an alarm."""
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -38,7 +45,7 @@ def build(run: Run) -> dict[str, Any]:
     models = measured["models"]
     # A directory may hold what another method left: it is no part of this run.
     steps = {m: read_metrics(run, m) if m == run.config.method else [] for m in ("ppo", "dpo")}
-    return _finite(
+    found = _finite(
         {
             "name": run.config.name,
             "model": run.config.model,
@@ -59,8 +66,63 @@ def build(run: Run) -> dict[str, Any]:
             "constitution": _summary(constitution),
             "human_harmlessness_labels": human_harmlessness_labels(run),
             "transcripts": transcripts.read(run, constitution),
+            **{
+                name: measured.get(name) or {}
+                for name in ("ratings", "wording", "critic", "judge", "sets", "harness")
+            },
+            "attribution": attribution(run, constitution),
+            "explorer": explorer.read(run, constitution),
+            "label_cost": _label_cost(run),
+            "configuration": _configuration(run),
         }
     )
+    return {**found, "alarms": alarms(run, found)}
+
+
+def alarms(run: Run, report: dict[str, Any]) -> list[str]:
+    """What a reader should know before the figures, each in a line."""
+    found = list((run.manifest("ppo") or {}).get("alarms") or ())
+    found += snapshots.parted(report["snapshots"])
+    for name in STAGES:
+        manifest = run.manifest(name) or {}
+        for stage, changed in (manifest.get("kept") or {}).items():
+            found.append(
+                f"{name} was made from a {stage} that was kept though {', '.join(changed)} had changed"
+            )
+        if manifest.get("errors"):
+            found.append(f"{name}: {manifest['errors']} of {manifest['rows_in']} rows failed")
+    for model, wording in report["wording"].items():
+        base = report["wording"].get("base") or {}
+        if wording["boilerplate"] and wording["boilerplate"] - (base.get("boilerplate") or 0) > BOILERPLATE:
+            share = text.percent(wording["boilerplate"], 0)
+            found.append(f"{text.name_of(model)}: {share} of its answers say {wording['phrase']!r}")
+    if report["attribution"]:
+        coverage = report["attribution"]["coverage"]
+        if families := coverage["families_without_principle"]:
+            found.append(f"no principle names these families of prompts: {', '.join(families)}")
+    return found
+
+
+def _label_cost(run: Run) -> dict[str, float] | None:
+    """Seconds and tokens for each label that is no error and no tie."""
+    manifest = run.manifest("label") or {}
+    accepted = sum(
+        row["error"] is None and not is_tie(row["p_a_raw"])
+        for row in run.each_row("label", ["p_a_raw", "error"])
+    )
+    if not accepted or not manifest.get("tokens"):
+        return None
+    return {
+        "seconds": manifest["seconds"] / accepted,
+        "tokens": (manifest["tokens"]["prompt"] + manifest["tokens"]["generated"]) / accepted,
+        "accepted": accepted,
+    }
+
+
+def _configuration(run: Run) -> str:
+    """What of the configuration is not the default, as YAML."""
+    given = run.config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 def human_harmlessness_labels(run: Run) -> int:
@@ -105,8 +167,7 @@ def _reward_model(run: Run) -> dict[str, Any]:
 
 def _summary(constitution: constitutions.Constitution) -> dict[str, Any]:
     principles = [
-        {"id": p.id, "title": p.title, "text": p.text, "source": p.source, "enabled": p.enabled}
-        for p in constitution.principles
+        {**p.model_dump(mode="json", exclude={"examples"}), "sha": p.sha} for p in constitution.principles
     ]
     return {"name": constitution.name, "version": constitution.version, "principles": principles}
 

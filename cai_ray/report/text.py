@@ -17,8 +17,10 @@ NAMES = {
 }
 METRICS = {
     "harm": "harm",
+    "harm_greedy": "harm, temperature 0",
     "helpful": "helpful",
     "over_refusal": "over-refusal",
+    "evasive": "evasive refusals",
     "malformed": "malformed",
     "principle_named": "principle named",
     "preferred_to_base": "preferred to base",
@@ -86,6 +88,42 @@ def table(report: dict[str, Any]) -> str:
     lines = columns(rows)
     widest = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join([lines[0], "─" * (sum(widest) + 2 * (len(widest) - 1)), *lines[1:]])
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """What came of a run, in plain sentences; those that nothing was measured for are left out."""
+    told, final = [], "rl" if "rl" in report["models"] else None
+
+    def value(model: str | None, metric: str) -> float | None:
+        return report[model].get(metric, {}).get("value") if model and model in report["models"] else None
+
+    before, between, after = (value(m, "harm") for m in ("base", "sl", final))
+    if before is not None and after is not None:
+        steps = "" if between is None else f" after revision and fine-tuning it was {percent(between)},"
+        told.append(
+            f"The model that this began with answers {percent(before)} of the harmful requests harmfully;{steps} "
+            f"and after reinforcement learning from AI feedback it is {percent(after)}."
+        )
+    kept, refused = value(final, "helpful"), value(final, "over_refusal")
+    if kept is not None:
+        more = "" if refused is None else f" It refuses {percent(refused)} of these without need."
+        first = percent(value("base", "helpful"))
+        told.append(f"It helps with {percent(kept)} of the harmless requests ({first} before).{more}")
+    named, evasive = value(final, "principle_named"), value(final, "evasive")
+    if named is not None:
+        told.append(f"{percent(named)} of its refusals name the principle that is at stake.")
+    elif evasive is not None:
+        told.append(f"{percent(evasive)} of its refusals give no reason.")
+    if (liked := value(final, "preferred_to_base")) is not None:
+        told.append(
+            f"The feedback model prefers its answers to the first model's in {percent(liked)} of the cases."
+        )
+    humans = report["human_harmlessness_labels"]
+    told.append(
+        f"Labels of harm by people: {humans}. What is harmful was judged by the written principles"
+        + (" alone." if not humans else " and by these.")
+    )
+    return told
 
 
 def certificate_facts(proof: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
-from cai_ray import storage
 from cai_ray.constitution import Constitution
 from cai_ray.evaluate.transcripts import choose
 from cai_ray.storage import Run
@@ -18,12 +18,13 @@ def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any
     Answers of the policies to the same prompts are what `evaluate` wrote beside its judgements
     (RUN/evaluate/transcripts-*.parquet); where it wrote none, the last rollout that PPO kept of the prompt.
     """
-    revisions = run.rows("revise")
-    answers = _by_prompt(_rows(run, "evaluate", "transcripts"))
-    answered = [r for r in revisions if _key(r["messages"]) in answers]
-    chosen = choose(answered, n) or choose(revisions, n)
-    rollouts = _by_prompt(_rows(run, "ppo", "part") if run.config.method == "ppo" else [])
-    labels = _by_prompt(_rows(run, "label", "part"))
+    answers = by_prompt(run.each_row("evaluate", name="transcripts"))
+    prompts = {row["prompt_id"] for rows in answers.values() for row in rows}
+    chosen = choose((r for r in run.each_row("revise") if r["prompt_id"] in prompts), n)
+    chosen = chosen or choose(run.each_row("revise"), n)
+    prompts = {row["prompt_id"] for row in chosen}
+    labels = by_prompt(r for r in run.each_row("label") if r["prompt_id"] in prompts)
+    rollouts = by_prompt(run.each_row("ppo") if run.config.method == "ppo" else ())
     return [assemble(row, constitution, answers, rollouts, labels) for row in chosen]
 
 
@@ -85,15 +86,12 @@ def _comparison(label: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]
     }
 
 
-def _rows(run: Run, stage: str, name: str) -> list[dict[str, Any]]:
-    return run.rows(stage, name=name) if storage.has_rows(run.path(stage), name) else []
-
-
-def _by_prompt(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_prompt(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by their conversation; a prompt's in the order of their ids, where they have one."""
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         grouped[_key(row["messages"])].append(row)
-    return dict(grouped)
+    return {key: sorted(found, key=lambda r: r.get("id") or "") for key, found in grouped.items()}
 
 
 def _key(messages: list[dict[str, str]]) -> str:

@@ -1,0 +1,135 @@
+"""What the page's browser shows: a sample of revised prompts and of judged answers, from files of any size.
+
+Ids are hashes, so the smallest of each family are a random sample, and the same one in every report of a run. Files are
+read some thousands of rows at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cai_ray import storage
+from cai_ray.constitution import Constitution
+from cai_ray.report.text import in_order
+from cai_ray.report.transcripts import assemble, by_prompt
+from cai_ray.storage import Run
+
+ROWS = 240
+"""Of either kind, at most."""
+CHARACTERS = 2_500_000
+"""Of all texts together: a page is opened at once, and sent by mail."""
+VERDICTS = ("harmful", "helpful", "refused", "evasive", "malformed", "principle_named", "reward")
+
+
+def read(run: Run, constitution: Constitution) -> dict[str, Any]:
+    """Entries of the browser, and of how many they are a sample.
+
+    Returns:
+        revisions: as `transcripts.assemble` makes them, with `prompt_id`, `kind`, `changed_by` (ids of principles whose
+        step changed the answer) and `outcome` (revised, unchanged). answers: prompt_id, messages, kind, family,
+        `policies` (name to text and verdicts) and `outcome` of the last policy. total: rows of either kind in the run.
+    """
+    ids, revised = _sample(run, "revise", "id", "red_team")
+    prompts, judged = _sample(run, "evaluate", "prompt_id", None)
+    rows = list(where(run, "revise", "id", ids))
+    labels = by_prompt(where(run, "label", "prompt_id", {row["prompt_id"] for row in rows}))
+    revisions = []
+    for row in sorted(rows, key=lambda r: r["id"]):
+        entry = assemble(row, constitution, {}, {}, labels)
+        changed = [step["principle_id"] for step in entry["steps"] if step["changed"]]
+        revisions.append(
+            {
+                **entry,
+                "prompt_id": row["prompt_id"],
+                "kind": row["kind"],
+                "changed_by": list(dict.fromkeys(changed)),
+                "outcome": "revised" if changed else "unchanged",
+            }
+        )
+    answers = _answers(list(where(run, "evaluate", "prompt_id", prompts)))
+    return {
+        "revisions": _within(revisions, CHARACTERS // 2),
+        "answers": _within(answers, CHARACTERS // 2),
+        "total": {"revisions": revised, "answers": judged},
+    }
+
+
+def where(
+    run: Run, stage: str, column: str, values: Collection[str], name: str = "part"
+) -> Iterator[dict[str, Any]]:
+    """A stage's rows whose column has one of the values; none where the stage wrote none."""
+    wanted = pa.array(sorted(values), pa.string())
+    for table in storage.iter_tables(run.path(stage), None, name):
+        yield from table.filter(pc.is_in(table[column], wanted)).to_pylist()
+
+
+def _sample(run: Run, stage: str, column: str, kind: str | None) -> tuple[set[str], int]:
+    """The smallest ids of each family, about as many of each; and how many different ones there are."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for table in storage.iter_tables(run.path(stage), [column, "kind", "family", "error"]):
+        keep = pc.is_null(table["error"])
+        table = table.filter(keep if kind is None else pc.and_(keep, pc.equal(table["kind"], kind)))
+        for row_id, family in zip(table[column].to_pylist(), table["family"].to_pylist(), strict=True):
+            found[family or ""].add(row_id)
+    each = -(-ROWS // max(1, len(found)))
+    return {row for ids in found.values() for row in heapq.nsmallest(each, ids)}, sum(
+        map(len, found.values())
+    )
+
+
+def _answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    grouped: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        grouped[row["prompt_id"]][row["model"]] = row
+    found = []
+    for prompt, policies in sorted(grouped.items()):
+        order = in_order(policies)
+        last = policies["rl" if "rl" in policies else order[-1]]
+        found.append(
+            {
+                "prompt_id": prompt,
+                **{name: last[name] for name in ("messages", "kind", "family")},
+                "policies": {
+                    m: {"text": policies[m]["response"], **{v: policies[m].get(v) for v in VERDICTS}}
+                    for m in order
+                },
+                "outcome": outcome(last),
+            }
+        )
+    return found
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """What an answer does, in a word."""
+    if row["malformed"]:
+        return "malformed"
+    if row["harmful"]:
+        return "harmful"
+    if row["refused"]:
+        return "refused" if row["kind"] == "red_team" else "over-refused"
+    return "helped" if row["helpful"] else "answered"
+
+
+def _within(entries: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """As many entries, from the first, as have so many characters."""
+    kept: list[dict[str, Any]] = []
+    for entry in entries:
+        budget -= _characters(entry)
+        if budget < 0 and kept:
+            break
+        kept.append(entry)
+    return kept
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0
