@@ -1,18 +1,91 @@
-"""Charts as inline SVG, coloured by the page's style, so that they follow light and dark."""
+"""Charts as inline SVG, drawn by Matplotlib and coloured by the page's style, so that they follow light and dark.
+
+Each function gives one `<svg>`, or nothing where there is nothing to draw. The same data give the same text, whatever a
+user has set Matplotlib to. It takes half a second to import, so it is imported by what draws. Sizes are CSS pixels.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, pairwise, product
+from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
 
-from cai_ray.report.text import safe
+from cai_ray.report.text import percent as share
+from cai_ray.report.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+# The page's variable behind each class that asks for a colour; where several do, the last.
+_COLOURS = {
+    "base": "base",
+    "sl": "sl",
+    "rl": "rl",
+    "control": "control",
+    "c1": "control-1",
+    "c2": "control-2",
+}
+# Matplotlib takes no variable for a colour. It draws in these, and `_svg` puts the variables in their place.
+_INK = {name: f"#c0de{i:02x}" for i, name in enumerate(("ink", "soft", "rule", *_COLOURS.values()), start=1)}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "cai_ray",
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "font.family": "DejaVu Sans",  # texts are measured in it: it comes with Matplotlib, and most are narrower
+    "font.size": 10.5,
+    "text.color": _INK["ink"],
+    "axes.labelcolor": _INK["soft"],
+    "axes.labelsize": 10.5,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.autolimit_mode": "round_numbers",  # for `_ticks`: the outermost enclose the values
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-3, 5),
+    "grid.color": _INK["rule"],
+    "grid.linewidth": 1,
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{
+        f"{ticks}.{key}": value
+        for ticks in ("xtick", "ytick")
+        for key, value in {
+            "major.size": 0,
+            "major.pad": 7,
+            "labelsize": 10.5,
+            "labelcolor": _INK["soft"],
+        }.items()
+    },
+}
+_SVG, _HREF = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
+_KEPT = ("d", "x", "y", "transform", "style")  # attributes of what is drawn
+_LONGEST = 28  # characters of a label; its tooltip has them all
+_GAP = 7.0  # between a dot and its label
+_SIDES = (
+    (1, 0),
+    (-1, 0),
+    (0, 1),
+    (0, -1),
+    (1, 1),
+    (-1, 1),
+    (1, -1),
+    (-1, -1),
+)  # of a dot, where its label may stand
 
 
 class Line(NamedTuple):
     points: Sequence[tuple[float, float]]
     style: str
-    """Class of the page's style: a colour, and `faint` or `dashed`."""
+    """A colour of the page's style (`rl`, `sl`, `base`, `control`, `c1`, `c2`), and `faint` or `dashed`."""
     name: str = ""
 
 
@@ -22,6 +95,19 @@ class Bar(NamedTuple):
     low: float | None
     high: float | None
     style: str
+
+
+class Point(NamedTuple):
+    name: str
+    x: float
+    y: float
+    x_low: float | None
+    x_high: float | None
+    y_low: float | None
+    y_high: float | None
+    style: str
+    path: str = ""
+    """Consecutive points of one path are joined."""
 
 
 def lines(
@@ -35,104 +121,353 @@ def lines(
     height: int = 170,
 ) -> str:
     """Lines over whole-numbered steps. `low` and `high` widen the vertical axis to hold them."""
-    points = [p for line in series for p in line.points]
-    if not points:
+    # A value that diverged has no place on an axis.
+    series = [line._replace(points=[p for p in line.points if all(map(math.isfinite, p))]) for line in series]
+    series = [line for line in series if line.points]
+    if not series:
         return ""
-    xs = [x for x, _ in points]
-    ys = [y for _, y in points] + [v for v in (low, high) if v is not None]
-    ticks = nice_ticks(min(ys), max(ys))
-    left, right, top, bottom = 46, 12, 8, 22
-    x_low, x_span = min(xs), max(max(xs) - min(xs), 1e-9)
-    y_low, y_span = ticks[0], ticks[-1] - ticks[0]
+    xs, ys = zip(*[p for line in series for p in line.points], strict=True)
+    with _axes(width, height) as (figure, axes):
+        from matplotlib.ticker import MaxNLocator
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = left + (x - x_low) / x_span * (width - left - right)
-        return across, top + (1 - (y - y_low) / y_span) * (height - top - bottom)
-
-    parts: list[str] = []
-    for tick in ticks:
-        _, y = at(x_low, tick)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick, percent)}</text>'
-        )
-    for whole in whole_ticks(min(xs), max(xs)):
-        x = at(whole, y_low)[0]
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 6}" text-anchor="middle">{whole}</text>')
-    for line in series:
-        placed = [at(x, y) for x, y in line.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
-        if "faint" not in line.style:
-            for (x, y), (step, value) in zip(placed, line.points, strict=True):
-                tip = f"{line.name + ' ' if line.name else ''}{step:g}: {_number(value, percent, exact=True)}"
-                dot = f'<circle class="dot {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-                parts.append(f"{dot}<title>{safe(tip)}</title></circle>")
-    return _svg(parts, width, height, title)
+        for line in series:
+            faint, dashed = "faint" in line.style, "dashed" in line.style
+            axes.plot(
+                *zip(*line.points, strict=True),
+                color=_colour(line.style),
+                alpha=0.4 if faint else 0.8 if dashed else None,
+                linewidth=1 if faint else 2,
+                linestyle=(0, (2, 2)) if dashed else "-",
+            )
+            if not faint:
+                name = f"{line.name} " if line.name else ""
+                tips = [f"{name}{x:g}: {_exact(y, percent)}" for x, y in line.points]
+                _dots(axes, line.points, line.style, tips, size=min(36.0, 2400 / len(tips)))
+        _ticks(axes, "y", [*ys, *(v for v in (low, high) if v is not None)], percent=percent)
+        if low is not None and low <= min(ys):
+            axes.set_ylim(bottom=low)  # also where all values are `low`: nothing lies below
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        alone = 0.5 if min(xs) == max(xs) else 0.0
+        axes.set_xlim(min(xs) - alone, max(xs) + alone)
+        axes.grid(visible=False, axis="x")
+        return _svg(figure, title)
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, width: int = 640) -> str:
     """Horizontal bars of shares with their intervals, in groups with a label each."""
-    left, right, thick, gap, between = 110, 60, 13, 3, 14
-    span = width - left - right
-    parts: list[str] = []
-    y = 4.0
-    for label, members in groups:
-        middle = y + (len(members) * (thick + gap) - gap) / 2
-        parts.append(
-            f'<text class="name" x="{left - 10}" y="{middle + 4:.1f}" text-anchor="end">{safe(label)}</text>'
-        )
-        for bar in members:
-            tip = f"{label}, {bar.name}: {_number(bar.value, True, exact=True)}"
-            length = max(bar.value * span, 1.5)
-            parts.append(
-                f'<rect class="bar {bar.style}" x="{left}" y="{y:.1f}" width="{length:.1f}" height="{thick}" rx="2">'
-                f"<title>{safe(tip)}</title></rect>"
-            )
-            end = length
-            if bar.low is not None and bar.high is not None:
-                a, b, mid = left + bar.low * span, left + bar.high * span, y + thick / 2
-                parts.append(f'<line class="error" x1="{a:.1f}" x2="{b:.1f}" y1="{mid:.1f}" y2="{mid:.1f}"/>')
-                end = max(end, bar.high * span)
-            text = _number(bar.value, True, exact=True)
-            parts.append(f'<text class="tick" x="{left + end + 6:.1f}" y="{y + thick - 3:.1f}">{text}</text>')
-            y += thick + gap
-        y += between
-    return _svg(parts, width, max(1, round(y - between + 4)), title)
+    groups = [(label, members) for label, members in groups if members]
+    if not groups:
+        return ""
+    thick, step, between = 13, 16, 14
+    middles, y = [], 0.0
+    with _axes(width, sum(step * len(members) + between for _, members in groups)) as (figure, axes):
+        for label, members in groups:
+            middles.append(y + step * (len(members) - 1) / 2)
+            for bar in members:
+                tip = f"{label}, {bar.name}: {share(bar.value)}"
+                # A bar of nothing still shows whose it is.
+                axes.barh(y, max(bar.value, 0.003), thick, color=_colour(bar.style), gid=_tips([tip]))
+                end = bar.value
+                if bar.low is not None and bar.high is not None:
+                    axes.hlines(y, bar.low, bar.high, color=_INK["ink"], linewidth=1.2, alpha=0.65)
+                    end = max(end, bar.high)
+                axes.annotate(
+                    share(bar.value),
+                    (end, y),
+                    (6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=_INK["soft"],
+                )
+                y += step
+            y += between
+        axes.set(xlim=(0, 1), xticks=[], ylim=(y - between - step / 2, -step / 2))
+        axes.set_yticks(middles, [_short(label) for label, _ in groups], color=_INK["ink"], fontsize=11.5)
+        axes.grid(visible=False)
+        return _svg(figure, title)
 
 
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that enclose an interval."""
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        pad = abs(high) * 0.1 or 1.0
-        low, high = low - pad, high + pad
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+def frontier(
+    points: Sequence[Point],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    percent: bool = False,
+    width: int = 640,
+    height: int = 400,
+) -> str:
+    """Points on two scales, with their intervals and their names beside them.
+
+    A point of a path whose name finds no free place is named by its tooltip alone; other points always have theirs.
+    """
+    points = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
+    if not points:
+        return ""
+    with _axes(width, height) as (figure, axes):
+        for a, b in pairwise(points):
+            if a.path and a.path == b.path:
+                axes.plot([a.x, b.x], [a.y, b.y], color=_colour(b.style), linewidth=1, alpha=0.7)
+        for p in points:
+            tip = f"{p.name}: {_exact(p.x, percent)}, {_exact(p.y, percent)}"
+            _dots(axes, [(p.x, p.y)], p.style, [tip], size=30 if p.path else 60)
+            for across, up in _intervals(p):
+                axes.plot(
+                    across, up, color=_colour(p.style), linewidth=1.2, alpha=0.55, solid_capstyle="butt"
+                )
+        corners = [
+            (x, y) for p in points for across, up in _intervals(p) for x, y in zip(across, up, strict=True)
+        ]
+        xs, ys = zip(*corners, *((p.x, p.y) for p in points), strict=True)
+        _ticks(axes, "x", xs, percent=percent, most=6)
+        _ticks(axes, "y", ys, percent=percent, most=6)
+        axes.set(xlabel=_short(x_label, 80), ylabel=_short(y_label, 50))
+        figure.draw_without_rendering()  # now the axes are where they will be
+        _name(axes, points)
+        return _svg(figure, title)
 
 
-def whole_ticks(low: float, high: float, most: int = 8) -> list[int]:
-    first, last = math.ceil(low), math.floor(high)
-    step = 1
-    while (last - first) / step + 1 > most:
-        step = step * 2 if str(step)[0] in "15" else step * 5 // 2
-    return list(range(first, last + 1, step))
+def matrix(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    title: str,
+    width: int = 640,
+) -> str:
+    """A heat map of shares, `values[i][j]` that of row i in column j; the cell of None has no colour.
+
+    Up to 20 columns have their number in the cell; more than 60 are named by the tooltips alone.
+    """
+    known = [
+        (i, j, value)
+        for i, line in enumerate(values)
+        for j, value in enumerate(line)
+        if value is not None and math.isfinite(value)
+    ]
+    if not known:
+        return ""
+    few = len(columns) <= 20
+    heads = [_short(name) for name in columns] if len(columns) <= 60 else []
+    # Names that would touch their neighbours stand upright.
+    upright = max(map(len, heads), default=0) * 6.5 > (width - 120) / len(columns)
+    high, tall = (24 if few else 14), max(map(len, heads), default=0) * 6.5 if upright else 20
+    with _axes(width, round(high * len(rows) + tall + 10)) as (figure, axes):
+        from matplotlib.collections import PolyCollection
+
+        corners = [[(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)] for i, j, _ in known]
+        # At most so opaque that the number's ink is read on it, in light and dark.
+        shades = [(_INK["rl"], 0.55 * min(max(value, 0.0), 1.0)) for *_, value in known]
+        tips = [f"{rows[i]}, {columns[j]}: {share(value)}" for i, j, value in known]
+        axes.add_collection(PolyCollection(corners, facecolors=shades, linewidths=0, gid=_tips(tips)))
+        numbers = {(i, j): f"{100 * value:.0f}" for i, j, value in known}
+        for i, j in product(range(len(rows)), range(len(columns))) if few else ():
+            axes.text(j + 0.5, i + 0.5, numbers.get((i, j), "–"), ha="center", va="center")
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        axes.set_xticks([j + 0.5 for j in range(len(heads))], heads, rotation=90 if upright else 0)
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], [_short(name) for name in rows])
+        axes.xaxis.tick_top()
+        axes.grid(visible=False)
+        return _svg(figure, title)
 
 
-def _number(value: float, percent: bool, exact: bool = False) -> str:
+def diagonal(
+    points: Sequence[tuple[float, float, float]],
+    *,
+    title: str,
+    x_label: str = "confidence",
+    y_label: str = "share",
+    width: int = 340,
+    height: int = 320,
+) -> str:
+    """A reliability diagram of (confidence, share, n): calibrated is what is on the diagonal; a dot's area is n."""
+    points = sorted(p for p in points if p[2] > 0)
+    if not points:
+        return ""
+    placed = [(confidence, right) for confidence, right, _ in points]
+    most = max(n for *_, n in points)
+    tips = [f"{x_label} {share(x)}: {share(y)} ({n:g})" for x, y, n in points]
+    with _axes(width, height) as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=_INK["soft"], linewidth=1, linestyle=(0, (4, 4)))
+        axes.plot(*zip(*placed, strict=True), color=_colour("rl"), linewidth=1.5)
+        _dots(axes, placed, "rl", tips, size=[max(6.0, 180 * n / most) for *_, n in points])
+        _ticks(axes, "x", [0, 1], percent=True, most=5)
+        _ticks(axes, "y", [0, 1], percent=True, most=5)
+        axes.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 40))
+        return _svg(figure, title)
+
+
+@contextmanager
+def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A new figure and its axes; within, Matplotlib's settings are ours and nobody else's."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A character that the measuring font lacks is measured as a box, and drawn by the browser.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]  # its keys are typed as literals
+        figure = Figure((width / 72, height / 72), dpi=72, layout="constrained")  # a point is then a pixel
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        yield figure, axes
+
+
+def _dots(
+    axes: Axes,
+    at: Sequence[tuple[float, float]],
+    style: str,
+    tips: Sequence[str],
+    size: float | Sequence[float],
+) -> None:
+    """Dots with a tooltip each. `size` is the square of the diameter in pixels."""
+    xs, ys = zip(*at, strict=True)
+    axes.scatter(xs, ys, size, color=_colour(style), linewidths=0, zorder=3, gid=_tips(tips))
+
+
+def _tips(texts: Sequence[str]) -> str:
+    """Tooltips of an artist's marks, in the one place that Matplotlib carries into the SVG: the artist's id."""
+    return json.dumps(texts)
+
+
+def _ticks(axes: Axes, axis: str, values: Sequence[float], *, percent: bool = False, most: int = 4) -> None:
+    """Gives the axis x or y the round numbers that enclose the values, in `most` steps or fewer; it ends with them."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    low, high = min(values), max(values)
+    around = 0.05 * (abs(low) or 1.0) if low == high else 0.0
+    ticks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low - around, high + around)
+    axes.set(**{f"{axis}ticks": ticks, f"{axis}lim": (ticks[0], ticks[-1])})
     if percent:
-        return f"{100 * value:.{1 if exact else 0}f} %"
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3 or abs(value) >= 1e5:
-        return f"{value:.{3 if exact else 2}g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}" if exact else f"{value:g}"
+        (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-def _svg(parts: Sequence[str], width: int, height: int, title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)}">'
-        f"<title>{safe(title)}</title>{''.join(parts)}</svg>"
-    )
+def _intervals(p: Point) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """The ends of a point's known intervals: their places on x, and on y."""
+    found = []
+    if p.x_low is not None and p.x_high is not None:
+        found.append(((p.x_low, p.x_high), (p.y, p.y)))
+    if p.y_low is not None and p.y_high is not None:
+        found.append(((p.x, p.x), (p.y_low, p.y_high)))
+    return found
+
+
+def _name(axes: Axes, points: Sequence[Point]) -> None:
+    """Writes each name beside its dot, where it covers least of dots, intervals, paths and other names."""
+    import numpy as np
+    from matplotlib.transforms import Bbox
+
+    def box(x0: float, x1: float, y0: float, y1: float, pad: float) -> Bbox:
+        return Bbox(axes.transData.transform([(x0, y0), (x1, y1)])).padded(pad)
+
+    taken = [box(p.x, p.x, p.y, p.y, pad=4) for p in points]
+    taken += [box(*xs, *ys, pad=1) for p in points for xs, ys in _intervals(p)]
+    for a, b in pairwise(points):
+        if a.path and a.path == b.path:
+            start, end = axes.transData.transform([(a.x, a.y), (b.x, b.y)])
+            stations = max(2, int(math.dist(start, end) / 5))
+            taken += [Bbox([at, at]).padded(1) for at in np.linspace(start, end, stations)]
+
+    def covers(label: Bbox) -> float:
+        """Square pixels of what it covers, and of what of it leaves the axes."""
+        inside = _common(label, axes.bbox)
+        return sum(_common(label, other) for other in taken) + 4 * (label.width * label.height - inside)
+
+    for p in sorted(points, key=lambda p: bool(p.path)):
+        text = axes.annotate(_short(p.name), (p.x, p.y), (0, 0), textcoords="offset points")
+        text.set(fontsize=10 if p.path else 11.5, in_layout=False)  # the axes stay where they are
+
+        def cost(side: tuple[int, int], text: Annotation = text) -> float:
+            across, up = side
+            text.set(ha=("center", "left", "right")[across], va=("center", "bottom", "top")[up])
+            text.xyann = (across * _GAP, up * _GAP)
+            return covers(text.get_window_extent())
+
+        if cost(min(_SIDES, key=cost)) > 0 and p.path:
+            text.remove()
+        else:
+            taken.append(text.get_window_extent())
+
+
+def _common(a: Bbox, b: Bbox) -> float:
+    """Area that two boxes share."""
+    across = min(a.x1, b.x1) - max(a.x0, b.x0)
+    up = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(across, 0.0) * max(up, 0.0)
+
+
+def _colour(style: str) -> str:
+    return _INK[["ink", *(variable for word, variable in _COLOURS.items() if word in style.split())][-1]]
+
+
+def _exact(value: float, percent: bool) -> str:
+    return share(value) if percent else f"{value:.4g}"
+
+
+def _short(text: str, most: int = _LONGEST) -> str:
+    text = _line(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _line(text: str) -> str:
+    """A text as one line without what steers a terminal or stands in no XML."""
+    return re.sub(r"[\n\ufffe\uffff]", " ", visible(text))
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """A figure as part of a page: marks and their tooltips, without what a file of its own needs."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    title, text = _line(title), drawn.getvalue()
+    root = ElementTree.fromstring(text.replace(f' xmlns="{_SVG}"', "", 1))  # tags then are plain words
+    for group in root.iter("g"):
+        if (name := group.get("id", "")).startswith("["):
+            marks = group.findall(".//use") or group.findall(".//path")
+            for mark, tip in zip(marks, json.loads(name), strict=True):
+                ElementTree.SubElement(mark, "title").text = _line(tip)
+    about = {"xmlns": _SVG, "viewBox": root.get("viewBox", ""), "role": "img", "aria-label": title}
+    page = ElementTree.Element("svg", about)
+    ElementTree.SubElement(page, "title").text = title
+    # Charts of one page may not share an id.
+    chart = "i" + hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:8]
+    for style, alike in groupby(_marks(root, chart), lambda mark: mark.attrib.pop("style", "")):
+        ElementTree.SubElement(page, "g", {"style": style} if style else {}).extend(alike)
+    return ElementTree.tostring(page, encoding="unicode")
+
+
+def _marks(group: ElementTree.Element, chart: str) -> Iterator[ElementTree.Element]:
+    """What is drawn, in order, out of Matplotlib's groups.
+
+    Clips stay behind: the axes hold their data, and what is written beside them is meant to be seen.
+    """
+    for mark in group:
+        if mark.tag == "g":
+            yield from _marks(mark, chart)
+        elif mark.tag in ("path", "text", "use") or mark.find("path") is not None:
+            mark.tail = None
+            for part in (mark, *mark.findall("path")):  # the path of a definition
+                part.tail = None
+                kept = {key: _trim(key, value) for key, value in part.items() if key in _KEPT}
+                if mark.tag == "use":
+                    kept["href"] = f"#{chart}-{part.get(_HREF, '')[1:]}"
+                elif part is not mark:
+                    kept["id"] = f"{chart}-{part.get('id')}"
+                part.attrib = {key: value for key, value in kept.items() if value}
+            if mark.tag != "text":
+                mark.text = None  # white space
+            yield mark
+
+
+def _trim(key: str, value: str) -> str:
+    """An attribute with the page's variables and font, and places to a tenth of a pixel."""
+    if key != "style":
+        value = re.sub(r"rotate\(-0 [^)]*\)", "", " ".join(value.split()))
+        return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value)
+    value = re.sub(r"font-family: [^;]*;? ?", "", value)
+    for name, colour in _INK.items():
+        value = value.replace(colour, f"var(--{name})")
+    return value

@@ -24,7 +24,7 @@ from cai_ray.evaluate.stats import rate
 from cai_ray.evaluate.transcripts import choose
 from cai_ray.generate import certificate
 from cai_ray.records import derive_id, to_table
-from cai_ray.report import charts, html, stage, text
+from cai_ray.report import html, stage, text
 from cai_ray.report.combine import bootstrap, combine
 from cai_ray.report.tables import STAGES
 from cai_ray.storage import Run
@@ -425,16 +425,6 @@ def test_terminal_text_has_no_escape_sequences(town_run: Run) -> None:
     assert "\x00" not in shown
     shown.encode()
     assert "Speak kindly" in shown
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (-3.2, 7.9), (1e-6, 4e-6), (5.0, 5.0), (0.0, 0.0), (17, 40_000)]
-)
-def test_ticks_enclose_the_data_and_are_few(low: float, high: float) -> None:
-    ticks = charts.nice_ticks(low, high)
-    assert ticks[0] <= low <= high <= ticks[-1]
-    assert 2 <= len(ticks) <= 7
-    assert ticks == sorted(set(ticks))
 
 
 def test_fork_copies_completed_stages_once(town_run: Run, tmp_path: Path) -> None:
