@@ -122,7 +122,7 @@ def _by_family(report: dict[str, Any]) -> str:
         groups.append((family, members))
     if not groups:
         return ""
-    return f'{_legend(report["models"])}<div class="card">{charts.bars(groups, title="Harm by family")}</div>'
+    return f'{_legend(report["models"])}<div class="card wide">{charts.bars(groups, title="Harm by family")}</div>'
 
 
 def _frontier(report: dict[str, Any]) -> str:
@@ -131,11 +131,12 @@ def _frontier(report: dict[str, Any]) -> str:
     for model in report["models"]:
         x, y = report[model]["helpful"], report[model]["harm"]
         if x["value"] is not None and y["value"] is not None:
-            harmless = {k: None if y[k] is None else 1 - y[k] for k in ("value", "low", "high")}
+            # Of what is not harmful, the bounds change places.
+            low, high = (None if y[k] is None else 1 - y[k] for k in ("high", "low"))
             points.append(
                 charts.Point(
-                    name_of(model), x["value"], harmless["value"], x["low"], x["high"],
-                    harmless["high"], harmless["low"], _colour(model, report["models"]),
+                    name_of(model), x["value"], 1 - y["value"], x["low"], x["high"], low, high,
+                    _colour(model, report["models"]),
                 )
             )  # fmt: skip
     for shot in report["snapshots"]:
@@ -148,9 +149,10 @@ def _frontier(report: dict[str, Any]) -> str:
         chart = charts.frontier(
             points, title="Helpful and harmless", x_label="helpful answers to benign prompts",
             y_label="harmless answers to harmful prompts",
+            percent=True,
         )  # fmt: skip
         parts.append(
-            f'<figure class="card">{chart}<figcaption>Up and to the right is better.</figcaption></figure>'
+            f'<figure class="card wide">{chart}<figcaption>Up and to the right is better.</figcaption></figure>'
         )
     if found := report.get("ratings"):
         rows = [
@@ -184,7 +186,7 @@ def _revision(report: dict[str, Any]) -> str:
     chart = charts.lines(
         series, title="Harm by revision round", percent=True, low=0, high=1, width=640, height=230
     )
-    return f'<p>{text}</p><div class="card">{chart}</div>'
+    return f'<p>{text}</p><div class="card wide">{chart}</div>'
 
 
 def _quality(report: dict[str, Any]) -> str:
@@ -233,6 +235,15 @@ def _certificate(report: dict[str, Any]) -> str:
     if not proof:
         return ""
     parts = [tables.facts(certificate_facts(proof))]
+    if cells := (((proof["gold"] or {}).get("overall") or {}).get("raw") or {}).get("reliability"):
+        chart = charts.diagonal(
+            [(c["probability"], c["share"], c["n"]) for c in cells if c["n"]],
+            title="Calibration of the labels",
+        )
+        parts.append(
+            f'<figure class="card small">{chart}<figcaption>Confidence of a label and how often it is right; on the '
+            "line it is as right as it says.</figcaption></figure>"
+        )
     for title, head, rows in certificate_tables(proof):
         parts.append(f"<h3>{safe(title)}</h3>{tables.plain(head, rows)}")
     return (

@@ -85,10 +85,10 @@ def _conflicts(shown: list[dict[str, Any]], did: Mapping[str, Any]) -> str:
 
     values = [[cell(a["id"], b["id"]) for b in voted] for a in voted]
     names = [p["title"] for p in voted]
-    chart = charts.matrix(names, [p["id"] for p in voted], values, title="Principles in conflict")
+    chart = charts.matrix(names, [p["id"] for p in voted], values, title="Conflicts")
     return (
-        f'<figure class="card"><h3>Conflicts</h3>{chart}<figcaption>Of the comparisons where both principles prefer a '
-        "response, the share where they prefer different ones.</figcaption></figure>"
+        f'<figure class="card wide"><h3>Conflicts</h3>{chart}<figcaption>Of the comparisons where both principles '
+        "prefer a response, in how many of a hundred they prefer different ones.</figcaption></figure>"
     )
 
 
