@@ -185,6 +185,10 @@ def parser() -> argparse.ArgumentParser:
         "lint", help="slips of form, wording and balance; exit code 3 if one is an error"
     )
     lint.add_argument("files", nargs="+", metavar="FILE")
+    lint.add_argument(
+        "--config", help="also contradictions, as this configuration's feedback model sees them"
+    )
+    lint.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     lint.add_argument("--strict", action="store_true", help="exit code 3 for warnings, too")
     lint.add_argument("--json", action="store_true")
     lint.set_defaults(function=_constitution_lint)
@@ -424,6 +428,9 @@ def _constitution_lint(args: argparse.Namespace) -> int:
     from cai_ray.constitution.lint import LEVELS, lint
 
     found = {file: lint(constitution.load(file)) for file in args.files}
+    if args.config:
+        for file, more in _contradictions(args).items():
+            found[file] += more
     counts = {level: sum(f.level == level for fs in found.values() for f in fs) for level in LEVELS}
     if args.json:
         print(json.dumps({file: [f._asdict() for f in fs] for file, fs in found.items()}))
@@ -435,6 +442,27 @@ def _constitution_lint(args: argparse.Namespace) -> int:
         print(", ".join(f"{count} {level}s" for level, count in counts.items()))
     failed = counts["error"] or (args.strict and counts["warning"])
     return EXIT_STOPPED if failed else EXIT_DONE
+
+
+def _contradictions(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """Of each file, by the engine of a configuration; its rows are of no use to anybody afterwards."""
+    import tempfile
+
+    from cai_ray import cluster, config, constitution
+    from cai_ray.evaluate.contradictions import contradictions
+    from cai_ray.storage import Run
+
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="cai-ray-lint-") as folder:
+        settings = config.load(args.config, args.set)
+        try:
+            cluster.connect(settings)
+            for number, file in enumerate(args.files):
+                run = Run(settings.model_copy(update={"out": f"{folder}/{number}"}))
+                found[file] = contradictions(run, constitution.load(file))
+        finally:
+            cluster.disconnect()
+    return found
 
 
 def _constitution_diff(args: argparse.Namespace) -> int:

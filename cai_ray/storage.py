@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
@@ -247,6 +248,14 @@ class Run:
         """A stage's rows one by one, in no order."""
         for table in iter_tables(self.path(stage), columns, name):
             yield from table.to_pylist()
+
+    def rows_where(
+        self, stage: str, column: str, values: Collection[str], name: str = "part"
+    ) -> Iterator[dict[str, Any]]:
+        """A stage's rows whose column has one of the values, in no order."""
+        wanted = pa.array(sorted(values), pa.string())
+        for table in iter_tables(self.path(stage), None, name):
+            yield from table.filter(pc.is_in(table[column], wanted)).to_pylist()
 
     def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)

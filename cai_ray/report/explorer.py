@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Iterator
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray import storage
@@ -37,8 +35,8 @@ def read(run: Run, constitution: Constitution) -> dict[str, Any]:
     """
     ids, revised = _sample(run, "revise", "id", "red_team")
     prompts, judged = _sample(run, "evaluate", "prompt_id", None)
-    rows = list(where(run, "revise", "id", ids))
-    labels = by_prompt(where(run, "label", "prompt_id", {row["prompt_id"] for row in rows}))
+    rows = list(run.rows_where("revise", "id", ids))
+    labels = by_prompt(run.rows_where("label", "prompt_id", {row["prompt_id"] for row in rows}))
     revisions = []
     for row in sorted(rows, key=lambda r: r["id"]):
         entry = assemble(row, constitution, {}, {}, labels)
@@ -52,21 +50,12 @@ def read(run: Run, constitution: Constitution) -> dict[str, Any]:
                 "outcome": "revised" if changed else "unchanged",
             }
         )
-    answers = _answers(list(where(run, "evaluate", "prompt_id", prompts)))
+    answers = _answers(list(run.rows_where("evaluate", "prompt_id", prompts)))
     return {
         "revisions": _within(revisions, CHARACTERS // 2),
         "answers": _within(answers, CHARACTERS // 2),
         "total": {"revisions": revised, "answers": judged},
     }
-
-
-def where(
-    run: Run, stage: str, column: str, values: Collection[str], name: str = "part"
-) -> Iterator[dict[str, Any]]:
-    """A stage's rows whose column has one of the values; none where the stage wrote none."""
-    wanted = pa.array(sorted(values), pa.string())
-    for table in storage.iter_tables(run.path(stage), None, name):
-        yield from table.filter(pc.is_in(table[column], wanted)).to_pylist()
 
 
 def _sample(run: Run, stage: str, column: str, kind: str | None) -> tuple[set[str], int]:

@@ -20,10 +20,10 @@ def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any
     """
     answers = by_prompt(run.each_row("evaluate", name="transcripts"))
     prompts = {row["prompt_id"] for rows in answers.values() for row in rows}
-    chosen = choose((r for r in run.each_row("revise") if r["prompt_id"] in prompts), n)
+    chosen = choose(run.rows_where("revise", "prompt_id", prompts), n)
     chosen = chosen or choose(run.each_row("revise"), n)
     prompts = {row["prompt_id"] for row in chosen}
-    labels = by_prompt(r for r in run.each_row("label") if r["prompt_id"] in prompts)
+    labels = by_prompt(run.rows_where("label", "prompt_id", prompts))
     rollouts = by_prompt(run.each_row("ppo") if run.config.method == "ppo" else ())
     return [assemble(row, constitution, answers, rollouts, labels) for row in chosen]
 
