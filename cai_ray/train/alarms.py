@@ -7,13 +7,12 @@ development prompts; an alarm compares one with the SL-CAI policy's before any u
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cai_ray.config import WatchConfig
-from cai_ray.generate.quality import is_loop
+from cai_ray.generate.quality import is_loop, is_refusal
 
 PHRASE_WORDS = 5
 """Words of a phrase that many responses may share."""
@@ -55,7 +54,7 @@ def measure(
     """
     n = len(responses)
     asked = [text for text, fine in zip(responses, benign, strict=True) if fine]
-    declined = [any(re.match(rule, text) for rule in refusals) for text in asked]
+    declined = [is_refusal(text, refusals) for text in asked]
     bad = [cut or not text.strip() or is_loop(text) for text, cut in zip(responses, truncated, strict=True)]
     return Snapshot(
         step=step,
