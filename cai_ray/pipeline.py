@@ -79,7 +79,13 @@ BEFORE: dict[str, Stage] = {
 _ROLES = {"base", "sl", "rm", "rl"}
 _TRAINED = ("sft", "rm", "ppo", "dpo")
 # Settings that came later, and what stood for them before.
-_ADDED = {"critique_model": None, "critique": True, "hard_labels": False}
+_ADDED: dict[str, Any] = {
+    "critique_model": None,
+    "critique": True,
+    "hard_labels": False,
+    "sets": [],
+    "harness": None,
+}
 # How a stage is run, not what it yields: changing these starts nothing anew.
 _HOW = {
     "workers",
@@ -250,11 +256,14 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             found[section] = derive_id([_source_sha(s.path, s.model_dump()) for s in value])
         elif hasattr(value, "model_dump"):
             settings = _settings(value)
-            files = [s.path for key in ("prompts", "human") for s in getattr(value, key, ())]
+            files = [s.path for key in ("prompts", "human", "sets") for s in getattr(value, key, ())]
             files += [s.path for s in getattr(getattr(value, "watch", None), "prompts", ())]
             files += [p for p in [getattr(value, "gold", None)] if p]
             models = [storage.model_sha(run.model(m)) for m in _models(value)]
-            found[section] = derive_id(settings, [_source_sha(p, {}) for p in files], models)
+            files_sha = [_source_sha(p, {}) for p in files]
+            if folder := getattr(getattr(value, "harness", None), "include_path", None):
+                files_sha.append(_folder_sha(folder))
+            found[section] = derive_id(settings, files_sha, models)
         else:
             found[section] = derive_id(value)
     if config.engine.quantization and name not in _TRAINED:
@@ -312,11 +321,12 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
     Raises:
         InputError: a file is missing, a model has no tokenizer or chat template, an option is two tokens, an
-            endpoint's key is not in the environment, a sink's package is not installed, an evaluation prompt is also a
-            training prompt, the output cannot be written.
+            endpoint's key is not in the environment, a package that a setting needs is not installed, an evaluation
+            prompt is also a training prompt, the output cannot be written.
     """
     from cai_ray.cluster import uses_gpu
     from cai_ray.engine.openai import check_options, read_key
+    from cai_ray.evaluate import harness, sets
     from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows
     from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
@@ -324,6 +334,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     from cai_ray.train import sinks
 
     sinks.check(config.sinks)
+    harness.check(config.evaluate.harness)
     for name in stages:
         if OF_METHOD.get(name, config.method) != config.method:
             raise InputError(
@@ -407,6 +418,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         check_disjoint(train, held)
         if config.evaluate.judge == "town":
             _check_requests(held)
+    check_disjoint(train, sets.check(run, model_elsewhere))
     _check_writable(run)
 
 
@@ -580,6 +592,16 @@ def _models(section: BaseModel) -> list[str]:
     if watch := getattr(section, "watch", None):
         named.append(watch.opinion)
     return [model for model in named if model not in {*_ROLES, LABELS}]
+
+
+def _folder_sha(path: str) -> str:
+    """A content hash of all files of a folder."""
+    fs, root = storage.resolve(path)
+    files = {}
+    for file in storage.list_files(path, recursive=True):
+        with fs.open_input_file(file) as f:
+            files[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
+    return derive_id(files)
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:

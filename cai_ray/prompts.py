@@ -101,8 +101,11 @@ class Renderer:
         answer = content if truncated else [*content, self.end_id]
         return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
-    def option_ids(self, options: Sequence[str]) -> list[int]:
+    def option_ids(self, options: Sequence[str], setting: str = "`options` in the template set") -> list[int]:
         """The token id of each option, as the model would write it at the answer position.
+
+        Args:
+            setting: where the options come from, for the remedy.
 
         Raises:
             InputError: an option is not exactly one token, or two options are the same token.
@@ -113,11 +116,13 @@ class Renderer:
             if len(encoded) != 1:
                 raise InputError(
                     f"option {option!r} is {len(encoded)} tokens for {self.tokenizer.name_or_path}; "
-                    "set `options` in the template set to texts that are one token each"
+                    f"set {setting} to texts that are one token each"
                 )
             ids.append(encoded[0])
         if len(set(ids)) != len(ids):
-            raise InputError(f"options {list(options)} are the same token; choose options that differ")
+            raise InputError(
+                f"options {list(options)} are the same token; set {setting} to texts that differ"
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -235,7 +240,8 @@ class TemplateSet(BaseModel):
     critiques: tuple[str, ...] = ()
     """Regular expressions, matched at the start of a revision: one that matches is a critique (`sft.drop`)."""
     refusals: tuple[str, ...] = ()
-    """Regular expressions, matched at the start of a response: one that matches declines (`ppo.watch`)."""
+    """Regular expressions, matched at the start of a response: one that matches declines (`ppo.watch`,
+    `evaluate.sets`)."""
     reasons: tuple[str, ...] = ()
     """Regular expressions, searched in a refusal: where none is found it gives no reason, and is evasive."""
     red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None

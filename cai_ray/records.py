@@ -180,6 +180,25 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("error", _text),
         ]
     ),
+    "sets": pa.schema(
+        [
+            ("id", _text),
+            ("set", _text),
+            ("kind", _text),
+            ("model", _text),
+            ("prompt_id", _text),
+            ("messages", MESSAGES),
+            ("unsafe", pa.bool_()),
+            ("response", _text),
+            ("truncated", pa.bool_()),
+            ("refused", pa.bool_()),
+            ("options", pa.list_(_text)),
+            ("correct", pa.list_(pa.int64())),
+            ("scores", pa.list_(pa.float64())),
+            ("usage", USAGE),
+            ("error", _text),
+        ]
+    ),
 }
 
 

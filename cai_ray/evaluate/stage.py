@@ -18,7 +18,7 @@ from cai_ray.config import EvaluateConfig
 from cai_ray.constitution import Principle
 from cai_ray.engine import Engine, Sampling
 from cai_ray.errors import InputError
-from cai_ray.evaluate import score, transcripts
+from cai_ray.evaluate import harness, score, sets, transcripts
 from cai_ray.evaluate.outcomes import rates
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
 from cai_ray.evaluate.stats import rate
@@ -88,8 +88,8 @@ def run(run: Run) -> dict[str, Any]:
     if best_of:
         asked["sl"] += [_row(f"best_of_{best_of}", p, n) for p in prompts for n in range(best_of)]
     chain = Answer(run_templates(config), config.evaluate, config.seed)
-    sets = {policy: Rows(given, policy) for policy, given in asked.items()}
-    made = list(map_sets(run, "evaluate", sets, chain, schema="judgements").values())
+    given_rows = {policy: Rows(given, policy) for policy, given in asked.items()}
+    made = list(map_sets(run, "evaluate", given_rows, chain, schema="judgements").values())
     rows: list[dict[str, Any]] = []
     greedy: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
@@ -127,13 +127,16 @@ def run(run: Run) -> dict[str, Any]:
         storage.write_table(run.path("evaluate", f"{name}-00000.parquet"), to_table(kept, "judgements"))
     for policy in POLICIES:  # all of its answers are in the three files now
         storage.delete_rows(run.path("evaluate"), policy)
+    metrics["sets"], more = sets.evaluate(run, POLICIES, chain)
+    metrics["harness"] = harness.evaluate(run, POLICIES)
     storage.write_json(run.path("evaluate", "metrics.json"), metrics)
     return {
-        "rows_in": sum(m["rows_in"] for m in made),
-        "rows_out": len(rows),
-        "errors": len(failed),
-        "tokens": {k: sum(m["tokens"][k] for m in made) for k in made[0]["tokens"]},
-        "engine_seconds": made[0]["engine_seconds"],  # of all three: their actors are the same
+        "rows_in": sum(m["rows_in"] for m in made + more),
+        "rows_out": len(rows) + sum(m["rows_out"] - m["errors"] for m in more),
+        "errors": len(failed) + sum(m["errors"] for m in more),
+        "tokens": {k: sum(m["tokens"][k] for m in made + more) for k in made[0]["tokens"]},
+        # Of all three policies: their actors are the same.
+        "engine_seconds": round(sum(m[0]["engine_seconds"] for m in (made, more) if m), 2),
         "engine": made[0]["engine"],
         "models": {m["engine"]["model"]: m["engine"]["model_sha"] for m in made},
     }

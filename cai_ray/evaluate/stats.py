@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def rate(flags: Sequence[bool]) -> dict[str, Any]:
-    """Share of true flags with its 95 % Wilson score interval (Wilson 1927); value None over no flags."""
+def rate(flags: Sequence[float]) -> dict[str, Any]:
+    """Share of true flags with its 95 % Wilson score interval (Wilson 1927); value None over no flags.
+
+    A flag may be true in part, such as an answer that ties with another.
+    """
     n = len(flags)
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0}

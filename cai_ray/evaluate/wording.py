@@ -8,16 +8,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from cai_ray.generate.quality import is_loop
+from cai_ray.generate.quality import is_loop, is_refusal
 from cai_ray.prompts import TemplateSet
 
 PHRASE_WORDS = 5
 """Words of a phrase that many responses may share."""
-
-
-def refuses(text: str, rules: Sequence[str]) -> bool:
-    """Whether a response declines: one of a template set's `refusals` matches at its beginning."""
-    return any(re.match(rule, text) for rule in rules)
 
 
 def evades(text: str, reasons: Sequence[str]) -> bool:
@@ -38,7 +33,7 @@ def seen(row: dict[str, Any], templates: TemplateSet) -> dict[str, Any]:
     text = row["response"]
     refused = row.get("refused")
     if refused is None and templates.refusals:
-        refused = refuses(text, templates.refusals)
+        refused = is_refusal(text, templates.refusals)
     malformed = row.get("malformed")
     return {
         **row,

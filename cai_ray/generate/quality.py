@@ -83,6 +83,11 @@ def kind(revision: str, before: str, critique: str, rules: Sequence[str]) -> Kin
     return "copy" if revision.casefold().split() == before.casefold().split() else "sound"
 
 
+def is_refusal(response: str, rules: Sequence[str]) -> bool:
+    """Whether a response declines, by the template set's `refusals`."""
+    return any(re.match(rule, response) for rule in rules)
+
+
 def is_loop(text: str) -> bool:
     if any(len(run[0]) >= LOOP_CHARACTERS for run in _RUN.finditer(text)):
         return True

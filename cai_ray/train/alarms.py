@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cai_ray.config import WatchConfig
-from cai_ray.evaluate.wording import is_malformed, phrases, refuses
+from cai_ray.evaluate.wording import is_malformed, phrases
+from cai_ray.generate.quality import is_refusal
 
 
 class Snapshot(NamedTuple):
@@ -50,7 +51,7 @@ def measure(
     """
     n = len(responses)
     asked = [text for text, fine in zip(responses, benign, strict=True) if fine]
-    declined = [refuses(text, refusals) for text in asked]
+    declined = [is_refusal(text, refusals) for text in asked]
     bad = [is_malformed(text, cut) for text, cut in zip(responses, truncated, strict=True)]
     return Snapshot(
         step=step,

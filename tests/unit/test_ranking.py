@@ -8,7 +8,8 @@ import pytest
 from cai_ray.evaluate import gold
 from cai_ray.evaluate.outcomes import outcomes, rates
 from cai_ray.evaluate.ranking import Meeting, ratings
-from cai_ray.evaluate.wording import evades, refuses, seen, wording
+from cai_ray.evaluate.wording import evades, seen, wording
+from cai_ray.generate.quality import is_refusal
 from cai_ray.prompts import load_templates
 
 GENERAL = load_templates("general")
@@ -71,7 +72,7 @@ def answer(text: str, **fields: Any) -> dict[str, Any]:
 def test_refusals_and_their_reasons(text: str, refused: bool, evasive: bool | None) -> None:
     found = seen(answer(text), GENERAL)
     assert (found["refused"], found["evasive"], found["malformed"]) == (refused, evasive, False)
-    assert refuses(text, GENERAL.refusals) == refused
+    assert is_refusal(text, GENERAL.refusals) == refused
     if refused:
         assert evades(text, GENERAL.reasons) == evasive
 

@@ -1,0 +1,108 @@
+"""Capability kept: tasks of lm-evaluation-harness (Gao et al. 2021, doi 10.5281/zenodo.5371628) on each policy.
+
+Its library is the extra `lm-eval`. It loads the models by itself with transformers: what it measures is comparable with
+what others publish, and has nothing of the run's template set in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from cai_ray import storage
+from cai_ray.cluster import uses_gpu
+from cai_ray.config import HarnessConfig
+from cai_ray.errors import InputError
+from cai_ray.storage import Run
+
+
+def check(config: HarnessConfig | None) -> None:
+    """
+    Raises:
+        InputError: the library is not installed, or knows no such task.
+    """
+    if config is None:
+        return
+    if find_spec("lm_eval") is None:
+        raise InputError(
+            "evaluate.harness: lm-evaluation-harness is not installed; pip install 'cai_ray[lm-eval]', or leave "
+            "`harness` out"
+        )
+    if config.include_path and not storage.list_files(config.include_path, ".yaml", recursive=True):
+        raise InputError(
+            f"evaluate.harness.include_path={config.include_path}: holds no task files (.yaml); name their folder"
+        )
+    known = set(_tasks(config).all_tasks)
+    for task in config.tasks:
+        if task not in known:
+            raise InputError(
+                f"evaluate.harness.tasks: lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists its "
+                "own, and `include_path` names a folder with others"
+            )
+
+
+def evaluate(run: Run, policies: Sequence[str]) -> dict[str, Any]:
+    """Of each policy {task: {metric: {value, stderr}}}, one after the other, each in a process of its own."""
+    if run.config.evaluate.harness is None:
+        return {}
+    import ray
+
+    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0, max_calls=1)(_measure)
+    return {policy: ray.get(task.remote(run, policy)) for policy in policies}
+
+
+def _measure(run: Run, policy: str) -> dict[str, Any]:
+    import lm_eval
+
+    given, gpu, dtype = run.config.evaluate.harness, uses_gpu(run.config), run.config.engine.dtype
+    assert given is not None
+    seeds = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), run.config.seed
+    )
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={
+            "pretrained": run.model(policy),
+            "dtype": "float32" if dtype == "auto" and not gpu else dtype,
+            "trust_remote_code": False,
+        },
+        tasks=list(given.tasks),
+        task_manager=_tasks(given),
+        num_fewshot=given.num_fewshot,
+        limit=given.limit,
+        batch_size=given.batch_size,
+        device="cuda" if gpu else "cpu",
+        log_samples=False,
+        **seeds,
+    )
+    return {task: results(values) for task, values in found["results"].items()}
+
+
+def results(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """A task's metrics from the library's `acc,none` and `acc_stderr,none`; the name of a filter stays where it is one.
+
+    None where there is no standard error ("N/A").
+    """
+    found = {}
+    for key, value in values.items():
+        metric, comma, chain = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            name = metric if chain == "none" else key
+            found[name] = {
+                "value": _number(value),
+                "stderr": _number(values.get(f"{metric}_stderr,{chain}")),
+            }
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _tasks(config: HarnessConfig) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    folder = config.include_path
+    return TaskManager(include_path=storage.local_folder(folder) if folder else None)
