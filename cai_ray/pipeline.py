@@ -334,7 +334,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     from cai_ray.train import sinks
 
     sinks.check(config.sinks)
-    harness.check(config.evaluate.harness)
+    if "evaluate" in stages:  # reading the library's tasks takes seconds
+        harness.check(config.evaluate.harness)
     for name in stages:
         if OF_METHOD.get(name, config.method) != config.method:
             raise InputError(
