@@ -6,68 +6,20 @@ user has set Matplotlib to. It takes half a second to import, so it is imported 
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby, pairwise, product
-from typing import TYPE_CHECKING, Any, NamedTuple
-from xml.etree import ElementTree
+from collections.abc import Sequence
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, NamedTuple
 
+from cai_ray.report.figures import INK, axes_of, colour, line, svg
 from cai_ray.report.text import percent as share
-from cai_ray.report.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-# The page's variable behind each class that asks for a colour; where several do, the last.
-_COLOURS = {
-    "base": "base",
-    "sl": "sl",
-    "rl": "rl",
-    "control": "control",
-    "c1": "control-1",
-    "c2": "control-2",
-}
-# Matplotlib takes no variable for a colour. It draws in these, and `_svg` puts the variables in their place.
-_INK = {name: f"#c0de{i:02x}" for i, name in enumerate(("ink", "soft", "rule", *_COLOURS.values()), start=1)}
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "cai_ray",
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "font.family": "DejaVu Sans",  # texts are measured in it: it comes with Matplotlib, and most are narrower
-    "font.size": 10.5,
-    "text.color": _INK["ink"],
-    "axes.labelcolor": _INK["soft"],
-    "axes.labelsize": 10.5,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.autolimit_mode": "round_numbers",  # for `_ticks`: the outermost enclose the values
-    "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-3, 5),
-    "grid.color": _INK["rule"],
-    "grid.linewidth": 1,
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
-    **{
-        f"{ticks}.{key}": value
-        for ticks in ("xtick", "ytick")
-        for key, value in {
-            "major.size": 0,
-            "major.pad": 7,
-            "labelsize": 10.5,
-            "labelcolor": _INK["soft"],
-        }.items()
-    },
-}
-_SVG, _HREF = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
-_KEPT = ("d", "x", "y", "transform", "style")  # attributes of what is drawn
 _LONGEST = 28  # characters of a label; its tooltip has them all
 _GAP = 7.0  # between a dot and its label
 _SIDES = (
@@ -127,14 +79,14 @@ def lines(
     if not series:
         return ""
     xs, ys = zip(*[p for line in series for p in line.points], strict=True)
-    with _axes(width, height) as (figure, axes):
+    with axes_of(width, height) as (figure, axes):
         from matplotlib.ticker import MaxNLocator
 
         for line in series:
             faint, dashed = "faint" in line.style, "dashed" in line.style
             axes.plot(
                 *zip(*line.points, strict=True),
-                color=_colour(line.style),
+                color=colour(line.style),
                 alpha=0.4 if faint else 0.8 if dashed else None,
                 linewidth=1 if faint else 2,
                 linestyle=(0, (2, 2)) if dashed else "-",
@@ -150,7 +102,7 @@ def lines(
         alone = 0.5 if min(xs) == max(xs) else 0.0
         axes.set_xlim(min(xs) - alone, max(xs) + alone)
         axes.grid(visible=False, axis="x")
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, width: int = 640) -> str:
@@ -160,16 +112,16 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, width: int 
         return ""
     thick, step, between = 13, 16, 14
     middles, y = [], 0.0
-    with _axes(width, sum(step * len(members) + between for _, members in groups)) as (figure, axes):
+    with axes_of(width, sum(step * len(members) + between for _, members in groups)) as (figure, axes):
         for label, members in groups:
             middles.append(y + step * (len(members) - 1) / 2)
             for bar in members:
                 tip = f"{label}, {bar.name}: {share(bar.value)}"
                 # A bar of nothing still shows whose it is.
-                axes.barh(y, max(bar.value, 0.003), thick, color=_colour(bar.style), gid=_tips([tip]))
+                axes.barh(y, max(bar.value, 0.003), thick, color=colour(bar.style), gid=_tips([tip]))
                 end = bar.value
                 if bar.low is not None and bar.high is not None:
-                    axes.hlines(y, bar.low, bar.high, color=_INK["ink"], linewidth=1.2, alpha=0.65)
+                    axes.hlines(y, bar.low, bar.high, color=INK["ink"], linewidth=1.2, alpha=0.65)
                     end = max(end, bar.high)
                 axes.annotate(
                     share(bar.value),
@@ -177,14 +129,14 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, width: int 
                     (6, 0),
                     textcoords="offset points",
                     va="center",
-                    color=_INK["soft"],
+                    color=INK["soft"],
                 )
                 y += step
             y += between
         axes.set(xlim=(0, 1), xticks=[], ylim=(y - between - step / 2, -step / 2))
-        axes.set_yticks(middles, [_short(label) for label, _ in groups], color=_INK["ink"], fontsize=11.5)
+        axes.set_yticks(middles, [_short(label) for label, _ in groups], color=INK["ink"], fontsize=11.5)
         axes.grid(visible=False)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def frontier(
@@ -204,17 +156,15 @@ def frontier(
     points = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not points:
         return ""
-    with _axes(width, height) as (figure, axes):
+    with axes_of(width, height) as (figure, axes):
         for a, b in pairwise(points):
             if a.path and a.path == b.path:
-                axes.plot([a.x, b.x], [a.y, b.y], color=_colour(b.style), linewidth=1, alpha=0.7)
+                axes.plot([a.x, b.x], [a.y, b.y], color=colour(b.style), linewidth=1, alpha=0.7)
         for p in points:
             tip = f"{p.name}: {_exact(p.x, percent)}, {_exact(p.y, percent)}"
             _dots(axes, [(p.x, p.y)], p.style, [tip], size=30 if p.path else 60)
             for across, up in _intervals(p):
-                axes.plot(
-                    across, up, color=_colour(p.style), linewidth=1.2, alpha=0.55, solid_capstyle="butt"
-                )
+                axes.plot(across, up, color=colour(p.style), linewidth=1.2, alpha=0.55, solid_capstyle="butt")
         corners = [
             (x, y) for p in points for across, up in _intervals(p) for x, y in zip(across, up, strict=True)
         ]
@@ -224,7 +174,7 @@ def frontier(
         axes.set(xlabel=_short(x_label, 80), ylabel=_short(y_label, 50))
         figure.draw_without_rendering()  # now the axes are where they will be
         _name(axes, points)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def matrix(
@@ -252,12 +202,12 @@ def matrix(
     # Names that would touch their neighbours stand upright.
     upright = max(map(len, heads), default=0) * 6.5 > (width - 120) / len(columns)
     high, tall = (24 if few else 14), max(map(len, heads), default=0) * 6.5 if upright else 20
-    with _axes(width, round(high * len(rows) + tall + 10)) as (figure, axes):
+    with axes_of(width, round(high * len(rows) + tall + 10)) as (figure, axes):
         from matplotlib.collections import PolyCollection
 
         corners = [[(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)] for i, j, _ in known]
         # At most so opaque that the number's ink is read on it, in light and dark.
-        shades = [(_INK["rl"], 0.55 * min(max(value, 0.0), 1.0)) for *_, value in known]
+        shades = [(INK["rl"], 0.55 * min(max(value, 0.0), 1.0)) for *_, value in known]
         tips = [f"{rows[i]}, {columns[j]}: {share(value)}" for i, j, value in known]
         axes.add_collection(PolyCollection(corners, facecolors=shades, linewidths=0, gid=_tips(tips)))
         numbers = {(i, j): f"{100 * value:.0f}" for i, j, value in known}
@@ -268,7 +218,7 @@ def matrix(
         axes.set_yticks([i + 0.5 for i in range(len(rows))], [_short(name) for name in rows])
         axes.xaxis.tick_top()
         axes.grid(visible=False)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def diagonal(
@@ -287,34 +237,14 @@ def diagonal(
     placed = [(confidence, right) for confidence, right, _ in points]
     most = max(n for *_, n in points)
     tips = [f"{x_label} {share(x)}: {share(y)} ({n:g})" for x, y, n in points]
-    with _axes(width, height) as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_INK["soft"], linewidth=1, linestyle=(0, (4, 4)))
-        axes.plot(*zip(*placed, strict=True), color=_colour("rl"), linewidth=1.5)
+    with axes_of(width, height) as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=INK["soft"], linewidth=1, linestyle=(0, (4, 4)))
+        axes.plot(*zip(*placed, strict=True), color=colour("rl"), linewidth=1.5)
         _dots(axes, placed, "rl", tips, size=[max(6.0, 180 * n / most) for *_, n in points])
         _ticks(axes, "x", [0, 1], percent=True, most=5)
         _ticks(axes, "y", [0, 1], percent=True, most=5)
         axes.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 40))
-        return _svg(figure, title)
-
-
-@contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A new figure and its axes; within, Matplotlib's settings are ours and nobody else's."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # A character that the measuring font lacks is measured as a box, and drawn by the browser.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]  # its keys are typed as literals
-        figure = Figure((width / 72, height / 72), dpi=72, layout="constrained")  # a point is then a pixel
-        FigureCanvasSVG(figure)
-        axes = figure.subplots()
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        yield figure, axes
+        return svg(figure, title)
 
 
 def _dots(
@@ -326,7 +256,7 @@ def _dots(
 ) -> None:
     """Dots with a tooltip each. `size` is the square of the diameter in pixels."""
     xs, ys = zip(*at, strict=True)
-    axes.scatter(xs, ys, size, color=_colour(style), linewidths=0, zorder=3, gid=_tips(tips))
+    axes.scatter(xs, ys, size, color=colour(style), linewidths=0, zorder=3, gid=_tips(tips))
 
 
 def _tips(texts: Sequence[str]) -> str:
@@ -400,74 +330,10 @@ def _common(a: Bbox, b: Bbox) -> float:
     return max(across, 0.0) * max(up, 0.0)
 
 
-def _colour(style: str) -> str:
-    return _INK[["ink", *(variable for word, variable in _COLOURS.items() if word in style.split())][-1]]
-
-
 def _exact(value: float, percent: bool) -> str:
     return share(value) if percent else f"{value:.4g}"
 
 
 def _short(text: str, most: int = _LONGEST) -> str:
-    text = _line(text)
+    text = line(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _line(text: str) -> str:
-    """A text as one line without what steers a terminal or stands in no XML."""
-    return re.sub(r"[\n\ufffe\uffff]", " ", visible(text))
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """A figure as part of a page: marks and their tooltips, without what a file of its own needs."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    title, text = _line(title), drawn.getvalue()
-    root = ElementTree.fromstring(text.replace(f' xmlns="{_SVG}"', "", 1))  # tags then are plain words
-    for group in root.iter("g"):
-        if (name := group.get("id", "")).startswith("["):
-            marks = group.findall(".//use") or group.findall(".//path")
-            for mark, tip in zip(marks, json.loads(name), strict=True):
-                ElementTree.SubElement(mark, "title").text = _line(tip)
-    about = {"xmlns": _SVG, "viewBox": root.get("viewBox", ""), "role": "img", "aria-label": title}
-    page = ElementTree.Element("svg", about)
-    ElementTree.SubElement(page, "title").text = title
-    # Charts of one page may not share an id.
-    chart = "i" + hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:8]
-    for style, alike in groupby(_marks(root, chart), lambda mark: mark.attrib.pop("style", "")):
-        ElementTree.SubElement(page, "g", {"style": style} if style else {}).extend(alike)
-    return ElementTree.tostring(page, encoding="unicode")
-
-
-def _marks(group: ElementTree.Element, chart: str) -> Iterator[ElementTree.Element]:
-    """What is drawn, in order, out of Matplotlib's groups.
-
-    Clips stay behind: the axes hold their data, and what is written beside them is meant to be seen.
-    """
-    for mark in group:
-        if mark.tag == "g":
-            yield from _marks(mark, chart)
-        elif mark.tag in ("path", "text", "use") or mark.find("path") is not None:
-            mark.tail = None
-            for part in (mark, *mark.findall("path")):  # the path of a definition
-                part.tail = None
-                kept = {key: _trim(key, value) for key, value in part.items() if key in _KEPT}
-                if mark.tag == "use":
-                    kept["href"] = f"#{chart}-{part.get(_HREF, '')[1:]}"
-                elif part is not mark:
-                    kept["id"] = f"{chart}-{part.get('id')}"
-                part.attrib = {key: value for key, value in kept.items() if value}
-            if mark.tag != "text":
-                mark.text = None  # white space
-            yield mark
-
-
-def _trim(key: str, value: str) -> str:
-    """An attribute with the page's variables and font, and places to a tenth of a pixel."""
-    if key != "style":
-        value = re.sub(r"rotate\(-0 [^)]*\)", "", " ".join(value.split()))
-        return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value)
-    value = re.sub(r"font-family: [^;]*;? ?", "", value)
-    for name, colour in _INK.items():
-        value = value.replace(colour, f"var(--{name})")
-    return value

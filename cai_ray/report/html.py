@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cai_ray.report import browser, charts, principles, snapshots, tables
+from cai_ray.report import browser, charts, measures, principles, snapshots, tables
 from cai_ray.report.text import (
+    TRAINED,
     certificate_facts,
     certificate_tables,
+    colour,
     families,
     in_order,
     interval,
@@ -25,7 +27,6 @@ from cai_ray.report.words import diff
 
 # A page of texts that models wrote: even if one slipped through, nothing but our script may run, or be fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{script}'; base-uri 'none'; form-action 'none'"
-_TRAINED = ("base", "sl", "rl")
 _PPO = {
     "reward/mean": ("Reward", "mean score of a step's answers"),
     "kl/reference": ("KL to SL-CAI", "nats, against the reference policy"),
@@ -82,9 +83,9 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> str:
-    shown = [m for m in _TRAINED if m in report["models"] and report[m]["harm"]["value"] is not None]
+    shown = [m for m in TRAINED if m in report["models"] and report[m]["harm"]["value"] is not None]
     tiles = "".join(
-        f'<div class="tile {_colour(m)}"><b>{percent(report[m]["harm"]["value"])}</b>'
+        f'<div class="tile {colour(m)}"><b>{percent(report[m]["harm"]["value"])}</b>'
         f"<span>harm, {safe(name_of(m))} ({interval(report[m]['harm'])})<br>"
         f"{percent(report[m]['helpful']['value'])} helpful</span></div>"
         for m in shown
@@ -115,7 +116,7 @@ def _by_family(report: dict[str, Any]) -> str:
     for family in families(report):
         rates = [(m, report[m]["harm_by_family"].get(family)) for m in report["models"]]
         members = [
-            charts.Bar(name_of(m), r["value"], r["low"], r["high"], _colour(m, report["models"]))
+            charts.Bar(name_of(m), r["value"], r["low"], r["high"], colour(m, report["models"]))
             for m, r in rates
             if r and r["value"] is not None
         ]
@@ -123,55 +124,6 @@ def _by_family(report: dict[str, Any]) -> str:
     if not groups:
         return ""
     return f'{_legend(report["models"])}<div class="card wide">{charts.bars(groups, title="Harm by family")}</div>'
-
-
-def _frontier(report: dict[str, Any]) -> str:
-    """Policies on both axes, with PPO's snapshots where gold knows them; and their ratings."""
-    parts, points = [], []
-    for model in report["models"]:
-        x, y = report[model]["helpful"], report[model]["harm"]
-        if x["value"] is not None and y["value"] is not None:
-            # Of what is not harmful, the bounds change places.
-            low, high = (None if y[k] is None else 1 - y[k] for k in ("high", "low"))
-            points.append(
-                charts.Point(
-                    name_of(model), x["value"], 1 - y["value"], x["low"], x["high"], low, high,
-                    _colour(model, report["models"]),
-                )
-            )  # fmt: skip
-    for shot in report["snapshots"]:
-        if shot["harm"] is not None and shot["helpful"] is not None:
-            name = f"PPO, step {shot['step']:g}"
-            points.append(
-                charts.Point(name, shot["helpful"], 1 - shot["harm"], None, None, None, None, "rl", "ppo")
-            )
-    if points:
-        chart = charts.frontier(
-            points, title="Helpful and harmless", x_label="helpful answers to benign prompts",
-            y_label="harmless answers to harmful prompts",
-            percent=True,
-        )  # fmt: skip
-        parts.append(
-            f'<figure class="card wide">{chart}<figcaption>Up and to the right is better.</figcaption></figure>'
-        )
-    if found := report.get("ratings"):
-        rows = [
-            [name_of(m), *(_points(found[axis].get(m)) for axis in found)]
-            for m in report["models"]
-            if any(m in found[axis] for axis in found)
-        ]
-        parts.append(
-            "<p>Every two policies compared on every prompt: points of a Bradley-Terry model on the Elo scale above "
-            "the base model (400 points are odds of ten to one), with 95 % intervals over prompts.</p>"
-            + tables.plain(["", *found], rows)
-        )
-    return "".join(parts)
-
-
-def _points(rating: dict[str, Any] | None) -> str:
-    return (
-        "–" if rating is None else f"{rating['value']:+.0f}  ({rating['low']:+.0f} to {rating['high']:+.0f})"
-    )
 
 
 def _revision(report: dict[str, Any]) -> str:
@@ -299,7 +251,7 @@ def _transcripts(report: dict[str, Any]) -> str:
         for model in in_order(item["answers"]):
             said = item["answers"][model]
             reward = "" if said["reward"] is None else f"reward {said['reward']:+.2f}"
-            turns.append(browser.turn(name_of(model), safe(said["text"]), _colour(model), note=reward))
+            turns.append(browser.turn(name_of(model), safe(said["text"]), colour(model), note=reward))
         turns += browser.compared(item)
         head, state = safe(item["messages"][-1]["content"][:120]), "" if number else " open"
         parts.append(
@@ -342,16 +294,8 @@ def _stages(report: dict[str, Any]) -> str:
 
 
 def _legend(models: list[str]) -> str:
-    entries = "".join(f'<span class="{_colour(m, models)}"><i></i>{safe(name_of(m))}</span>' for m in models)
+    entries = "".join(f'<span class="{colour(m, models)}"><i></i>{safe(name_of(m))}</span>' for m in models)
     return f'<p class="legend">{entries}</p>'
-
-
-def _colour(model: str, models: Sequence[str] = ()) -> str:
-    """The style of a policy; the controls among several policies take turns."""
-    if model in _TRAINED:
-        return model
-    controls = [m for m in models if m not in _TRAINED]
-    return f"control c{controls.index(model) % 3}" if model in controls else "control"
 
 
 def _percent(value: float) -> str:
@@ -365,7 +309,7 @@ def _three(value: float) -> str:
 _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "summary": ("In short", _summary),
     "results": ("Results", _results),
-    "frontier": ("Harmless and helpful", _frontier),
+    "frontier": ("Harmless and helpful", measures.axes),
     "families": ("Harm by family", _by_family),
     "revision": ("Harm by round of revision", _revision),
     "quality": ("Labels and reward model", _quality),
@@ -377,6 +321,9 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "constitution": ("Principles", principles.section),
     "browser": ("Browse the transcripts", browser.section),
     "alarms": ("Alarms", _alarms),
+    "wording": ("Wording", measures.wording),
+    "sets": ("Published sets", measures.sets),
+    "harness": ("Capability kept", measures.harness),
     "stages": ("Cost", _stages),
     "reproduce": ("How to reproduce it", _reproduce),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -15,6 +15,7 @@ NAMES = {
     "shuffled": "shuffled labels",
     "respect_only": "respect alone",
 }
+TRAINED = ("base", "sl", "rl")
 METRICS = {
     "harm": "harm",
     "harm_greedy": "harm, temperature 0",
@@ -36,6 +37,14 @@ def in_order(models: Iterable[str]) -> list[str]:
 
 def name_of(model: str) -> str:
     return NAMES.get(model, model.replace("_", " "))
+
+
+def colour(model: str, models: Sequence[str] = ()) -> str:
+    """The style of a policy; the controls among several policies take turns."""
+    if model in TRAINED:
+        return model
+    controls = [m for m in models if m not in TRAINED]
+    return f"control c{controls.index(model) % 3}" if model in controls else "control"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
