@@ -240,6 +240,42 @@ def test_one_stage_is_made_again_when_asked(copy: Path) -> None:
     assert (copy / "report" / "index.html").exists()
 
 
+def test_an_edited_principle_costs_its_own_votes(copy: Path, tmp_path: Path) -> None:
+    """The comparisons kept; `diff` says before what it costs, and the two runs are then compared."""
+    before = open_run(str(copy))
+    document = before.config.document
+    reworded = [
+        p.model_copy(update={"comparison": p.comparison.replace("which", "what")}) if p.id == "privacy" else p
+        for p in document.principles
+    ]
+    after = tmp_path / "after.yaml"
+    after.write_text(document.model_copy(update={"principles": tuple(reworded)}).to_yaml())
+    told = succeed("constitution", "diff", copy / "constitution.yaml", after, "--run", copy, "--json").stdout
+    foretold = {row["stage"]: row for row in json.loads(told)["cost"]["kept"]}
+    votes = {r["id"]: {v["principle_id"]: v for v in r["votes"]} for r in before.rows("label")}
+    calls = before.manifest("label")["calls"]
+
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    words = ("errand-town", "--out", other, *settings({**SMALL, "constitution": str(after)}), "--overwrite")
+    kept = ("--keep", "revise,sft,compare")
+    succeed("run", *words, "--until", "label", *kept)
+    run = open_run(str(other))
+    label = run.manifest("label")
+    assert label["calls"] * len(document.principles) == calls
+    gold = sum(1 for r in run.rows("label", name="gold") if r["response_a"] != r["response_b"])
+    assert foretold["label"]["calls"] == label["calls"] + 2 * gold
+    for row in run.rows("label"):
+        for vote in row["votes"]:
+            was = votes[row["id"]][vote["principle_id"]]
+            assert (vote == was) == (vote["principle_id"] != "privacy")
+    assert not (other / "label" / "before").exists()
+
+    pair = json.loads(succeed("report", copy, other, "--json").stdout)
+    assert pair["principles"]["privacy"]["change"] == "changed"
+    assert pair["labels"]["shared"] == len(votes)
+
+
 def test_another_method_goes_on_from_the_labels(copy: Path) -> None:
     """DPO in the place of reward model and PPO: what these left in the directory has no part in what follows."""
     before = _manifests(copy)
