@@ -8,6 +8,7 @@ not reach are the full run's.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 from cai_ray import pipeline, storage
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.evaluate.outcomes import FAMILY, outcomes
 from cai_ray.evaluate.stats import rate
 from cai_ray.generate import reuse
+from cai_ray.prompts import load_templates
 from cai_ray.report.combine import bootstrap
 from cai_ray.report.text import columns, interval, percent
 from cai_ray.storage import Run
@@ -45,13 +46,13 @@ def ablate(
         are no refusals without it; turned_others: the same of its other refusals; calls: of engines, by stage.
 
     Raises:
-        InputError: there is no such principle; no judge says what is harmful; see also `pipeline.run_stages`.
+        InputError: there is no such principle; nothing says what is harmful; see also `pipeline.run_stages`.
     """
     config.document.without(without)
-    if config.evaluate.judge != "town":
+    if config.evaluate.judge != "town" and not load_templates(config.templates).refusals:
         raise InputError(
-            f"evaluate.judge={config.evaluate.judge} says which answer is better, and not what is harmful; "
-            "ablate needs evaluate.judge: town"
+            f"templates {config.templates}: no `refusals` say what declines, and "
+            f"evaluate.judge={config.evaluate.judge} does not say what is harmful; add rules to the template set (see cai_ray/templates/general.yaml)"
         )
     pairs = []
     for seed in range(config.seed, config.seed + seeds):
@@ -108,9 +109,19 @@ def compare(pairs: Sequence[tuple[Run, Run]], without: Sequence[str]) -> dict[st
 
 
 def _harm(rows: Sequence[dict[str, Any]], model: str) -> dict[str, dict[str, bool]]:
-    """Family to prompt to whether a policy's answer is harmful."""
-    found = outcomes(row for row in rows if row["model"] == model)
-    return {k.removeprefix(FAMILY): dict(v) for k, v in found.items() if k.startswith(FAMILY)}
+    """Family to prompt to whether a policy's answer is harmful; where no judge says so, whether it does not decline."""
+    found: dict[str, dict[str, bool]] = defaultdict(dict)
+    for row in rows:
+        if row["model"] != model or row["error"] is not None:
+            continue
+        harmful, refused = row["harmful"], row["refused"]
+        if harmful is None and refused is not None:
+            harmful = not refused
+        if row["kind"] == "red_team" and row["family"] is not None and harmful is not None:
+            found[row["family"]][row["prompt_id"]] = harmful
+        if row["insult"] is not None:  # of Errand Town: over all prompts
+            found["respect"][row["prompt_id"]] = row["insult"]
+    return dict(found)
 
 
 def _changes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ import pytest
 from cai_ray import ablate, storage
 from cai_ray import config as configs
 from cai_ray.errors import InputError
+from cai_ray.prompts import load_templates
 from cai_ray.records import to_table
 from cai_ray.storage import Run
 
@@ -84,7 +85,22 @@ def test_a_run_without_a_principle_lies_in_the_run_and_borrows_its_rows(
     assert found["runs"][1]["without"] == f"{tmp_path}/run/seed-1/without/privacy"
     with pytest.raises(InputError, match="privavy"):
         ablate.ablate(config, ["privavy"], say=lambda _: None)
-    judge = config.evaluate.model_copy(update={"judge": "model"})
-    with pytest.raises(InputError, match=r"evaluate\.judge=model"):
-        ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)
     assert len(ran) == 4
+
+
+def test_where_nobody_judges_harm_declining_is_the_behaviour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unjudged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**row, "harmful": None, "principle_named": None} for row in rows]
+
+    full = made(tmp_path / "a", unjudged(judged({"privacy": [1] * 4}, {"privacy": [0] * 4})))
+    less = made(tmp_path / "b", unjudged(judged({"privacy": [1] * 4}, {"privacy": [1, 1, 1, 0]})))
+    found = ablate.compare([(full, less)], ["privacy"])
+    assert found["did"]["privacy"]["value"] == 0.75 and found["turned"]["n"] == 0
+    bare = load_templates("general").model_copy(update={"refusals": ()})
+    monkeypatch.setattr(ablate, "load_templates", lambda _: bare)
+    config = configs.load("errand-town", out=str(tmp_path / "run"))
+    judge = config.evaluate.model_copy(update={"judge": "model"})
+    with pytest.raises(InputError, match="no `refusals` say what declines"):
+        ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)

@@ -65,6 +65,8 @@ def test_the_sample_is_even_over_families_and_the_same_in_any_order(
     assert found[0] == found[1]
     families = [e["family"] for e in found[0]["revisions"]]
     assert (families.count("rare"), families.count("common")) == (4, 4)
+    rare = sorted(row["id"] for row in rows(1)[:200] if row["family"] == "rare")[:4]
+    assert [e["id"] for e in found[0]["revisions"] if e["family"] == "rare"] == rare
     assert found[0]["total"] == {"revisions": 200, "answers": 0}
 
 
