@@ -52,7 +52,8 @@ def ablate(
     if config.evaluate.judge != "town" and not load_templates(config.templates).refusals:
         raise InputError(
             f"templates {config.templates}: no `refusals` say what declines, and "
-            f"evaluate.judge={config.evaluate.judge} does not say what is harmful; add rules to the template set (see cai_ray/templates/general.yaml)"
+            f"evaluate.judge={config.evaluate.judge} does not say what is harmful; add rules to the template set "
+            "(see cai_ray/templates/general.yaml)"
         )
     pairs = []
     for seed in range(config.seed, config.seed + seeds):
