@@ -30,8 +30,9 @@ def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
         raise InputError(
             f"{run.root}: revise and label are not complete; the cost of an edit shows beside them"
         )
-    revisions, votes = _revisions(run, after), _votes(run, after)
-    changed, voted = revisions[0] > 0, votes[0] > 0 or after.sha != run.constitution().sha
+    *revisions, rows = _revisions(run, after)
+    votes, changed = _votes(run, after), rows > 0
+    voted = votes[0] > 0 or after.sha != run.constitution().sha
     samples = 2 * (run.manifest("compare") or {}).get("rows_out", 0)
     calls = {"revise": revisions, "compare": (samples * changed, samples), "label": votes}
     again, kept = [], []
@@ -53,15 +54,15 @@ def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
     return {"again": again, "kept": kept}
 
 
-def _revisions(run: Run, after: Constitution) -> tuple[int, int]:
-    """Engine calls of stage `revise`, and those from nothing. From the first step that an edit reaches all are new."""
+def _revisions(run: Run, after: Constitution) -> tuple[int, int, int]:
+    """Engine calls of stage `revise`, those from nothing, and rows that change. From the first step that an edit reaches
+    all are new; a row that failed is tried again, and mostly fails again."""
     chain = replace(revise.make_chain(run), constitution=after)
-    config, calls, whole = run.config.revise, 0, 0
+    config, calls, whole, changed = run.config.revise, 0, 0, 0
     per_step = 2 if config.critique else 1
     for row in run.rows("revise", ["id", "messages", "kind", "response", "steps", "error"]):
-        whole += 1
-        if row["error"] is not None:  # it is tried again
-            calls += 1
+        failed = row["error"] is not None
+        whole, calls = whole + 1, calls + failed
         if row["kind"] == "helpful":
             continue
         drawn = draw(
@@ -71,14 +72,16 @@ def _revisions(run: Run, after: Constitution) -> tuple[int, int]:
         slots = [(number, p) for number, p in enumerate(drawn) if p is not None]
         whole += per_step * len(slots)
         known = {step["key"]: step["revision"] for step in row["steps"] or ()}
-        current = row["response"]
-        for place, (number, principle) in enumerate(slots):
-            key = chain.key(row, current, number, principle) if current is not None else None
+        kept, current = [], row["response"]
+        for number, principle in slots if not failed else ():
+            key = chain.key(row, current, number, principle)
             if key not in known:
-                calls += per_step * (len(slots) - place)
                 break
+            kept.append(key)
             current = known[key]
-    return calls, whole
+        calls += per_step * (len(slots) - len(kept))
+        changed += not failed and kept != list(known)
+    return calls, whole, changed
 
 
 def _votes(run: Run, after: Constitution) -> tuple[int, int]:

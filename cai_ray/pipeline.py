@@ -193,6 +193,7 @@ def run_stage(
 
         cluster.connect(run.config)
         _check_cluster(run, name)
+    before = reuse.content(run, name) if done and name in reuse.STAGES else None
     if done and ((force and done["inputs"] == wanted) or name not in reuse.STAGES):
         storage.delete(run.path(name))  # asked for anew, or with nothing in it that could be reused
     elif done:
@@ -212,6 +213,8 @@ def run_stage(
         "versions": versions(),
         **result,
     }
+    if done and before and reuse.content(run, name) == before:
+        manifest["id"] = done["id"]  # the same rows: what was made of them stands
     if kept := {k: changed for k in needs(run.config, name) if (changed := _kept(run, k, keep))}:
         manifest["kept"] = kept
     storage.write_json(run.path(name, "manifest.json"), manifest)

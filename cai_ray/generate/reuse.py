@@ -86,6 +86,16 @@ def with_before(
         yield {**row, "before": json.dumps(found)} if found else row
 
 
+def content(run: Run, stage: str) -> str:
+    """A hash of what a stage's rows say, in whatever order and files, and whatever it took to make them; "" of none."""
+    total = rows = 0
+    for row in run.each_row(stage):
+        if row["error"] is None:
+            said = {k: v for k, v in row.items() if k not in ("usage", "constitution_sha")}
+            total, rows = total + int(derive_id(said), 16), rows + 1
+    return f"{total % 2**64:016x}" if rows else ""
+
+
 def known(row: Mapping[str, Any], within: str | None = None) -> dict[str, dict[str, Any]]:
     """A row's predecessors by key, or what they hold in a column of lists (`steps`, `votes`)."""
     rows = json.loads(row.get("before") or "[]")

@@ -30,6 +30,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{script}';
 _PPO = {
     "reward/mean": ("Reward", "mean score of a step's answers"),
     "kl/reference": ("KL to SL-CAI", "nats, against the reference policy"),
+    "rollout/entropy": ("Entropy", "nats a token, of sampled answers"),
     "rollout/length": ("Length", "tokens of an answer"),
     "rollout/eos_rate": ("Ended by itself", "share of answers within the length limit"),
     "rollout/logprob_gap": ("Engine against trainer", "mean absolute difference of log-probabilities"),
@@ -40,7 +41,14 @@ _DPO = {
     "dpo/ai_margin": ("Margin", "implicit reward of the preferred answer over the other's"),
     "dpo/ai_drift": ("Drift from SL-CAI", "nats, mean of log p_ref - log p of a sampled answer"),
 }
-_FROM_ZERO = {"kl/reference", "rollout/length", "rollout/logprob_gap", "dpo/loss", "dpo/ai_drift"}
+_FROM_ZERO = {
+    "kl/reference",
+    "rollout/entropy",
+    "rollout/length",
+    "rollout/logprob_gap",
+    "dpo/loss",
+    "dpo/ai_drift",
+}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -143,6 +151,7 @@ def _revision(report: dict[str, Any]) -> str:
 
 def _quality(report: dict[str, Any]) -> str:
     label, rm = report["label"], report["rm"]
+    critic = (report.get("critic") or {}).get("all") or {}
     decided = "where the judge has a preference"
     known = [
         (
@@ -165,6 +174,18 @@ def _quality(report: dict[str, Any]) -> str:
             f"preferred slot survives a swap, {decided}",
         ),
         ("slot bias, all", label.get("slot_bias_all"), _percent, "over all votes"),
+        (
+            "critic's recall",
+            (critic.get("recall") or {}).get("value"),
+            _percent,
+            "steps whose principle the answer broke that changed it, as the judge sees it",
+        ),
+        (
+            "critic's precision",
+            (critic.get("precision") or {}).get("value"),
+            _percent,
+            "steps that changed an answer which broke their principle",
+        ),
         (
             "reward model, AI labels",
             rm.get("accuracy_ai"),

@@ -12,6 +12,7 @@ from cai_ray import config as configs
 from cai_ray import pipeline, storage
 from cai_ray.errors import InputError
 from cai_ray.pipeline import Stage
+from cai_ray.records import to_table
 from cai_ray.storage import Run, open_run
 
 CALLS: list[str] = []
@@ -67,6 +68,32 @@ def test_a_stage_that_is_kept_stays_and_those_after_it_say_so(tmp_path: Path) ->
     same = "revise was made with other inputs: constitution changed"
     with pytest.raises(InputError, match=same):  # kept once is not kept for ever
         go(tmp_path, "without=[privacy]", "sft.epochs=1")
+
+
+def test_a_stage_made_again_with_the_same_rows_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit that no row meets leaves what was made of the rows as it is."""
+    said = {"revision": "sorry"}
+
+    def run(run: Run) -> dict[str, Any]:
+        CALLS.append("revise")
+        row = {
+            "id": "r1",
+            "usage": {"calls": len(CALLS)},
+            "constitution_sha": run.config.document.sha,
+            **said,
+        }
+        run.write_rows("revise", to_table([row], "revisions"))
+        return {"rows_out": 1}
+
+    monkeypatch.setattr(sys.modules["counting_revise"], "run", run)
+    go(tmp_path)
+    go(tmp_path, "without=[privacy]", overwrite=True)
+    assert CALLS == ["revise", "sft", "revise"]
+    said["revision"] = "no"
+    go(tmp_path, "without=[safety]", overwrite=True)
+    assert CALLS == ["revise", "sft", "revise", "revise", "sft"]
 
 
 def test_what_is_not_complete_cannot_be_kept(tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
     assert [row["stage"] for row in found["kept"] if row["seconds"] is not None] == ["label", "rm"]
     assert all(row["seconds"] == 7.0 for row in found["again"])
 
+    last = made[0]["steps"][-1]["principle_id"]
+    off = {row["stage"]: row for row in cost.cost(run, TOWN.without([last]))["again"]}
+    assert off["sft"]["seconds"] == 7.0, (
+        "a step that is left out costs no call, and changes what is trained on"
+    )
+
     same = cost.cost(run, edited(TOWN, "privacy", source="elsewhere"))
     assert all(row["seconds"] is None and not row["calls"] for row in same["again"])
 
