@@ -55,8 +55,8 @@ def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
 
 
 def _revisions(run: Run, after: Constitution) -> tuple[int, int, int]:
-    """Engine calls of stage `revise`, those from nothing, and rows that change. From the first step that an edit reaches
-    all are new; a row that failed is tried again, and mostly fails again."""
+    """Engine calls of stage `revise`, those from nothing, and rows that change. From the first step that an edit
+    reaches all are new; a row that failed is tried again, and mostly fails again."""
     chain = replace(revise.make_chain(run), constitution=after)
     config, calls, whole, changed = run.config.revise, 0, 0, 0
     per_step = 2 if config.critique else 1
