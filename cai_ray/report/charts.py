@@ -266,14 +266,16 @@ def _tips(texts: Sequence[str]) -> str:
 
 def _ticks(axes: Axes, axis: str, values: Sequence[float], *, percent: bool = False, most: int = 4) -> None:
     """Gives the axis x or y the round numbers that enclose the values, in `most` steps or fewer; it ends with them."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = min(values), max(values)
     around = 0.05 * (abs(low) or 1.0) if low == high else 0.0
     ticks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low - around, high + around)
     axes.set(**{f"{axis}ticks": ticks, f"{axis}lim": (ticks[0], ticks[-1])})
     if percent:
-        (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(PercentFormatter(1, symbol=" %"))
+        (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(
+            FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
+        )
 
 
 def _intervals(p: Point) -> list[tuple[tuple[float, float], tuple[float, float]]]:

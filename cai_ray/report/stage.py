@@ -18,7 +18,7 @@ from cai_ray.report.tables import STAGES
 from cai_ray.storage import Run
 
 BOILERPLATE = 0.3
-"""Rise over the base model's of the share of answers that have one phrase in common: more is an alarm."""
+"""Rise over SL-CAI's of the share of answers that have one phrase in common: more is an alarm."""
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -91,9 +91,10 @@ def alarms(run: Run, report: dict[str, Any]) -> list[str]:
             )
         if manifest.get("errors"):
             found.append(f"{name}: {manifest['errors']} of {manifest['rows_in']} rows failed")
+    before = (report["wording"].get("sl") or {}).get("boilerplate")
     for model, wording in report["wording"].items():
-        base = report["wording"].get("base") or {}
-        if wording["boilerplate"] and wording["boilerplate"] - (base.get("boilerplate") or 0) > BOILERPLATE:
+        rose = wording["boilerplate"] is not None and before is not None and wording["boilerplate"] - before
+        if rose and rose > BOILERPLATE:
             share = text.percent(wording["boilerplate"], 0)
             found.append(f"{text.name_of(model)}: {share} of its answers say {wording['phrase']!r}")
     if report["attribution"]:
