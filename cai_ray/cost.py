@@ -60,7 +60,7 @@ def _revisions(run: Run, after: Constitution) -> tuple[int, int, int]:
     chain = replace(revise.make_chain(run), constitution=after)
     config, calls, whole, changed = run.config.revise, 0, 0, 0
     per_step = 2 if config.critique else 1
-    for row in run.rows("revise", ["id", "messages", "kind", "response", "steps", "error"]):
+    for row in run.each_row("revise", ["id", "messages", "kind", "response", "steps", "error"]):
         failed = row["error"] is not None
         whole, calls = whole + 1, calls + failed
         if row["kind"] == "helpful":
@@ -91,7 +91,7 @@ def _votes(run: Run, after: Constitution) -> tuple[int, int]:
     per_vote = 2 if config.mode == "score" else (1 + config.both_orders) * (2 if config.mode == "cot" else 1)
     calls = whole = 0
     for name in ("part", "gold") if config.gold else ("part",):
-        for row in run.rows("label", ["id", "messages", "response_a", "response_b", "votes"], name):
+        for row in run.each_row("label", ["id", "messages", "response_a", "response_b", "votes"], name):
             if row["response_a"] == row["response_b"]:
                 continue
             known = {vote["key"] for vote in row["votes"] or ()}

@@ -12,9 +12,11 @@ import json
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cai_ray import storage
 from cai_ray.config import EngineConfig
@@ -24,6 +26,8 @@ from cai_ray.storage import Run
 STAGES = ("revise", "label")
 """Those whose rows carry keys."""
 FOLDER = "before"
+CHUNK = 8192
+"""Rows whose predecessors are looked for in one pass over what was set aside, and are in memory with them."""
 _COLUMNS = {"revise": ["id", "key", "response", "truncated", "steps"], "label": ["id", "votes"]}
 
 
@@ -70,20 +74,24 @@ def with_before(
     run: Run, stage: str, rows: Iterable[dict[str, Any]], name: str = "part"
 ) -> Iterator[dict[str, Any]]:
     """Rows with their predecessors in `before`, as JSON: a chain reads them by `known`."""
-    if not storage.has_rows(run.path(stage, FOLDER), name):
+    folder = run.path(stage, FOLDER)
+    if not storage.has_rows(folder, name):
         yield from rows
         return
-    try:
-        table = storage.read_tables(run.path(stage, FOLDER), _COLUMNS[stage], name)
-    except pa.ArrowInvalid:  # of a version whose rows carried no keys
-        yield from rows
-        return
-    places = defaultdict(list)
-    for place, row_id in enumerate(table["id"].to_pylist()):
-        places[row_id].append(place)
-    for row in rows:
-        found = [table.slice(i, 1).to_pylist()[0] for i in places.get(row["id"], ())]
-        yield {**row, "before": json.dumps(found)} if found else row
+    rows = iter(rows)
+    while some := list(islice(rows, CHUNK)):
+        found = _predecessors(folder, stage, name, [row["id"] for row in some])
+        for row in some:
+            yield {**row, "before": json.dumps(found[row["id"]])} if row["id"] in found else row
+
+
+def _predecessors(folder: str, stage: str, name: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    wanted = pa.array(ids, pa.string())
+    for table in storage.iter_tables(folder, _COLUMNS[stage], name):
+        for row in table.filter(pc.is_in(table["id"], wanted)).to_pylist():
+            found[row["id"]].append(row)
+    return found
 
 
 def content(run: Run, stage: str) -> str:

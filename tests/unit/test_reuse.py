@@ -165,7 +165,23 @@ def test_rows_of_a_version_without_keys_are_left_alone(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     old = to_table([steps(TOWN)], "revisions").drop_columns(["key"])
     storage.write_table(run.path("revise", reuse.FOLDER, "part-0.parquet"), old)
-    assert list(reuse.with_before(run, "revise", [PROMPT])) == [PROMPT]
+    (row,) = reuse.with_before(run, "revise", [PROMPT])
+    assert reuse.known(row) == {} and reuse.known(row, "steps") != {}, (
+        "steps had keys; the response is asked for"
+    )
+
+
+def test_predecessors_are_found_pass_by_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "CHUNK", 2)
+    run = run_in(tmp_path)
+    ids = [f"c{i}" for i in range(5)]
+    storage.write_table(
+        run.path("label", reuse.FOLDER, "part-0.parquet"),
+        to_table([{**votes(TOWN), "id": name} for name in ids[1:]], "labels"),
+    )
+    found = list(reuse.with_before(run, "label", ({**PAIR, "id": name} for name in ids)))
+    assert [row["id"] for row in found] == ids
+    assert [len(reuse.known(row, "votes")) for row in found] == [0, 5, 5, 5, 5]
 
 
 def test_another_runs_rows_are_borrowed_once(tmp_path: Path) -> None:
