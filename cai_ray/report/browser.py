@@ -46,19 +46,20 @@ def section(report: Mapping[str, Any]) -> str:
 
 def revision(item: Mapping[str, Any]) -> str:
     """A prompt with its first answer, critiques and revisions, and how two answers to it were compared."""
-    turns = [*_prompt(item), turn("first answer", safe(item["response"]))]
-    before = item["response"]
+    return _entry(item, "revision", " ".join(item["changed_by"]), revised(item) + compared(item), item["id"])
+
+
+def revised(item: Mapping[str, Any]) -> list[str]:
+    """The turns from a prompt to its last revision."""
+    turns, before = [*_prompt(item), turn("first answer", safe(item["response"]))], item["response"]
     for step in item["steps"]:
-        number = step["round"]
+        number, title = step["round"], step["title"]
         if step["critique"]:
-            turns.append(turn(f"critique {number}", safe(step["critique"]), "critique", note=step["title"]))
+            turns.append(turn(f"critique {number}", safe(step["critique"]), "critique", note=title))
         shown = diff(before, step["revision"]) if step["changed"] else "unchanged"
-        turns.append(
-            turn(f"revision {number}", shown, "changed" if step["changed"] else "same", note=step["title"])
-        )
+        turns.append(turn(f"revision {number}", shown, "changed" if step["changed"] else "same", note=title))
         before = step["revision"]
-    turns += compared(item)
-    return _entry(item, "revision", " ".join(item["changed_by"]), turns, item["id"])
+    return turns
 
 
 def answer(item: Mapping[str, Any]) -> str:

@@ -9,11 +9,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cai_ray.report import browser, charts, measures, principles, snapshots, tables
+from cai_ray.report import browser, charts, labels, measures, principles, snapshots, tables
 from cai_ray.report.text import (
     TRAINED,
-    certificate_facts,
-    certificate_tables,
     colour,
     families,
     in_order,
@@ -23,7 +21,6 @@ from cai_ray.report.text import (
     safe,
     summary,
 )
-from cai_ray.report.words import diff
 
 # A page of texts that models wrote: even if one slipped through, nothing but our script may run, or be fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{script}'; base-uri 'none'; form-action 'none'"
@@ -149,82 +146,6 @@ def _revision(report: dict[str, Any]) -> str:
     return f'<p>{text}</p><div class="card wide">{chart}</div>'
 
 
-def _quality(report: dict[str, Any]) -> str:
-    label, rm = report["label"], report["rm"]
-    critic = (report.get("critic") or {}).get("all") or {}
-    decided = "where the judge has a preference"
-    known = [
-        (
-            "label accuracy",
-            label.get("accuracy"),
-            _percent,
-            f"AI labels on the right side of one half, {decided}",
-        ),
-        (
-            "calibration error",
-            label.get("ece"),
-            _three,
-            "of the labels, after one scale fitted on development pairs",
-        ),
-        ("… raw", label.get("ece_raw"), _three, "as the feedback model gave them"),
-        (
-            "slot bias, decisive",
-            label.get("slot_bias"),
-            _percent,
-            f"preferred slot survives a swap, {decided}",
-        ),
-        ("slot bias, all", label.get("slot_bias_all"), _percent, "over all votes"),
-        (
-            "critic's recall",
-            (critic.get("recall") or {}).get("value"),
-            _percent,
-            "steps whose principle the answer broke that changed it, as the judge sees it",
-        ),
-        (
-            "critic's precision",
-            (critic.get("precision") or {}).get("value"),
-            _percent,
-            "steps that changed an answer which broke their principle",
-        ),
-        (
-            "reward model, AI labels",
-            rm.get("accuracy_ai"),
-            _percent,
-            "held-out pairs ordered as their AI labels",
-        ),
-        (
-            "reward model, gold",
-            rm.get("accuracy_gold"),
-            _percent,
-            "pairs of answers ordered as by the judge",
-        ),
-    ]
-    rows = [(name, form(value), why) for name, value, form, why in known if value is not None]
-    return tables.facts(rows) if rows else ""
-
-
-def _certificate(report: dict[str, Any]) -> str:
-    proof = report["certificate"]
-    if not proof:
-        return ""
-    parts = [tables.facts(certificate_facts(proof))]
-    if cells := (((proof["gold"] or {}).get("overall") or {}).get("raw") or {}).get("reliability"):
-        chart = charts.diagonal(
-            [(c["probability"], c["share"], c["n"]) for c in cells if c["n"]],
-            title="Calibration of the labels",
-        )
-        parts.append(
-            f'<figure class="card small">{chart}<figcaption>Confidence of a label and how often it is right; on the '
-            "line it is as right as it says.</figcaption></figure>"
-        )
-    for title, head, rows in certificate_tables(proof):
-        parts.append(f"<h3>{safe(title)}</h3>{tables.plain(head, rows)}")
-    return (
-        "<p>What was measured of the labels before the reward model was trained on them "
-        f"(<code>label/certificate.json</code>).</p>{''.join(parts)}"
-    )
-
-
 def _curves(report: dict[str, Any], method: str, curves: dict[str, tuple[str, str]]) -> str:
     runs = report[method].get("seeds") or []
     figures = []
@@ -252,23 +173,7 @@ def _transcripts(report: dict[str, Any]) -> str:
     """A few conversations from end to end, to what each policy says in the end."""
     parts = []
     for number, item in enumerate(report["transcripts"]):
-        turns = [
-            browser.turn("prompt" if m["role"] == "user" else m["role"], safe(m["content"]))
-            for m in item["messages"]
-        ]
-        turns.append(browser.turn("first answer", safe(item["response"])))
-        before = item["response"]
-        for step in item["steps"]:
-            turns.append(
-                browser.turn(
-                    f"critique {step['round']}", safe(step["critique"]), "critique", note=step["title"]
-                )
-            )
-            shown = diff(before, step["revision"]) if step["changed"] else "unchanged"
-            turns.append(
-                browser.turn(f"revision {step['round']}", shown, "changed" if step["changed"] else "same")
-            )
-            before = step["revision"]
+        turns = browser.revised(item)
         for model in in_order(item["answers"]):
             said = item["answers"][model]
             reward = "" if said["reward"] is None else f"reward {said['reward']:+.2f}"
@@ -319,22 +224,14 @@ def _legend(models: list[str]) -> str:
     return f'<p class="legend">{entries}</p>'
 
 
-def _percent(value: float) -> str:
-    return percent(value)
-
-
-def _three(value: float) -> str:
-    return f"{value:.3f}"
-
-
 _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "summary": ("In short", _summary),
     "results": ("Results", _results),
     "frontier": ("Harmless and helpful", measures.axes),
     "families": ("Harm by family", _by_family),
     "revision": ("Harm by round of revision", _revision),
-    "quality": ("Labels and reward model", _quality),
-    "certificate": ("Certificate of the labels", _certificate),
+    "quality": ("Labels and reward model", labels.quality),
+    "certificate": ("Certificate of the labels", labels.certificate),
     "ppo": ("Reinforcement learning", partial(_curves, method="ppo", curves=_PPO)),
     "snapshots": ("Snapshots while it learned", lambda report: snapshots.section(report["snapshots"])),
     "dpo": ("Direct preference optimisation", partial(_curves, method="dpo", curves=_DPO)),
