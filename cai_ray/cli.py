@@ -112,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
         stage.set_defaults(function=_stage)
         if name == "report":
             stage.add_argument(
-                "other", nargs="?", help="with two run directories: the second beside the first"
+                "other",
+                nargs="?",
+                help="with two run directories: the second beside the first (--out: also as a page)",
             )
             stage.add_argument("--json", action="store_true", help="of two runs: as JSON")
             stage.set_defaults(function=_report)
@@ -269,10 +271,13 @@ def _stage(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     if args.other is None:
         return _stage(args)
+    from cai_ray import storage
     from cai_ray.report import compare
     from cai_ray.storage import open_run
 
     found = compare.compare(open_run(args.config), open_run(args.other))
+    if args.out:
+        storage.write_bytes(storage.join(args.out, "index.html"), compare.page(found).encode())
     for line in [json.dumps(found)] if args.json else compare.lines(found):
         print(line)
     return EXIT_DONE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from cai_ray.constitution.differences import differences
 from cai_ray.errors import InputError
 from cai_ray.evaluate.attribution import attribution
 from cai_ray.evaluate.outcomes import FAMILY, outcomes
+from cai_ray.report import tables
 from cai_ray.report.combine import bootstrap
-from cai_ray.report.text import METRICS, columns, interval, name_of, percent
+from cai_ray.report.html import document
+from cai_ray.report.text import METRICS, columns, in_order, interval, name_of, percent, safe
 from cai_ray.storage import Run
 
 DRAWS = 2000
@@ -47,7 +49,7 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
 def _behaviour(a: Run, b: Run) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     judged = [_outcomes(run) for run in (a, b)]
-    for model in judged[1]:
+    for model in in_order(judged[1]):
         if model not in judged[0]:
             continue
         before, after = judged[0][model], judged[1][model]
@@ -111,30 +113,51 @@ def _labels(a: Run, b: Run) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """For a terminal."""
     out = [f"a  {found['a']}", f"b  {found['b']}"]
+    for _, head, rows in _tables(found):
+        out += ["", *columns([head, *rows])]
+    return [*out, "", _about_labels(found["labels"])]
+
+
+def page(found: dict[str, Any]) -> str:
+    """The same as a page to read."""
+    parts = [
+        f"<section><h2>{safe(title)}</h2>{tables.plain(head, rows)}</section>"
+        for title, head, rows in _tables(found)
+    ]
+    title = "Two runs side by side"
+    about = f"a is <code>{safe(found['a'])}</code>, b is <code>{safe(found['b'])}</code>."
+    labels = f"<section><h2>Labels</h2><p>{safe(_about_labels(found['labels']))}</p></section>"
+    return document(title, f"<header><h1>{title}</h1><p>{about}</p></header>{''.join(parts)}{labels}")
+
+
+def _tables(found: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows."""
     for model, metrics in found["behaviour"].items():
-        table = [[name_of(model), "a", "b", "b - a", "", "prompts"]]
-        for metric, cell in metrics.items():
-            name = (
-                f"  {metric.removeprefix(FAMILY)}"
-                if metric.startswith(FAMILY)
-                else METRICS.get(metric, metric)
-            )
+        rows = []
+        for metric, cell in sorted(metrics.items(), key=lambda item: _place(item[0])):
+            name = metric.removeprefix(FAMILY)
             points = "–" if cell["value"] is None else f"{100 * cell['value']:+.1f}"
-            table.append(
-                [name, percent(cell["a"]), percent(cell["b"]), points, interval(cell), str(cell["n"])]
-            )
-        out += ["", *columns(table)]
-    table = [["principle", "", *(f"{name} a, b" for name in COUNTS)]]
+            told = [percent(cell["a"]), percent(cell["b"]), points, interval(cell), str(cell["n"])]
+            rows.append([f"  {name}" if name != metric else METRICS.get(metric, metric), *told])
+        yield name_of(model), [name_of(model), "a", "b", "b - a", "", "prompts"], rows
+    rows = []
     for principle, cell in found["principles"].items():
         numbers = [
             ", ".join("–" if cell[side] is None else str(cell[side][name]) for side in "ab")
             for name in COUNTS
         ]
-        table.append([principle, cell["change"] or "", *numbers])
-    labels = found["labels"]
-    out += ["", *columns(table), ""]
-    out.append(
+        rows.append([principle, cell["change"] or "", *numbers])
+    yield "Principles", ["principle", "", *(f"{name} a, b" for name in COUNTS)], rows
+
+
+def _place(metric: str) -> tuple[int, str]:
+    """Metrics in the order of the report's table, families beneath harm."""
+    known = list(METRICS)
+    return (known.index(metric) if metric in known else known.index("harm"), metric)
+
+
+def _about_labels(labels: dict[str, Any]) -> str:
+    return (
         f"labels: {labels['shared']} of the same responses, {percent(labels['same_side'])} on the same side; "
         f"{labels['only_a']} in a alone, {labels['only_b']} in b alone"
     )
-    return out

@@ -55,12 +55,17 @@ def page(report: dict[str, Any]) -> str:
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in made)
     body = "".join(f'<section id="{anchor}"><h2>{title}</h2>{text}</section>' for anchor, title, text in made)
     title = f"Constitutional AI: {safe(report['name'])}"
+    head = f'<header><h1>{title}</h1><p class="soft">{_about(report)}</p><nav>{links}</nav></header>'
+    return document(title, head + _tiles(report) + body)
+
+
+def document(title: str, body: str) -> str:
+    """A page that stands alone; both are HTML."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY.format(script=_digest())}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_file('style.css')}</style></head><body><main><header><h1>{title}</h1>"
-        f'<p class="soft">{_about(report)}</p><nav>{links}</nav></header>{_tiles(report)}{body}</main>'
+        f"<style>{_file('style.css')}</style></head><body><main>{body}</main>"
         f"<script>{_file('page.js')}</script></body></html>\n"
     )
 

@@ -162,4 +162,6 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert labels["same_side"] == pytest.approx(2 / 3) and labels["difference"] == pytest.approx(0.4 / 3)
     assert (labels["shared"], labels["only_a"], labels["only_b"]) == (3, 1, 0)
     text = "\n".join(compare.lines(found))
-    assert "privacy" in text and "harm" in text
+    page = compare.page(found)
+    for said in ("privacy", "harm", "over-refusal", "RL-CAI", "66.7 % on the same side"):
+        assert said in text and said in page
