@@ -36,6 +36,7 @@ TRUE = Principle(
 def contradictions(run: Run, document: Constitution) -> list[Finding]:
     """Pairs of enabled principles that the feedback model finds in contradiction, the surest first."""
     asked = {row["id"]: row for row in pairs(document)}
+    rows = [{k: v for k, v in row.items() if k != "principles"} for row in asked.values()]
     if not asked:
         return []
     config = run.config
@@ -43,7 +44,7 @@ def contradictions(run: Run, document: Constitution) -> list[Finding]:
     judge = document.model_copy(update={"principles": (TRUE,)})
     chain = Label(judge, load_templates(config.templates), config_label, config.seed)
     model = config.label.model
-    map_rows(run.feedback(), "contradictions", list(asked.values()), chain, model=model, schema="labels")
+    map_rows(run.feedback(), "contradictions", rows, chain, model=model, schema="labels")
     found = [row for row in run.rows("contradictions") if row["error"] is None and row["p_a_raw"] > LIKELY]
     return [
         Finding(

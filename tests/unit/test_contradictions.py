@@ -10,6 +10,7 @@ from cai_ray import config as configs
 from cai_ray import constitution
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.evaluate import contradictions
+from cai_ray.generate.journal import Journal
 from cai_ray.records import to_table
 from cai_ray.storage import Run
 
@@ -45,6 +46,7 @@ def test_what_the_feedback_model_sees_is_told(tmp_path: Path, monkeypatch: pytes
     run = Run(configs.load("errand-town", ["templates=general", "label.combine=mean"], out=str(tmp_path)))
 
     def mapped(run: Run, stage: str, rows: Any, chain: Any, **_: Any) -> None:
+        assert Journal(run, stage, "labels", "part").plan(rows)  # as it would be handed to the actors
         done = [asyncio.run(chain(ScriptedEngine(weigh=sees), row)) for row in rows]
         run.write_rows(stage, to_table(done, "labels"))
 
