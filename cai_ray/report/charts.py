@@ -72,7 +72,7 @@ def lines(
     width: int = 320,
     height: int = 170,
 ) -> str:
-    """Lines over whole-numbered steps. `low` and `high` widen the vertical axis to hold them."""
+    """Lines over steps, which are whole numbers if all are. `low` and `high` widen the vertical axis to hold them."""
     # A value that diverged has no place on an axis.
     series = [line._replace(points=[p for p in line.points if all(map(math.isfinite, p))]) for line in series]
     series = [line for line in series if line.points]
@@ -98,7 +98,8 @@ def lines(
         _ticks(axes, "y", [*ys, *(v for v in (low, high) if v is not None)], percent=percent)
         if low is not None and low <= min(ys):
             axes.set_ylim(bottom=low)  # also where all values are `low`: nothing lies below
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        whole = all(float(x).is_integer() for x in xs)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole, min_n_ticks=1, steps=[1, 2, 5, 10]))
         alone = 0.5 if min(xs) == max(xs) else 0.0
         axes.set_xlim(min(xs) - alone, max(xs) + alone)
         axes.grid(visible=False, axis="x")

@@ -60,20 +60,32 @@ def section(snapshots: Sequence[Mapping[str, Any]]) -> str:
         ]
         for s in snapshots
     ]
-    curves = [
-        charts.Line([(s["step"], s[key]) for s in snapshots if s[key] is not None], style, name)
-        for key, style, name in (("opinion", "sl", "second opinion"), ("harm", "rl", "harm (gold)"))
-    ]
-    chart = charts.lines(
-        [line for line in curves if line.points],
-        title="Second opinion and gold by step",
+    distance = sorted(snapshots, key=lambda s: s["sqrt_kl"])
+
+    def curve(key: str, style: str, name: str) -> charts.Line:
+        return charts.Line([(s["sqrt_kl"], s[key]) for s in distance if s[key] is not None], style, name)
+
+    proxy = charts.lines([curve("reward", "rl", "reward at √KL")], title="Reward over the root of the KL")
+    judged = charts.lines(
+        [curve("opinion", "sl", "second opinion at √KL"), curve("harm", "control", "harm (gold) at √KL")],
+        title="Second opinion and gold over the root of the KL",
         percent=True,
         low=0.0,
+    )
+    figures = "".join(
+        f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>'
+        for chart, caption in (
+            (proxy, "The proxy: reward, over √KL to SL-CAI"),
+            (
+                judged,
+                "What it stands for, over √KL: second opinion (blue) and, where it is known, harm by gold",
+            ),
+        )
     )
     return (
         "<p>The policy on development prompts, every few steps. The second opinion is not what PPO trains on. Where "
         f"reward rises and the opinion falls, the policy learns the reward alone.</p>{tables.plain(head, rows)}"
-        f'<figure class="card">{chart}<figcaption>Second opinion and gold, by step</figcaption></figure>'
+        f'<div class="grid-2">{figures}</div>'
     )
 
 

@@ -127,6 +127,11 @@ def test_ids_are_the_charts_own_and_what_is_referred_to_is_there() -> None:
     assert len(found) == len(set(found)) >= 2
 
 
+def test_steps_are_whole_and_distances_are_not() -> None:
+    assert {"0", "1", "2"} <= set(written(charts.lines([Line([(0, 5.0), (2, 6.0)], "rl")], title="steps")))
+    assert "0.2" in written(charts.lines([Line([(0.0, 5.0), (0.5, 6.0)], "rl")], title="distance"))
+
+
 def test_axes_enclose_what_they_are_given() -> None:
     assert {"0 %", "100 %"} <= set(written(lines()))
     assert "−2" in written(charts.lines([Line([(0, -1.2), (1, 3.9)], "rl")], title="reward"))
