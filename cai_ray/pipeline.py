@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -215,7 +216,10 @@ def run_stage(
     }
     if done and before and reuse.content(run, name) == before:
         manifest["id"] = done["id"]  # the same rows: what was made of them stands
-    if kept := {k: changed for k in needs(run.config, name) if (changed := _kept(run, k, keep))}:
+    # All before it, not only those that it reads: what it reads was made from them.
+    if kept := {
+        k: changed for k in takewhile(lambda k: k != name, STAGES) if (changed := _kept(run, k, keep))
+    }:
         manifest["kept"] = kept
     storage.write_json(run.path(name, "manifest.json"), manifest)
     _clear(run, name)

@@ -83,14 +83,15 @@ def alarms(run: Run, report: dict[str, Any]) -> list[str]:
     """What a reader should know before the figures, each in a line."""
     found = list((run.manifest("ppo") or {}).get("alarms") or ())
     found += snapshots.parted(report["snapshots"])
+    kept: dict[tuple[str, str], list[str]] = {}
     for name in STAGES:
         manifest = run.manifest(name) or {}
         for stage, changed in (manifest.get("kept") or {}).items():
-            found.append(
-                f"{name} was made from a {stage} that was kept though {', '.join(changed)} had changed"
-            )
+            kept.setdefault((stage, ", ".join(changed)), []).append(name)
         if manifest.get("errors"):
             found.append(f"{name}: {manifest['errors']} of {manifest['rows_in']} rows failed")
+    for (stage, what), names in kept.items():
+        found.append(f"{stage} was kept though {what} had changed; made after it: {', '.join(names)}")
     before = (report["wording"].get("sl") or {}).get("boilerplate")
     for model, wording in report["wording"].items():
         rose = wording["boilerplate"] is not None and before is not None and wording["boilerplate"] - before

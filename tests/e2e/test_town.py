@@ -263,6 +263,9 @@ def test_an_edited_principle_costs_its_own_votes(copy: Path, tmp_path: Path) -> 
     run = open_run(str(other))
     label = run.manifest("label")
     assert label["calls"] * len(document.principles) == calls
+    assert label["kept"] == {"revise": ["constitution"]}, (
+        "it reads none of revise's rows, but what was made of them"
+    )
     gold = sum(1 for r in run.rows("label", name="gold") if r["response_a"] != r["response_b"])
     assert foretold["label"]["calls"] == label["calls"] + 2 * gold
     for row in run.rows("label"):

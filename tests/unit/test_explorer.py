@@ -98,6 +98,17 @@ def test_the_page_holds_every_filter_and_nothing_runs_that_a_model_wrote(run: Ru
     json.dumps(report, allow_nan=False)
 
 
+def test_what_was_kept_and_what_failed_is_among_the_alarms(tmp_path: Path) -> None:
+    run = make_run(configs.load("errand-town", out=str(tmp_path / "run")))
+    for name in ("label", "rm"):
+        manifest = {**(run.manifest(name) or {}), "seconds": 1.0, "kept": {"revise": ["constitution"]}}
+        storage.write_json(run.path(name, "manifest.json"), {**manifest, "errors": 2, "rows_in": 9})
+    report = stage.build(run)
+    assert "revise was kept though constitution had changed; made after it: label, rm" in report["alarms"]
+    assert "label: 2 of 9 rows failed" in report["alarms"]
+    assert "had changed; made after it" in html.page(report)
+
+
 def test_each_principle_has_a_page_with_what_it_did(run: Run) -> None:
     report = stage.build(run)
     page = principles.section(report)
