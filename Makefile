@@ -12,12 +12,13 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu check format mutants clean
+.PHONY: help setup demo test test-unit test-cluster test-gpu check format mutants clean
 
 help:
 	@echo "make setup    the environment in $(VENV), once (again when the lock changes)"
 	@echo "make demo     set up, then Constitutional AI on the embedded world"
 	@echo "make test     set up, then all tests (unit, ray, e2e)"
+	@echo "make test-cluster  set up, then what needs a cluster: jobs, several nodes, object storage"
 	@echo "make check    lint, format and types"
 	@echo "make mutants  puts known faults in and shows that the tests find them"
 
@@ -42,6 +43,9 @@ test: setup
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit
+
+test-cluster: setup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/cluster
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu

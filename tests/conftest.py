@@ -12,16 +12,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FOLDERS = {"ray", "e2e", "gpu"}
+FOLDERS = {"ray", "e2e", "cluster", "gpu"}
 # What one process runs where there are several (`make test`): tests that share a run or a cluster. The longest first.
 SHARED = {
-    "tests/e2e/test_jobs.py": "run",
     "tests/e2e/test_kill.py": "run",
     "tests/e2e/test_town.py": "run",
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
     "tests/e2e/test_serve.py": "serve",
-    "tests/e2e/test_nodes.py": "nodes",
 }
 
 
