@@ -2,9 +2,9 @@
 
     python benchmarks/load.py [--minutes 15] [--streams 8] [--kill-every 120]
 
-Two replicas of a policy (a random model, whose texts mean nothing) stream answers of 32 to 256 tokens to eight clients. Every two minutes one of the two is
-killed with SIGKILL. An answer that had begun there is cut, and counted apart; what had not begun is to be answered by
-the other one. The last line is JSON:
+Two replicas of a policy (a random model, whose texts mean nothing) stream answers of 32 to 256 tokens to eight clients.
+Every two minutes one of the two is killed with SIGKILL. An answer that had begun there is cut, and counted apart; what
+had not begun is to be answered by the other one. The last line is JSON:
 
 - `failed`: requests with another status than 200, or none within a minute.
 - `cut`: streams that ended without their last line.

@@ -17,8 +17,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# What holds nothing of a run: the page itself, and whether the server is up.
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+# What holds nothing of a run: the pages as such, and whether the server is up.
+OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/readyz"})
 # To send a body that is within bounds.
 _BODY_S = 60
 

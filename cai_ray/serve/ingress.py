@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -27,9 +28,9 @@ from cai_ray import __version__
 from cai_ray.constitution import Constitution, parse
 from cai_ray.errors import InputError
 from cai_ray.prompts import load_templates, plain_messages
-from cai_ray.serve import constitutions, metrics, page
+from cai_ray.serve import answers, constitutions, docs, metrics, page
 from cai_ray.serve.constitutions import Constitutions, named
-from cai_ray.serve.guard import Guard, error_body
+from cai_ray.serve.guard import OPEN_PATHS, Guard, error_body
 from cai_ray.serve.policy import adapters_of
 from cai_ray.serve.schemas import (
     ChatRequest,
@@ -45,20 +46,28 @@ from cai_ray.storage import Run
 
 logger = logging.getLogger("ray.serve")
 
+# By method of the ingress. The critic's answers are described for the schema, and not checked again.
 ROUTES = {
     "page": lambda app: app.get("/", include_in_schema=False),
-    "healthz": lambda app: app.get("/healthz"),
-    "readyz": lambda app: app.get("/readyz"),
-    "models": lambda app: app.get("/v1/models"),
-    "model_data": lambda app: app.get("/v1/models/{model:path}"),
-    "chat": lambda app: app.post("/v1/chat/completions"),
-    "completions": lambda app: app.post("/v1/completions"),
-    "critique": lambda app: app.post("/v1/critique"),
-    "revise": lambda app: app.post("/v1/revise"),
-    "compare": lambda app: app.post("/v1/compare"),
-    "reward": lambda app: app.post("/v1/score"),
-    "constitution": lambda app: app.get("/v1/constitution"),
-    "put_constitution": lambda app: app.put("/v1/constitution"),
+    "docs": lambda app: app.get("/docs", include_in_schema=False),
+    "healthz": lambda app: app.get("/healthz", tags=["operation"]),
+    "readyz": lambda app: app.get("/readyz", tags=["operation"]),
+    "models": lambda app: app.get("/v1/models", tags=["policy"]),
+    "model_data": lambda app: app.get("/v1/models/{model:path}", tags=["policy"]),
+    "chat": lambda app: app.post("/v1/chat/completions", tags=["policy"]),
+    "completions": lambda app: app.post("/v1/completions", tags=["policy"]),
+    "critique": lambda app: app.post(
+        "/v1/critique", **_critic(answers.Critique | answers.SideBySide[answers.Critique])
+    ),
+    "revise": lambda app: app.post(
+        "/v1/revise", **_critic(answers.Revision | answers.SideBySide[answers.Revision])
+    ),
+    "compare": lambda app: app.post(
+        "/v1/compare", **_critic(answers.Comparison | answers.SideBySide[answers.Comparison])
+    ),
+    "reward": lambda app: app.post("/v1/score", **_critic(answers.Score)),
+    "constitution": lambda app: app.get("/v1/constitution", **_critic(answers.ConstitutionText)),
+    "put_constitution": lambda app: app.put("/v1/constitution", **_critic(answers.ConstitutionText)),
 }
 # A request that a dead replica had not begun to answer is given to another one, so often.
 _TRIES = 4
@@ -98,9 +107,16 @@ class Ingress(OpenAiIngress):
     # What is up, and what there is.
 
     async def page(self) -> Response:
+        """A page to try policies and critic."""
         return HTMLResponse(page.html(), headers={"Content-Security-Policy": page.POLICY})
 
+    async def docs(self, request: Request) -> Response:
+        return HTMLResponse(
+            docs.html(request.app.openapi()), headers={"Content-Security-Policy": docs.POLICY}
+        )
+
     async def healthz(self) -> Response:
+        """Whether the server is up."""
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
@@ -112,9 +128,11 @@ class Ingress(OpenAiIngress):
         return JSONResponse(status, status_code=503 if missing else 200)
 
     async def models(self) -> Response:
+        """The policies and adapters."""
         return JSONResponse({"object": "list", "data": [self._card(m) for m in self._model_cards]})
 
     async def model_data(self, model: str) -> Response:
+        """One policy or adapter."""
         if model not in self._model_cards:
             raise HTTPException(404, f"no model {model!r}; there are: {', '.join(self._model_cards)}")
         return JSONResponse(self._card(model))
@@ -127,6 +145,7 @@ class Ingress(OpenAiIngress):
     # The policies.
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """An answer of a policy, as in OpenAI's API; with `explain`, also which principle is at stake in it."""
         control = await self._control(body.model)
         turns = [{"role": m.role, "content": m.text} for m in body.messages]
         for i, turn in enumerate(turns):
@@ -148,6 +167,7 @@ class Ingress(OpenAiIngress):
         return JSONResponse(content | {"explanation": await self._explain(turns, text)})
 
     async def completions(self, body: CompletionsRequest, request: Request) -> Response:
+        """How a policy goes on with raw text."""
         self._log(request, body.prompt)
         asked = CompletionRequest(**self._sampling(body), prompt=body.prompt, logprobs=body.logprobs)
         answer = await self._answered(lambda: super(Ingress, self).completions(asked, request))
@@ -217,18 +237,22 @@ class Ingress(OpenAiIngress):
     # The critic.
 
     async def critique(self, body: CritiqueRequest, request: Request) -> Response:
+        """Critique and revision of a response by each principle, and which one is at stake."""
         asked = (body.conversation(), body.principles, body.max_tokens)
         return await self._asked(body, request, self.critic.critique, *asked)
 
     async def revise(self, body: ReviseRequest, request: Request) -> Response:
+        """Rounds of critique and revision of a response."""
         asked = (body.conversation(), body.principles, body.max_tokens, body.rounds, body.choose, body.seed)
         return await self._asked(body, request, self.critic.revise, *asked)
 
     async def compare(self, body: CompareRequest, request: Request) -> Response:
+        """The soft preference between two responses, both orders averaged."""
         asked = (body.conversation(), body.response_a, body.response_b, body.principles)
         return await self._asked(body, request, self.critic.compare, *asked)
 
     async def reward(self, body: ScoreRequest, request: Request) -> Response:
+        """The reward model's score of a response."""
         if self.scorer is None:
             raise HTTPException(404, "this run has no reward model; train one with `cai-ray rm`")
         self._log(request, body.conversation())
@@ -262,6 +286,7 @@ class Ingress(OpenAiIngress):
     # The constitution.
 
     async def constitution(self) -> Response:
+        """The constitution that the critic asks by, and those before it."""
         await self._look()
         document, *before = self.constitutions.documents
         return JSONResponse(
@@ -274,6 +299,7 @@ class Ingress(OpenAiIngress):
         )
 
     async def put_constitution(self, body: ConstitutionRequest, request: Request) -> Response:
+        """Puts another constitution into the critic, from the next request on. Needs a key that may."""
         key = request.scope.get("key")
         if key is not None and not key.admin:
             return JSONResponse(
@@ -354,8 +380,16 @@ class Ingress(OpenAiIngress):
 def make_ingress(settings: ServeSettings) -> type:
     """The ingress class with its routes, behind the guard."""
     app = FastAPI(
-        title="cai_ray", version=__version__, description="Policies (OpenAI API) and critic of one run."
+        title="cai_ray",
+        version=__version__,
+        description="Policies (OpenAI API) and critic of one run.",
+        docs_url=None,  # these fetch scripts from elsewhere
+        redoc_url=None,
+        responses={
+            code: {"model": answers.Error} for code in (400, 401, 404, 408, 411, 413, 429, 500, 503, 504)
+        },
     )
+    app.openapi = partial(_schema, app)  # type: ignore[method-assign]
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_middleware(
@@ -373,6 +407,24 @@ def make_ingress(settings: ServeSettings) -> type:
             allow_headers=["Authorization", "Content-Type"],
         )
     return make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=app)
+
+
+def _critic(answer: Any) -> dict[str, Any]:
+    return {"tags": ["critic"], "responses": {200: {"model": answer}}}
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI schema: with the bearer token, and without the 422 that no answer has here."""
+    found = FastAPI.openapi(app)
+    if "security" not in found:
+        found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"token": []}]
+        for path, methods in found["paths"].items():
+            for method in methods.values():
+                method["responses"].pop("422", None)
+                if path in OPEN_PATHS:
+                    method["security"] = []
+    return found
 
 
 async def _translated(answer: Awaitable[Any]) -> Any:
