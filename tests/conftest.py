@@ -20,6 +20,7 @@ SHARED = {
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
     "tests/e2e/test_serve.py": "serve",
+    "tests/e2e/test_serve_page.py": "serve",
 }
 
 

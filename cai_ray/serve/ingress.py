@@ -98,7 +98,9 @@ class Ingress(OpenAiIngress):
     # What is up, and what there is.
 
     async def page(self) -> Response:
-        return HTMLResponse(page.html(), headers={"Content-Security-Policy": page.POLICY})
+        return HTMLResponse(
+            page.html(self.settings.no_auth), headers={"Content-Security-Policy": page.POLICY}
+        )
 
     async def healthz(self) -> Response:
         return JSONResponse({"status": "ok"})

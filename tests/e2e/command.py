@@ -15,6 +15,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TOKEN = "a token for the test"
 
 # Few rows and few steps of the packaged configuration: every stage is real, and none is long.
 SMALL = {
