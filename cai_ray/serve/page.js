@@ -16,7 +16,7 @@
     element.append(...children.filter((child) => child));
     return element;
   };
-  const text = (said, className = "body") => make("p", { className, dir: "auto" }, said);
+  const text = (said, className = "body") => make("p", { className, dir: "auto" }, said.trim());
   const name = (model) => NAMES[model] ?? model;
   const by = ({ name, version, sha }) => make("small", {}, `${name} ${version} `, make("code", {}, sha));
   const share = (p) => make("span", { className: "share", title: "probability of being at stake" }, `p = ${p.toFixed(2)}`);
@@ -149,7 +149,7 @@
     return make(
       "div",
       { className: "verdict" },
-      constitutions().length > 1 && make("small", {}, `By the ${which} constitution`),
+      constitutions().length > 1 && make("small", {}, `The ${which} constitution`),
       make("p", { className: "stake" }, line, share(p_at_stake)),
       top && text(critique),
       make("details", {}, make("summary", {}, `All principles asked (${rows.length})`), make("ul", {}, ...rows)),
