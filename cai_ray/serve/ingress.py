@@ -108,7 +108,9 @@ class Ingress(OpenAiIngress):
 
     async def page(self) -> Response:
         """A page to try policies and critic."""
-        return HTMLResponse(page.html(), headers={"Content-Security-Policy": page.POLICY})
+        return HTMLResponse(
+            page.html(self.settings.no_auth), headers={"Content-Security-Policy": page.POLICY}
+        )
 
     async def docs(self, request: Request) -> Response:
         return HTMLResponse(

@@ -24,6 +24,8 @@ POLICY = (
 
 
 @cache
-def html() -> str:
+def html(no_auth: bool = False) -> str:
+    """The page, which asks for a token unless the server does without."""
     page = (_HERE / "page.html").read_text(encoding="utf-8")
+    page = page.replace("/*token*/", "none" if no_auth else "needed")
     return page.replace("/*style*/", _STYLE).replace("/*script*/", _SCRIPT)
