@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class Guard:
     Args:
         keys: whose requests are answered; None lets everybody in.
         per_minute: requests of one key.
-        observe: told route, method, status and seconds of each request.
+        observe: told scope, status and seconds of each request.
+        log_texts: whether the log may have what an exception says, which can hold texts of requests.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Guard:
         max_body: int = 4 << 20,
         per_minute: int | None = None,
         observe: Callable[[Scope, int, float], None] | None = None,
+        log_texts: bool = False,
     ):
         self.app = app
         self.keys = keys
         self.max_body = max_body
         self.rate = Rate(per_minute) if per_minute else None
         self.observe = observe
+        self.log_texts = log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -116,9 +120,10 @@ class Guard:
 
         try:
             await self.app(scope, receive, watched)
-        except Exception:
+        except Exception as e:
             # Ours to mend: the log has it, the client has a status. Once an answer has begun, it can only be cut off.
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            told = traceback.format_exc() if self.log_texts else "".join(traceback.format_tb(e.__traceback__))
+            logger.error("%s %s failed with %s\n%s", scope["method"], scope["path"], type(e).__name__, told)
             if started:
                 raise
             await reply(send, 500, error_body("the server failed; its log says why", "server_error"))

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from pydantic import ValidationError
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
@@ -153,7 +154,8 @@ class Ingress(OpenAiIngress):
         for i, turn in enumerate(turns):
             _refuse_control(turn["content"], control, f"messages.{i}.content")
         self._log(request, turns)
-        asked = ChatCompletionRequest(
+        asked = _request(
+            ChatCompletionRequest,
             **self._sampling(body),
             messages=plain_messages(self.templates.answer_messages(turns)),
             logprobs=body.logprobs,
@@ -171,7 +173,9 @@ class Ingress(OpenAiIngress):
     async def completions(self, body: CompletionsRequest, request: Request) -> Response:
         """How a policy goes on with raw text."""
         self._log(request, body.prompt)
-        asked = CompletionRequest(**self._sampling(body), prompt=body.prompt, logprobs=body.logprobs)
+        asked = _request(
+            CompletionRequest, **self._sampling(body), prompt=body.prompt, logprobs=body.logprobs
+        )
         answer = await self._answered(lambda: super(Ingress, self).completions(asked, request))
         return self._streamed(answer, None) if isinstance(answer, StreamingResponse) else answer
 
@@ -400,6 +404,7 @@ def make_ingress(settings: ServeSettings) -> type:
         max_body=settings.max_body,
         per_minute=settings.requests_per_minute,
         observe=metrics.observe,
+        log_texts=settings.log_prompts,
     )
     if settings.cors_origins:  # outside the guard: a browser asks first, without the token
         app.add_middleware(
@@ -409,6 +414,14 @@ def make_ingress(settings: ServeSettings) -> type:
             allow_headers=["Authorization", "Content-Type"],
         )
     return make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=app)
+
+
+def _request(kind: Any, **fields: Any) -> Any:
+    """vLLM's request. What it refuses beyond our own limits is the client's to mend, too."""
+    try:
+        return kind(**fields)
+    except ValidationError as e:
+        raise HTTPException(400, e.errors()[0]["msg"]) from None
 
 
 def _critic(answer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `cai-ray serve` adds to answering: several models, revisions, explanations, constitutions, limits, the schema."""
+"""What `cai-ray serve` adds to answers: several models, explanations, revisions, constitutions, limits, the schema."""
 
 from __future__ import annotations
 
