@@ -56,7 +56,7 @@ def served(served_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("log") / "serve.log"
     server = Driver(log, *words, env=environment(CAI_RAY_TOKEN=TOKEN))
     try:
-        server.wait_for("serving", 400)  # said when every replica is up
+        server.wait_for("serving", 600)  # said when every replica is up
         yield f"http://127.0.0.1:{port}"
     finally:
         server.process.send_signal(signal.SIGINT)

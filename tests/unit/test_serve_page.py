@@ -1,4 +1,4 @@
-"""The page at `/` as a text: alone, with nothing that its policy would refuse, and in the look of the report."""
+"""The page at `/` as a text: it stands alone, keeps to its own policy, and has the colours of the report."""
 
 import re
 from pathlib import Path
