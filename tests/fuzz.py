@@ -63,7 +63,7 @@ def requests(count: int, seed: int, token: str) -> Iterator[Wrong]:
         if kind < 0.05:
             path = dice.choice(PATHS)
         elif kind < 0.1:
-            method = dice.choice(["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "BREW"])
+            method = dice.choice(["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "PROPFIND"])
         elif kind < 0.15:
             headers["Content-Type"] = dice.choice(
                 ["", "text/plain", "multipart/form-data", "application/xml", "\t"]

@@ -118,7 +118,7 @@ class ChatRequest(_Sampled):
 
 
 class CompletionsRequest(_Sampled):
-    prompt: Text
+    prompt: Annotated[Text, Field(min_length=1)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] = False
     suffix: None = None

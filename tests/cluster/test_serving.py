@@ -35,7 +35,7 @@ def server(served_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     words = ("serve", served_run.root, "--port", port, "--set", "policy.min=2", "--set", "policy.max=2")
     driver = Driver(tmp_path_factory.mktemp("log") / "log", *words, env=environment(CAI_RAY_TOKEN=TOKEN))
     try:
-        driver.wait_for("serving", 400)
+        driver.wait_for("serving", 600)
         yield f"http://127.0.0.1:{port}", driver
     finally:
         driver.end()
