@@ -112,7 +112,7 @@ def test_a_killed_replica_fails_no_request_that_it_had_not_begun(server: tuple[s
 def test_what_has_begun_is_ended_before_the_server_ends(server: tuple[str, Driver]) -> None:
     address, driver = server
     found: list[tuple[int, str]] = []
-    clients = [threading.Thread(target=lambda: found.append(_stream(address, 400, 16))) for _ in range(6)]
+    clients = [threading.Thread(target=lambda: found.append(_stream(address, 150, 16))) for _ in range(6)]
     for client in clients:
         client.start()
     time.sleep(0.5)
