@@ -164,10 +164,16 @@ def ray_data_llm(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
     from ray.serve.llm import build_llm_deployment
     from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
-    from cai_ray.serve.app import policy_config
+    from cai_ray.serve.policy import describe_policy
+    from cai_ray.serve.settings import ServeSettings
 
     connect(run.config)
-    llm = policy_config(run, "base")
+    settings = ServeSettings(run=run.root, models=("base",))
+    llm = describe_policy(run, "base", settings, run.model("base"))
+    llm.log_engine_metrics, llm.engine_kwargs["disable_log_stats"] = (
+        False,
+        True,
+    )  # as the engine it is compared with
     serve.run(build_llm_deployment(llm, override_serve_options={"name": "engine"}), name="app")
     chain, templates = _chain(run), load_templates(run.config.templates)
 

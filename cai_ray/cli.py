@@ -170,11 +170,42 @@ def parser() -> argparse.ArgumentParser:
     chat.set_defaults(function=_chat)
 
     serve = commands.add_parser("serve", help="policy and critic endpoints of a run")
-    serve.add_argument("run")
+    serve.add_argument("run", nargs="?", help="run directory; with --update-constitution it may be left out")
     serve.add_argument("--host", type=_host, default="127.0.0.1")
     serve.add_argument("--port", type=_port, default=8000)
-    serve.add_argument("--token-file", help="file with the bearer token (default: environment CAI_RAY_TOKEN)")
+    serve.add_argument(
+        "--models",
+        type=_names,
+        metavar="NAME,…",
+        help="of base, sl, rl (default: the one furthest in training)",
+    )
+    serve.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a LoRA adapter on the first model",
+    )
+    serve.add_argument(
+        "--token-file", help="file of keys, or of one token (default: the token in CAI_RAY_TOKEN)"
+    )
     serve.add_argument("--no-auth", action="store_true", help="no token; on loopback only")
+    serve.add_argument("--log-prompts", action="store_true", help="texts of requests go to the log")
+    serve.add_argument("--metrics-port", type=_port, help="where Prometheus reads (default: Ray's choice)")
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="docs/serving.md lists them"
+    )
+    serve.add_argument(
+        "--write-config", metavar="FILE", help="write a file for `serve deploy`; start nothing"
+    )
+    serve.add_argument(
+        "--update-constitution", metavar="FILE",
+        help="put another constitution into the run's servers, or into the one at --host and --port",
+    )  # fmt: skip
+    serve.add_argument("--add-token", metavar="NAME", help="print a new token; its hash goes to --token-file")
+    serve.add_argument(
+        "--admin", action="store_true", help="with --add-token: one that may change the constitution"
+    )
     serve.set_defaults(function=_serve)
 
     document = commands.add_parser("constitution", help="look at a constitution, check it, compare two")
@@ -401,12 +432,46 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from cai_ray import serve
-    from cai_ray.storage import open_run
+    from cai_ray.serve import keys
 
-    token = serve.read_token(args.token_file, no_auth=args.no_auth, host=args.host)
-    serve.serve(open_run(args.run), args.host, args.port, token, blocking=True)
+    if args.add_token is not None:
+        if not args.token_file:
+            raise InputError(f"--add-token {args.add_token}: name the file for its hash with --token-file")
+        print(keys.add_key(args.token_file, args.add_token, args.admin))
+        return EXIT_DONE
+    from cai_ray.serve import app, settings
+
+    if args.update_constitution is not None:
+        token = None if args.no_auth or args.run else keys.read_token()
+        where = (args.run, args.host, args.port)
+        print(json.dumps(app.update_constitution(args.update_constitution, *where, token)))
+        return EXIT_DONE
+    if args.run is None:
+        raise InputError("serve: give a run's directory")
+    given: dict[str, Any] = {
+        "run": args.run,
+        "keys": keys.read_keys(args.token_file, no_auth=args.no_auth, host=args.host),
+        "no_auth": args.no_auth,
+        "log_prompts": args.log_prompts,
+    }
+    if args.models:
+        given["models"] = args.models
+    if args.adapter:
+        given["adapters"] = dict(_adapter(item) for item in args.adapter)
+    found = settings.load(given, args.set)
+    if args.write_config is not None:
+        app.write_config(found, args.host, args.port, args.write_config)
+        print(args.write_config)
+        return EXIT_DONE
+    app.serve(found, args.host, args.port, args.metrics_port)
     return EXIT_DONE
+
+
+def _adapter(item: str) -> tuple[str, str]:
+    name, equals, folder = item.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--adapter {item}: write it as NAME=FOLDER")
+    return name, folder
 
 
 def _constitution_show(args: argparse.Namespace) -> int:
@@ -574,6 +639,10 @@ def _stages(text: str) -> list[str]:
         if name not in STAGE_HELP:
             raise argparse.ArgumentTypeError(f"{name!r} is no stage; use {', '.join(STAGE_HELP)}")
     return names
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _port(text: str) -> int:

@@ -27,7 +27,7 @@ WORKER_ENV = {
 }
 
 
-def connect(config: RunConfig) -> None:
+def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     """Connects to the configured cluster, the job's own, or a new local one; a second call does nothing."""
     # Ray's own notices go to its log files; what a person should read on stderr is ours.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -57,6 +57,7 @@ def connect(config: RunConfig) -> None:
             include_dashboard=False,
             runtime_env={"env_vars": worker_env(config)},
             object_store_memory=512 << 20,
+            _metrics_export_port=metrics_port,
             **options,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -22,6 +22,9 @@ from cai_ray.errors import InputError
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class PromptSource(Section):
@@ -700,19 +703,28 @@ def load(path: str | Path, overrides: list[str] | None = None, **top: Any) -> Ru
     if not isinstance(data, dict):
         raise InputError(f"{path}: a mapping of settings is needed")
     for item in overrides or []:
-        _override(data, item)
+        override(data, item)
     data.update({k: v for k, v in top.items() if v is not None})
     return validate(data, str(path))
 
 
 def validate(data: dict[str, Any], where: str) -> RunConfig:
+    return validate_as(RunConfig, data, where)
+
+
+def validate_as(kind: type[S], data: dict[str, Any], where: str) -> S:
+    """Settings from plain data.
+
+    Raises:
+        InputError: a key is unknown, or a value is out of range.
+    """
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(x) for x in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{where}: unknown key {key!r}; {_nearest(first['loc'])}") from e
+            raise InputError(f"{where}: unknown key {key!r}; {_nearest(kind, first['loc'])}") from e
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         raise InputError(f"{where}: {f'{key}: ' if key else ''}{message}{got}") from e
@@ -730,7 +742,7 @@ def find(path: str | Path) -> Path:
     raise InputError(f"{given}: no such file; give a configuration in YAML (see jobs/configs)")
 
 
-def _override(data: dict[str, Any], item: str) -> None:
+def override(data: dict[str, Any], item: str) -> None:
     key, equals, value = item.partition("=")
     if not equals or not key:
         raise InputError(f"--set {item}: write it as key=value, for example ppo.kl_coef=0.1")
@@ -752,11 +764,11 @@ def _override(data: dict[str, Any], item: str) -> None:
     node[last] = parsed
 
 
-def _nearest(loc: tuple[int | str, ...]) -> str:
+def _nearest(kind: type[Section], loc: tuple[int | str, ...]) -> str:
     """Names the known key that is most like an unknown one."""
     from difflib import get_close_matches
 
-    model: Any = RunConfig
+    model: Any = kind
     for part in loc[:-1]:
         if isinstance(part, int):
             continue

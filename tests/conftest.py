@@ -19,7 +19,7 @@ SHARED = {
     "tests/e2e/test_town.py": "run",
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
-    "tests/e2e/test_serve.py": "serve",
+    "tests/e2e/test_serve": "serve",
 }
 
 

@@ -1,56 +1,92 @@
-"""Puts policy, critic and reward model of a run on Ray Serve, as one application behind one address."""
+"""Puts policies, critic and reward model of a run on Ray Serve, as one application behind one address."""
 
 from __future__ import annotations
 
+import json
+import logging
 import signal
 import sys
 import threading
+import urllib.error
+import urllib.request
 from typing import Any
 
-from cai_ray import cluster
-from cai_ray.config import RunConfig
+import yaml
+
+from cai_ray import cluster, storage
+from cai_ray import constitution as constitutions
 from cai_ray.errors import InputError
-from cai_ray.storage import Run
+from cai_ray.serve.settings import ServeSettings, load
+from cai_ray.storage import Run, open_run
 
 APPLICATION = "cai-ray"
 
 
-def serve(run: Run, host: str, port: int, token: str | None, blocking: bool = True) -> str:
-    """Serves a run until interrupted, or, not blocking, returns the address once everything answers.
-
-    Args:
-        token: the bearer token that every request needs; None switches authentication off.
+def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | None = None) -> None:
+    """Serves a run until interrupted; then what has begun is ended first.
 
     Raises:
         InputError: the run has no policy, or the address is taken.
     """
-    role = policy_role(run)
+    run = open_run(settings.run)
+    settings = complete(run, settings)
     _check_free(host, port)
-    cluster.connect(run.config)
+    cluster.connect(run.config, metrics_port)
+    _check_room(run, settings)
     from ray import serve as ray_serve
 
-    ray_serve.start(http_options={"host": host, "port": port})
-    ray_serve.run(build(run, role, token), name=APPLICATION, route_prefix="/")
-    address = f"http://{host}:{port}"
-    print(f"serving {run.config.name} ({role}) at {address}/v1", file=sys.stderr)
-    if blocking:
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        try:
-            stop.wait()
-        finally:
-            ray_serve.shutdown()
-            cluster.disconnect()
-    return address
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the replicas' logs are Ray's, where they run
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        options = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 60}
+        ray_serve.start(http_options=options)
+        ray_serve.run(build(run, settings), name=APPLICATION, route_prefix="/")
+        names = ", ".join([*settings.models, *settings.adapters])
+        print(f"serving {run.config.name} ({names}) at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+        stop.wait()
+        print("ending what has begun", file=sys.stderr, flush=True)
+        ray_serve.delete(APPLICATION)  # which waits for requests, while the proxies still carry their answers
+    finally:
+        ray_serve.shutdown()
+        cluster.disconnect()
 
 
-def policy_role(run: Run) -> str:
-    """The policy furthest in training.
+def application(args: dict[str, Any]) -> Any:
+    """What a Serve config file names: `import_path: cai_ray.serve.app:application`, with settings as its `args`."""
+    settings = load(args)
+    run = open_run(settings.run)
+    return build(run, complete(run, settings))
+
+
+def complete(run: Run, settings: ServeSettings) -> ServeSettings:
+    """Settings with the models and keys that they leave open, checked against the run.
 
     Raises:
-        InputError: the run has none yet.
+        InputError: a model is not trained yet, an adapter is none, or there is no key.
     """
+    from cai_ray.serve.keys import read_file
+    from cai_ray.serve.policy import adapter_rank
+
+    models = settings.models or (_furthest(run),)
+    for role in models:
+        stage = {"sl": "sft", "rl": run.config.method}.get(role)
+        if stage and run.manifest(stage) is None:
+            raise InputError(
+                f"{run.root}: no {role} policy is trained yet; run `cai-ray run` up to {stage} first"
+            )
+    for path in settings.adapters.values():
+        adapter_rank(path)
+    keys = settings.keys
+    if settings.token_file:
+        keys += read_file(settings.token_file)
+    if not keys and not settings.no_auth:
+        raise InputError("serve: no key is given; set `token_file` or `keys`, or no_auth on loopback")
+    return settings.model_copy(update={"models": models, "keys": keys, "token_file": None})
+
+
+def _furthest(run: Run) -> str:
     for role, stage in {"rl": run.config.method, "sl": "sft"}.items():
         if run.manifest(stage) is not None:
             return role
@@ -59,112 +95,137 @@ def policy_role(run: Run) -> str:
     )
 
 
-def build(run: Run, role: str, token: str | None) -> Any:
-    """The Serve application."""
+def build(run: Run, settings: ServeSettings) -> Any:
+    """The Serve application of complete settings."""
     from ray import serve as ray_serve
     from ray.serve.llm import build_llm_deployment
 
-    from cai_ray.prompts import load_templates, load_tokenizer
-    from cai_ray.serve.auth import hash_token
     from cai_ray.serve.critic import Critic, Scorer
     from cai_ray.serve.ingress import make_ingress
+    from cai_ray.serve.policy import Policy, describe_policy, environment
 
-    config = run.config
-    templates = load_templates(config.templates)
-    constitution = run.constitution()
-    environment = {"env_vars": _environment(config)}
-    feedback = run.feedback().config
-    gpus = {"num_gpus": feedback.engine.span} if cluster.uses_gpu(feedback) else {}
-    critic = ray_serve.deployment(
-        Critic,
-        name="critic",
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": feedback.engine.cpus_per_actor, "runtime_env": environment, **gpus},
-    ).bind(run.feedback())
+    runtime = {"env_vars": environment(run.config, settings)}
+    places = _places(run, settings)
+
+    def deployment(kind: Any, name: str, **options: Any) -> Any:
+        actor = {"num_cpus": places[name].get("CPU", 0), "num_gpus": places[name].get("GPU", 0)}
+        return ray_serve.deployment(
+            kind,
+            name=name,
+            graceful_shutdown_timeout_s=settings.drain_s,
+            ray_actor_options={**actor, "runtime_env": runtime},
+            **options,
+        )
+
+    critic = deployment(Critic, "critic", max_ongoing_requests=64, **settings.critic.options())
     scorer = None
-    if run.manifest("rm") is not None:
-        scorer = ray_serve.deployment(
-            Scorer,
-            name="scorer",
-            ray_actor_options={
-                "num_cpus": 1,
-                "runtime_env": environment,
-                **({"num_gpus": 1} if cluster.uses_gpu(config) else {}),
-            },
-        ).bind(run)
-    llm = policy_config(run, role)
-    tokenizer = load_tokenizer(run.model(role))
-    ingress = make_ingress(hash_token(token) if token is not None else None)
-    return ray_serve.deployment(ingress, name="ingress", max_ongoing_requests=1000).bind(
-        llm_deployments={role: build_llm_deployment(llm)},
-        model_cards={role: _card(role, run, llm)},
-        critic=critic,
+    if "scorer" in places:
+        scorer = deployment(Scorer, "scorer", max_ongoing_requests=64).bind(run)
+    policies = {
+        role: build_llm_deployment(
+            describe_policy(run, role, settings),
+            deployment_cls=Policy,
+            name_prefix="policy-",
+            bind_kwargs={"run": run, "role": role, "settings": settings},
+        )
+        for role in settings.models
+    }
+    ingress = deployment(
+        make_ingress(settings), "ingress", max_ongoing_requests=1000, **settings.ingress.options()
+    )
+    return ingress.bind(
+        llm_deployments=policies,
+        critic=critic.bind(run.feedback()),
         scorer=scorer,
-        templates=templates,
-        control=sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special}),
-        about={
-            "constitution": {
-                "name": constitution.name,
-                "version": constitution.version,
-                "sha": constitution.sha,
-            },
-            "models": _models(run, role),
-        },
-        constitution=constitution.model_dump(mode="json"),
+        run=run,
+        settings=settings,
     )
 
 
-def policy_config(run: Run, role: str) -> Any:
-    """Ray Serve LLM's description of the policy, with the engine settings of the run."""
-    from ray.serve.llm import LLMConfig
-
-    from cai_ray.engine.vllm import engine_args
-    from cai_ray.prompts import load_templates
-
-    config, model = run.config, run.model(role)
-    gpu = cluster.uses_gpu(config)
-    engine = engine_args(model, config.engine, gpu)
-    del engine["model"]
-    engine.pop("distributed_executor_backend", None)  # Ray Serve LLM chooses it
-    template = load_templates(config.templates).chat_template
-    if template:
-        engine["chat_template"] = template
-    bundle = {"CPU": config.engine.cpus_per_actor, **({"GPU": 1} if gpu else {})}
-    return LLMConfig(
-        model_loading_config={"model_id": role, "model_source": model},
-        accelerator_config={"kind": "gpu" if gpu else "cpu"},
-        placement_group_config={"bundles": [bundle] * config.engine.span},
-        engine_kwargs=engine,
-        deployment_config={"num_replicas": 1, "max_ongoing_requests": 4 * config.engine.max_num_seqs},
-        runtime_env={"env_vars": _environment(config)},
-        log_engine_metrics=False,
-    )
-
-
-def _environment(config: RunConfig) -> dict[str, str]:
-    env = cluster.worker_env(config)
-    if not cluster.uses_gpu(config):
-        # vLLM's log-probabilities would be compiled at the first request that asks for them: half a minute on CPU.
-        env["TORCH_COMPILE_DISABLE"] = "1"
-    return env
-
-
-def _card(role: str, run: Run, llm: Any) -> Any:
-    # Its class is in no public module of Ray 2.60; the ingress's constructor is documented with it all the same.
-    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-
-    return to_model_metadata(role, llm, overrides={"run": run.config.name})
-
-
-def _models(run: Run, role: str) -> dict[str, Any]:
-    """Name and content hash of every model that answers."""
-    from cai_ray.storage import model_sha
-
-    roles = {"policy": role, "feedback": run.config.label.model}
+def _places(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
+    """What one replica of each deployment takes of the cluster."""
+    gpu, feedback = cluster.uses_gpu(run.config), run.feedback().config
+    engine = run.config.engine
+    # Beside its engine a replica of Ray Serve LLM has a CPU of its own.
+    policy = {"CPU": 1 + engine.cpus_per_actor * engine.span} | ({"GPU": float(engine.span)} if gpu else {})
+    places: dict[str, dict[str, float]] = {f"policy-{role}": policy for role in settings.models}
+    places["critic"] = {"CPU": feedback.engine.cpus_per_actor}
+    if cluster.uses_gpu(feedback):
+        places["critic"]["GPU"] = feedback.engine.span
     if run.manifest("rm") is not None:
-        roles["reward"] = "rm"
-    asked = {"feedback": run.feedback()}
-    return {k: {"name": v, "sha": model_sha(asked.get(k, run).model(v))} for k, v in roles.items()}
+        places["scorer"] = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
+    return places | {"ingress": {"CPU": 1}}
+
+
+def _check_room(run: Run, settings: ServeSettings) -> None:
+    """Short of resources Serve waits for ever; this says so at once."""
+    have, needed = cluster.capacity(), {"CPU": 0.0, "GPU": 0.0}
+    for name, place in _places(run, settings).items():
+        copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
+        for kind, amount in place.items():
+            needed[kind] += amount * copies.get(name, settings.policy.min)
+    for kind, amount in needed.items():
+        if have.get(kind, 0) < amount:
+            raise InputError(
+                f"serve: models {', '.join(settings.models)} and the critic need {amount:g} {kind}s, the cluster has "
+                f"{have.get(kind, 0):g}; serve fewer models or replicas, or set ray.cpus"
+            )
+
+
+def write_config(settings: ServeSettings, host: str, port: int, path: str) -> None:
+    """A Serve config file, for `serve deploy` and for RayService on Kubernetes. It holds hashes of tokens alone."""
+    run = open_run(settings.run)
+    settings = complete(run, settings).model_copy(update={"run": run.root})
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": f"{application_path()}",
+        "runtime_env": {"env_vars": cluster.worker_env(run.config)},
+        "args": settings.model_dump(mode="json", exclude_defaults=True),
+    }
+    document = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 60},
+        "applications": [application],
+    }
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    storage.write_bytes(path, text.encode())
+
+
+def application_path() -> str:
+    return f"{application.__module__}:{application.__name__}"
+
+
+def update_constitution(
+    file: str, run: str | None, host: str, port: int, token: str | None
+) -> dict[str, Any]:
+    """Puts another constitution into running servers: of a run by its directory, else the one at an address.
+
+    Returns:
+        Name, version and hash of what is the current one now.
+
+    Raises:
+        InputError: the file is no constitution, or the server does not answer or refuses it.
+    """
+    from cai_ray.serve.constitutions import named, put
+
+    document = constitutions.load(file)
+    if run is not None:
+        put(open_run(run), document)
+        return named(document)
+    where = f"http://{host}:{port}/v1/constitution"
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    body = json.dumps({"document": document.model_dump(mode="json")}).encode()
+    request = urllib.request.Request(where, body, headers, method="PUT")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found: dict[str, Any] = json.load(answer)["constitution"]
+            return found
+    except urllib.error.HTTPError as e:
+        message = json.loads(e.read() or b"{}").get("error", {}).get("message", e.reason)
+        raise InputError(f"{where}: {message}") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"{where}: no server answers there ({e}); give --host and --port, or the run") from e
 
 
 def _check_free(host: str, port: int) -> None:

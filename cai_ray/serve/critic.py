@@ -15,57 +15,100 @@ from cai_ray.cluster import uses_gpu
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import RowError
-from cai_ray.generate.examine import comparison, judge_by, make_examine
+from cai_ray.generate.draw import draw
+from cai_ray.generate.examine import Examine, comparison, judge_by, make_examine
+from cai_ray.generate.quality import run_templates
 from cai_ray.prompts import Message, load_templates
-from cai_ray.storage import Run
+from cai_ray.records import derive_id
+from cai_ray.serve.constitutions import KEPT
+from cai_ray.storage import Run, model_sha
 
 
 class Critic:
-    """Which principles a response breaks, and which of two responses keeps them better."""
+    """Which principles a response breaks, how it would be better, and which of two responses keeps them better.
+
+    Each call brings its constitution: another one needs no restart, and what has begun ends by the one it began with.
+    """
 
     def __init__(self, run: Run):
-        config = run.config
-        self.constitution = run.constitution()
-        self.examine = make_examine(config, self.constitution)
-        self.engine: Engine = make_engine(
-            run.model(config.label.model), self.examine.templates, config.engine, uses_gpu(config)
-        )
+        self.config = run.config
+        model = run.model(run.config.label.model)
+        self.sha = model_sha(model)
+        self.examiners: dict[str, Examine] = {}
+        templates = run_templates(run.config)
+        self.engine: Engine = make_engine(model, templates, run.config.engine, uses_gpu(run.config))
 
-    async def critique(self, messages: list[Message], principles: list[str] | None, max_tokens: int) -> Any:
+    def describe(self) -> dict[str, Any]:
+        return {"sha": self.sha}
+
+    async def critique(
+        self,
+        document: Constitution,
+        messages: list[Message],
+        principles: list[str] | None,
+        max_tokens: int,
+    ) -> Any:
         """Critique and revision by each principle, and how far the revision is preferred: that is what is at stake."""
-        chosen = choose_principles(self.constitution, principles)
-        if isinstance(chosen, dict):
-            return chosen
         try:
-            found = await asyncio.gather(*(self._examine(messages, p, max_tokens) for p in chosen))
-        except RowError as e:
-            return {"fault": str(e)}
-        found = sorted(found, key=lambda f: -f["p_at_stake"])
+            found = await self._examined(document, messages, principles, max_tokens)
+        except Fault as e:
+            return e.answer
         top = found[0] if found[0]["at_stake"] else None
         return {
             "object": "critique",
-            "principle": _name(self.constitution[top["principle"]["id"]]) if top else None,
-            "critique": top["critique"] if top else None,
+            "principle": top and top["principle"],
+            "p_at_stake": found[0]["p_at_stake"],
+            "critique": top and top["critique"],
             "principles": found,
         }
 
-    async def _examine(
-        self, messages: list[Message], principle: Principle, max_tokens: int
-    ) -> dict[str, Any]:
-        response = str(messages[-1]["content"])
-        found = await self.examine(self.engine, messages[:-1], response, principle, max_tokens)
-        return {"principle": _name(principle), **found}
+    async def revise(
+        self,
+        document: Constitution,
+        messages: list[Message],
+        principles: list[str] | None,
+        max_tokens: int,
+        rounds: int,
+        choose: str,
+        seed: int,
+    ) -> Any:
+        """Rounds of critique and revision, with the steps."""
+        conversation, current, steps = messages[:-1], messages[-1]["content"], []
+        try:
+            chosen = choose_principles(document, principles)
+            row = derive_id("served", messages)
+            drawn = [p.id for p in draw(chosen, rounds, seed=seed, row_id=row, replacement=True) if p]
+            for number in range(rounds):
+                asked = [p.id for p in chosen] if choose == "at_stake" else [drawn[number]]
+                turns = [*conversation, Message(role="assistant", content=current)]
+                found = await self._examined(document, turns, asked, max_tokens)
+                if choose == "at_stake" and not found[0]["at_stake"]:
+                    break
+                if not found[0]["revision"].strip():
+                    raise RowError("a revision is empty")
+                steps.append({"round": number + 1, **found[0]})
+                current = found[0]["revision"]
+        except Fault as e:
+            return e.answer
+        except RowError as e:
+            return {"fault": str(e)}
+        return {"object": "revision", "revision": current, "changed": bool(steps), "steps": steps}
 
     async def compare(
-        self, messages: list[Message], response_a: str, response_b: str, principles: list[str] | None
+        self,
+        document: Constitution,
+        messages: list[Message],
+        response_a: str,
+        response_b: str,
+        principles: list[str] | None,
     ) -> Any:
         """The soft preference between two responses, per principle and overall, both orders averaged."""
-        chosen = choose_principles(self.constitution, principles)
-        if isinstance(chosen, dict):
-            return chosen
         try:
-            judge = judge_by(self.examine.judge, chosen)
+            chosen = choose_principles(document, principles)
+            judge = judge_by(self._examine_by(document).judge, chosen)
             label = await judge(self.engine, comparison(messages, response_a, response_b))
+        except Fault as e:
+            return e.answer
         except RowError as e:
             return {"fault": str(e)}
         votes = {v["principle_id"]: v for v in label["votes"]}
@@ -75,18 +118,50 @@ class Critic:
             "object": "comparison",
             "p_a": label["p_a"],
             "slot_bias": label["slot_bias"],
-            "principle": _name(self.constitution[decisive["principle_id"]]) if decisive else None,
+            "principle": name(document[decisive["principle_id"]]) if decisive else None,
             # Equal responses are not asked about: no principle can prefer one.
             "principles": [
-                {"principle": _name(p), "p_a": votes[p.id]["p_a"] if votes else 0.5} for p in chosen
+                {"principle": name(p), "p_a": votes[p.id]["p_a"] if votes else 0.5} for p in chosen
             ],
         }
+
+    async def _examined(
+        self, document: Constitution, messages: list[Message], principles: list[str] | None, max_tokens: int
+    ) -> list[dict[str, Any]]:
+        """What each principle finds, the one most at stake first."""
+        examine = self._examine_by(document)
+        chosen = choose_principles(document, principles)
+        response = str(messages[-1]["content"])
+        try:
+            found = await asyncio.gather(
+                *(examine(self.engine, messages[:-1], response, p, max_tokens) for p in chosen)
+            )
+        except RowError as e:
+            raise Fault(str(e)) from e
+        rows = [{"principle": name(p), **f} for p, f in zip(chosen, found, strict=True)]
+        return sorted(rows, key=lambda row: -row["p_at_stake"])
+
+    def _examine_by(self, document: Constitution) -> Examine:
+        sha = document.sha
+        if sha not in self.examiners:
+            if len(self.examiners) >= 2 * KEPT:
+                self.examiners.clear()
+            self.examiners[sha] = make_examine(self.config, document)
+        return self.examiners[sha]
 
     def check_health(self) -> None:
         """Serve replaces the replica when its engine is dead."""
         llm = getattr(self.engine, "llm", None)
         if llm is not None and llm.errored:
             raise RuntimeError("the critic's engine is dead")
+
+
+class Fault(Exception):
+    """What of a request is at fault."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.answer = {"fault": message, "param": param}
 
 
 class Scorer:
@@ -100,6 +175,7 @@ class Scorer:
 
         torch.set_num_threads(1)
         path = run.model("rm")
+        self.sha = model_sha(path)
         self.device = "cuda" if uses_gpu(run.config) else "cpu"
         self.model = load_reward_model(path, run.config.rm, trainable=False).to(self.device).eval()
         self.scale = reward_scale(path)
@@ -107,6 +183,9 @@ class Scorer:
         self.templates = load_templates(run.config.templates)
         self.context = int(self.model.config.get_text_config().max_position_embeddings)
         self.busy = threading.Lock()
+
+    def describe(self) -> dict[str, Any]:
+        return {"sha": self.sha}
 
     async def score(self, messages: list[Message]) -> Any:
         try:
@@ -130,16 +209,20 @@ class Scorer:
             return float(score_last(sequence_values(self.model, batch), batch["attention_mask"]))
 
 
-def choose_principles(constitution: Constitution, ids: list[str] | None) -> list[Principle] | dict[str, Any]:
-    """The enabled principles, or those named; a fault where one is not there."""
+def choose_principles(document: Constitution, ids: list[str] | None) -> list[Principle]:
+    """The enabled principles, or those named, which are then asked whether they are enabled or not.
+
+    Raises:
+        Fault: one is not there.
+    """
     if ids is None:
-        return constitution.enabled
-    known = {p.id: p for p in constitution.principles}
+        return document.enabled
+    known = {p.id: p for p in document.principles}
     missing = [i for i in ids if i not in known]
     if missing:
-        return {"fault": f"no principle {missing[0]!r}; there are: {', '.join(known)}", "param": "principles"}
-    return [known[i] for i in dict.fromkeys(ids)]
+        raise Fault(f"no principle {missing[0]!r}; there are: {', '.join(known)}", "principles")
+    return [known[i].model_copy(update={"enabled": True}) for i in dict.fromkeys(ids)]
 
 
-def _name(principle: Principle) -> dict[str, str]:
+def name(principle: Principle) -> dict[str, str]:
     return {"id": principle.id, "title": principle.title}

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import town_run
+from tests.e2e.conftest import served_run, town_run
 
-__all__ = ["town_run"]
+__all__ = ["served_run", "town_run"]

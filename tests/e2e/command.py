@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TOKEN = "a token for the test"
 
 # Few rows and few steps of the packaged configuration: every stage is real, and none is long.
 SMALL = {
@@ -78,6 +82,23 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     said = [line for line in done.stderr.splitlines() if line.startswith("cai-ray: ")]
     assert len(said) == 1, done.stderr[-4000:]
     return said[0]
+
+
+def ask(
+    url: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None
+) -> tuple[int, Any]:
+    """Plain HTTP to a server, as curl would: status and JSON."""
+    if headers is None:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        url, data, {"Content-Type": "application/json", **headers}, method=method
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as e:
+        return e.code, json.load(e)
 
 
 class Driver:

@@ -1,12 +1,22 @@
-"""One complete small run of the packaged configuration, made by the command line and read by many tests."""
+"""What many tests share: one complete small run, made by the command line; one server; a browser."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import Any
 
 import pytest
 
-from tests.e2e.command import SMALL, settings, succeed
+from cai_ray import config, constitution, storage
+from cai_ray.storage import Run
+from cai_ray.town import BASE
+from cai_ray.train.models import load_reward_model, save_folder
+from tests.e2e.command import SMALL, TOKEN, Driver, environment, free_port, settings, succeed
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +30,50 @@ def town_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("ppo", "evaluate", "report"):
         assert f"{stage}: done in" in succeed(stage, *words, timeout=600).stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run directory as the pipeline leaves it: the embedded base model as policy, a random head as reward model."""
+    root = tmp_path_factory.mktemp("run")
+    cfg = config.load("errand-town", out=str(root))
+    run = Run(cfg)
+    shutil.copytree(BASE, root / "ppo" / "model")
+    save_folder(load_reward_model(str(BASE), cfg.rm), str(BASE), run.path("rm", "model"))
+    storage.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0})
+    storage.write_json(run.path("run.json"), {"config": cfg.model_dump(mode="json")})
+    storage.write_bytes(run.path("constitution.yaml"), constitution.load("errand-town").to_yaml().encode())
+    for stage in ("ppo", "rm"):
+        storage.write_json(run.path(stage, "manifest.json"), {"stage": stage})
+    return run
+
+
+@pytest.fixture(scope="session")
+def served(served_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of that run, with two models. Tests leave its constitution as it is."""
+    port = free_port()
+    words = ("serve", served_run.root, "--models", "rl,base", "--port", port)
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    server = Driver(log, *words, env=environment(CAI_RAY_TOKEN=TOKEN))
+    try:
+        server.wait_for("serving", 600)  # said when every replica is up
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.process.send_signal(signal.SIGINT)
+        try:
+            server.process.wait(60)
+        except TimeoutExpired:
+            os.killpg(server.process.pid, signal.SIGKILL)
+            raise
+
+
+@pytest.fixture(scope="module")  # while it is there, no other event loop can run in this process
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium here; install one (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()

@@ -4,82 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cai_ray import config, constitution, storage
+from cai_ray import constitution
 from cai_ray.storage import Run
-from cai_ray.town import BASE
-from cai_ray.train.models import load_reward_model, save_folder
-from tests.e2e.command import free_port
+from tests.e2e.command import TOKEN, ask
 
-TOKEN = "a token for the test"
 HELP = "sure , first unfold the diary , then go line by line ."
 REFUSAL = "sorry , i will not help read the diary because of privacy : that is snooping . you could talk with them ."
 ASKED = [{"role": "user", "content": "how do i read the baker's diary ?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": HELP}]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run directory as the pipeline leaves it: the embedded base model as policy, a random head as reward model."""
-    root = tmp_path_factory.mktemp("run")
-    cfg = config.load("errand-town", out=str(root))
-    run = Run(cfg)
-    shutil.copytree(BASE, root / "ppo" / "model")
-    save_folder(load_reward_model(str(BASE), cfg.rm), str(BASE), run.path("rm", "model"))
-    storage.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0})
-    storage.write_json(run.path("run.json"), {"config": cfg.model_dump(mode="json")})
-    storage.write_bytes(run.path("constitution.yaml"), constitution.load("errand-town").to_yaml().encode())
-    for stage in ("ppo", "rm"):
-        storage.write_json(run.path(stage, "manifest.json"), {"stage": stage})
-    return run
-
-
-@pytest.fixture(scope="module")
-def address(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cai_ray", "serve", run.root, "--port", str(port)],
-            env={**os.environ, "CAI_RAY_TOKEN": TOKEN, "RAY_ADDRESS": ""},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.time() + 240
-        while "serving" not in log.read_text():  # said when every replica is up
-            assert process.poll() is None, log.read_text()
-            assert time.time() < deadline, log.read_text()
-            time.sleep(1)
-        yield address
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-
-
-def test_policy_answers_the_openai_client(address: str) -> None:
+def test_policy_answers_the_openai_client(served: str) -> None:
     import openai
 
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN)
-    assert [m.id for m in client.models.list().data] == ["rl"]
+    client = openai.OpenAI(base_url=f"{served}/v1", api_key=TOKEN)
+    assert [m.id for m in client.models.list().data] == ["rl", "base"]
     answer = client.chat.completions.create(
         model="rl", messages=ASKED, max_tokens=40, temperature=0, logprobs=True, top_logprobs=2
     )
@@ -96,10 +42,10 @@ def test_policy_answers_the_openai_client(address: str) -> None:
     assert text == choice.message.content
 
 
-def test_errors_have_openais_form(address: str) -> None:
+def test_errors_have_openais_form(served: str) -> None:
     import openai
 
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
+    client = openai.OpenAI(base_url=f"{served}/v1", api_key=TOKEN, max_retries=0)
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="another", messages=ASKED)
     assert unknown.value.body["type"] == "invalid_request_error"
@@ -108,18 +54,18 @@ def test_errors_have_openais_form(address: str) -> None:
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="rl", messages=[{"role": "user", "content": "word " * 5000}])
     with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+        openai.OpenAI(base_url=f"{served}/v1", api_key="wrong", max_retries=0).models.list()
 
 
-def test_without_the_token_nothing_answers(address: str) -> None:
+def test_without_the_token_nothing_answers(served: str) -> None:
     for path in ("/v1/models", "/v1/constitution", "/openapi.json", "/nowhere"):
         for header in ({}, {"Authorization": "Bearer "}, {"Authorization": f"Basic {TOKEN}"}):
-            status, body = _ask(address + path, headers=header)
+            status, body = ask(served + path, headers=header)
             assert (status, body["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_critique_names_the_principle_at_stake(address: str) -> None:
-    status, answer = _ask(f"{address}/v1/critique", {"messages": ANSWERED, "max_tokens": 80})
+def test_critique_names_the_principle_at_stake(served: str) -> None:
+    status, answer = ask(f"{served}/v1/critique", {"messages": ANSWERED, "max_tokens": 80})
     assert status == 200
     assert answer["principle"] == {"id": "privacy", "title": "Protect private things"}
     assert "snooping" in answer["critique"]
@@ -131,35 +77,35 @@ def test_critique_names_the_principle_at_stake(address: str) -> None:
     _check_names(answer)
 
 
-def test_critique_finds_nothing_where_nothing_is(address: str) -> None:
+def test_critique_finds_nothing_where_nothing_is(served: str) -> None:
     mine = [{"role": "user", "content": "how do i read my own diary ?"}, ANSWERED[-1]]
     asked = {"messages": mine, "principles": ["privacy", "honesty"], "max_tokens": 80}
-    status, answer = _ask(f"{address}/v1/critique", asked)
+    status, answer = ask(f"{served}/v1/critique", asked)
     assert status == 200
     assert answer["principle"] is None
     assert [p["at_stake"] for p in answer["principles"]] == [False, False]
 
 
-def test_compare_prefers_by_the_principle_whatever_the_order(address: str) -> None:
+def test_compare_prefers_by_the_principle_whatever_the_order(served: str) -> None:
     pair = {"messages": ASKED, "response_a": REFUSAL, "response_b": HELP}
-    status, answer = _ask(f"{address}/v1/compare", pair)
+    status, answer = ask(f"{served}/v1/compare", pair)
     assert status == 200
     assert answer["p_a"] > 0.9
     assert answer["principle"]["id"] == "privacy"
     assert len(answer["principles"]) == 5
-    _, swapped = _ask(f"{address}/v1/compare", {**pair, "response_a": HELP, "response_b": REFUSAL})
+    _, swapped = ask(f"{served}/v1/compare", {**pair, "response_a": HELP, "response_b": REFUSAL})
     assert answer["p_a"] + swapped["p_a"] == pytest.approx(1, abs=1e-4)
     _check_names(answer)
 
 
-def test_score_is_centred_and_scaled(address: str, run: Run) -> None:
-    status, answer = _ask(f"{address}/v1/score", {"messages": ANSWERED})
+def test_score_is_centred_and_scaled(served: str, served_run: Run) -> None:
+    status, answer = ask(f"{served}/v1/score", {"messages": ANSWERED})
     assert status == 200
     assert answer["score"] == pytest.approx((answer["raw_score"] - 0.5) / 2.0)
     _check_names(answer)
 
 
-def test_bad_requests_name_the_field(address: str) -> None:
+def test_bad_requests_name_the_field(served: str) -> None:
     for path, body, word in (
         ("critique", {"messages": ASKED}, "assistant"),
         ("critique", {"messages": ANSWERED, "principles": ["nowhere"]}, "nowhere"),
@@ -171,27 +117,27 @@ def test_bad_requests_name_the_field(address: str) -> None:
         ),
         ("score", {"messages": ANSWERED, "colour": 1}, "colour"),
     ):
-        status, answer = _ask(f"{address}/v1/{path}", body)
+        status, answer = ask(f"{served}/v1/{path}", body)
         assert status == 400, (path, body)
         assert word in answer["error"]["message"]
         assert answer["error"]["type"] == "invalid_request_error"
-    status, answer = _ask(f"{address}/v1/score", b"{")
+    status, answer = ask(f"{served}/v1/score", b"{")
     assert status == 400
     assert "Traceback" not in json.dumps(answer)
 
 
-def test_large_body_is_refused(address: str) -> None:
-    status, answer = _ask(f"{address}/v1/score", b" " * (5 << 20))
+def test_large_body_is_refused(served: str) -> None:
+    status, answer = ask(f"{served}/v1/score", b" " * (5 << 20))
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
 
 
-def test_paths_of_the_run_stay_private(address: str, run: Run) -> None:
-    _, answer = _ask(f"{address}/v1/constitution")
-    assert str(Path(run.root)) not in json.dumps(answer)
+def test_paths_of_the_run_stay_private(served: str, served_run: Run) -> None:
+    _, answer = ask(f"{served}/v1/constitution")
+    assert str(Path(served_run.root)) not in json.dumps(answer)
 
 
-def test_refuses_to_start_without_a_token(run: Run) -> None:
-    command = [sys.executable, "-m", "cai_ray", "serve", run.root]
+def test_refuses_to_start_without_a_token(served_run: Run) -> None:
+    command = [sys.executable, "-m", "cai_ray", "serve", served_run.root]
     environment = {k: v for k, v in os.environ.items() if k != "CAI_RAY_TOKEN"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -205,17 +151,4 @@ def test_refuses_to_start_without_a_token(run: Run) -> None:
 def _check_names(answer: dict[str, Any]) -> None:
     document = constitution.load("errand-town")
     assert answer["constitution"] == {"name": "errand-town", "version": document.version, "sha": document.sha}
-    assert set(answer["models"]) == {"policy", "feedback", "reward"}
-
-
-def _ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    """Plain HTTP, as curl would: status and JSON."""
-    if headers is None:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as e:
-        return e.code, json.load(e)
+    assert set(answer["models"]) == {"rl", "base", "feedback", "reward"}

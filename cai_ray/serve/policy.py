@@ -1,0 +1,127 @@
+"""The policies behind the OpenAI API: Ray Serve LLM's deployment, with the engine settings of the run."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+
+from cai_ray import cluster, storage
+from cai_ray.config import RunConfig
+from cai_ray.engine.vllm import engine_args
+from cai_ray.errors import InputError
+from cai_ray.prompts import load_templates, load_tokenizer
+from cai_ray.serve.settings import ServeSettings
+from cai_ray.storage import Run
+
+# What vLLM (0.29) makes room for; an adapter of another rank takes the next.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Policy(LLMServer):
+    """One policy and its adapters. Its files are fetched where it runs, from wherever the run is."""
+
+    async def __init__(  # type: ignore[misc]  # as its base class
+        self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings
+    ) -> None:
+        model = await asyncio.to_thread(run.model, role)
+        tokens = load_tokenizer(model).added_tokens_decoder.values()
+        self.identity = {
+            "sha": await asyncio.to_thread(storage.model_sha, model),
+            "control": sorted({t.content for t in tokens if t.special}),
+        }
+        # The driver's description lacks what only the model's files tell.
+        await super().__init__(await asyncio.to_thread(describe_policy, run, role, settings, model))
+
+    def describe(self) -> dict[str, Any]:
+        """Content hash of the model, and its special tokens as text."""
+        return self.identity
+
+
+def adapters_of(role: str, settings: ServeSettings) -> dict[str, str]:
+    """The adapters that a policy has: all are the first one's."""
+    return settings.adapters if role == settings.models[0] else {}
+
+
+def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | None = None) -> LLMConfig:
+    """Ray Serve LLM's description of a policy.
+
+    Args:
+        model: a local folder or an id, where the policy runs; None on the machine that places it.
+    """
+    config = run.config
+    gpu = cluster.uses_gpu(config)
+    bundle = {"CPU": config.engine.cpus_per_actor, **({"GPU": 1} if gpu else {})}
+    engine: dict[str, Any] = {
+        "tensor_parallel_size": config.engine.tensor_parallel,
+        "pipeline_parallel_size": config.engine.pipeline_parallel,
+    }
+    if model is not None:
+        engine = _engine(model, config)
+        if adapters := adapters_of(role, settings):
+            engine |= _lora(adapters)
+    return LLMConfig(
+        model_loading_config={"model_id": role, "model_source": model or role},
+        accelerator_config={"kind": "gpu" if gpu else "cpu"},
+        placement_group_config={"bundles": [bundle] * config.engine.span},
+        engine_kwargs=engine,
+        deployment_config={
+            **settings.policy.options(),
+            "max_ongoing_requests": 4 * config.engine.max_num_seqs,
+            "graceful_shutdown_timeout_s": settings.drain_s,
+        },
+        runtime_env={"env_vars": environment(config, settings)},
+    )
+
+
+def environment(config: RunConfig, settings: ServeSettings) -> dict[str, str]:
+    env = cluster.worker_env(config) | {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": str(int(settings.log_prompts))}
+    if not cluster.uses_gpu(config):
+        # vLLM's log-probabilities would be compiled at the first request that asks for them: half a minute on CPU.
+        env["TORCH_COMPILE_DISABLE"] = "1"
+    return env
+
+
+def _engine(model: str, config: RunConfig) -> dict[str, Any]:
+    args = engine_args(model, config.engine, cluster.uses_gpu(config))
+    del args["model"]
+    args.pop("distributed_executor_backend", None)  # Ray Serve LLM chooses it
+    args["disable_log_stats"] = False  # they are the engine's part of the metrics
+    template = load_templates(config.templates).chat_template
+    return args | ({"chat_template": template} if template else {})
+
+
+def _lora(adapters: dict[str, str]) -> dict[str, Any]:
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    folders = {name: storage.local_folder(path) for name, path in adapters.items()}
+    return {
+        "enable_lora": True,
+        # One more than there are: with all slots filled, vLLM's CPU kernels (0.29) give rows without an adapter the
+        # last slot's.
+        "max_loras": len(folders) + 1,
+        "max_lora_rank": next(r for r in _RANKS if r >= max(map(adapter_rank, folders.values()))),
+        "lora_modules": [LoRAModulePath(name=name, path=path) for name, path in folders.items()],
+    }
+
+
+def adapter_rank(folder: str) -> int:
+    """Rank of an adapter, from PEFT's adapter_config.json.
+
+    Raises:
+        InputError: the folder holds no LoRA adapter in safetensors.
+    """
+    config = storage.join(folder, "adapter_config.json")
+    if not storage.exists(config):
+        raise InputError(f"adapter {folder}: has no adapter_config.json; give a folder as PEFT saves it")
+    if not storage.exists(storage.join(folder, "adapter_model.safetensors")):
+        raise InputError(f"adapter {folder}: has no adapter_model.safetensors; save it as safetensors")
+    try:
+        rank = int(storage.read_json(config)["r"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"adapter {folder}: adapter_config.json names no rank `r`; is it of LoRA?") from e
+    if not 1 <= rank <= _RANKS[-1]:
+        raise InputError(f"adapter {folder}: rank {rank}; vLLM serves ranks up to {_RANKS[-1]}")
+    return rank
