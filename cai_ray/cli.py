@@ -482,12 +482,12 @@ def _constitution_diff(args: argparse.Namespace) -> int:
         "changes": [c._asdict() for c in changes],
     }
     if args.run:
-        from cai_ray import cost
+        from cai_ray import edit_cost
         from cai_ray.report.text import columns
         from cai_ray.storage import open_run
 
         run = open_run(args.run)
-        found["cost"] = cost.cost(run, after)
+        found["cost"] = edit_cost.cost(run, after)
     if args.json:
         print(json.dumps(found, ensure_ascii=False))
         return EXIT_DONE
@@ -497,7 +497,7 @@ def _constitution_diff(args: argparse.Namespace) -> int:
     print(f"{len(changes)} principles differ, {same} are the same; {before.sha} -> {after.sha}")
     if args.run:
         print()
-        print("\n".join(columns(cost.lines(found["cost"], run.root))))
+        print("\n".join(columns(edit_cost.lines(found["cost"], run.root))))
     return EXIT_DONE
 
 
