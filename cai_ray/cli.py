@@ -342,17 +342,30 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from cai_ray import pipeline
+    from cai_ray.report import text
     from cai_ray.storage import open_run
 
-    rows = pipeline.status(open_run(args.run))
+    run = open_run(args.run)
+    rows = pipeline.status(run)
     if args.json:
         print(json.dumps(rows))
         return EXIT_DONE
+    currency = run.config.prices.currency if run.config.prices else None
+    table = []
     for row in rows:
-        details = f"{row['seconds']:8.1f} s" if "seconds" in row else ""
-        count = f"{row['rows_out']:8d} rows" if "rows_out" in row else ""
-        errors = f"  {row['errors']} errors" if row.get("errors") else ""
-        print(f"{row['stage']:10} {row['state']:8} {details}{count}{errors}".rstrip())
+        times = [row.get(key) for key in ("wall_seconds", "cpu_seconds", "gpu_seconds")]
+        times[0] = times[0] or row.get("seconds")
+        held = [
+            f"{text.duration(t)}{unit}" if t else ""
+            for t, unit in zip(times, ("", " CPU", " GPU"), strict=True)
+        ]
+        count = f"{row['rows_out']} rows" if "rows_out" in row else ""
+        errors = f"{row['errors']} errors" if row.get("errors") else ""
+        table.append(
+            [row["stage"], row["state"], *held, text.price(row.get("money"), currency), count, errors]
+        )
+    kept = [i for i in range(len(table[0])) if any(row[i] for row in table)]
+    print("\n".join(text.columns([[row[i] for i in kept] for row in table])))
     return EXIT_DONE
 
 

@@ -120,6 +120,18 @@ def _tokens(used: Usage, prices: PricesConfig) -> float:
     return (read + used.generated * price.output_per_million_tokens) / 1e6
 
 
+def by_stage(run: Run, names: Iterable[str]) -> dict[str, Spent]:
+    """What each stage took that is done, by its manifest, or that is under way; others are left out."""
+    found, open_ = {}, [a for a in attempts(run) if a.made is None]
+    for name in names:
+        manifest = run.manifest(name)
+        if manifest and manifest.get("resources"):
+            found[name] = Spent.of(manifest["resources"])
+        elif manifest is None and (own := [a for a in open_ if a.stage == name]):
+            found[name] = total(own)
+    return found
+
+
 def over_budget(config: RunConfig, found: Iterable[Attempt]) -> str | None:
     """Which limit these attempts have reached, and how to go on, in a line; None if none is."""
     found = list(found)

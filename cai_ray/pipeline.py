@@ -444,15 +444,21 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
 
 def status(run: Run) -> list[dict[str, Any]]:
-    """Each stage with its state: done, partial or missing."""
-    rows = []
-    for name in stages_of(run.config):
+    """Each stage with its state: done, partial or missing; and what it has cost until now."""
+    rows: list[dict[str, Any]] = []
+    names = stages_of(run.config)
+    spent = cost.by_stage(run, names)
+    for name in names:
         manifest = run.manifest(name)
         if manifest:
             keep = ("seconds", "rows_out", "errors", "finished")
             rows.append({"stage": name, "state": "done", **{k: manifest[k] for k in keep if k in manifest}})
         else:
             rows.append({"stage": name, "state": "partial" if storage.exists(run.path(name)) else "missing"})
+        if name in spent:
+            held = spent[name]
+            rows[-1] |= {key: getattr(held, key) for key in ("wall_seconds", "cpu_seconds", "gpu_seconds")}
+            rows[-1]["money"] = cost.money(held, name, run.config.prices)
     return rows
 
 
