@@ -106,11 +106,13 @@ def parser() -> argparse.ArgumentParser:
         "--keep", type=_stages, default=[], metavar="STAGE,…",
         help="complete stages that stay as they are though their inputs changed",
     )  # fmt: skip
-    run.set_defaults(function=_run)
+    _with_estimate(run).set_defaults(function=_run)
     for name, text in STAGE_HELP.items():
         stage = _with_config(commands.add_parser(name, help=text))
         stage.set_defaults(function=_stage)
-        if name == "report":
+        if name != "report":
+            _with_estimate(stage)
+        else:
             stage.add_argument(
                 "other",
                 nargs="?",
@@ -253,6 +255,15 @@ def _with_config(command: argparse.ArgumentParser, check: bool = True) -> argpar
     return command
 
 
+def _with_estimate(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument(
+        "--estimate", nargs="?", type=_positive, const=32, metavar="PROMPTS",
+        help="what it would take, from a sample of so many prompts that is run beside the run (default: 32)",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="of --estimate: as JSON")
+    return command
+
+
 def _load(args: argparse.Namespace) -> Any:
     from cai_ray import config
 
@@ -308,11 +319,29 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE
+    if getattr(args, "estimate", None):
+        return _estimate(args, config, names)
     try:
         run = pipeline.run_stages(config, names, overwrite=args.overwrite, force=force, keep=keep)
     finally:
         cluster.disconnect()
     print(run.root)
+    return EXIT_DONE
+
+
+def _estimate(args: argparse.Namespace, config: Any, names: list[str]) -> int:
+    from cai_ray import cluster
+    from cai_ray.estimate import estimate, lines
+
+    def say(line: str) -> None:
+        print(f"[sample] {line}", file=sys.stderr, flush=True)
+
+    try:
+        found = estimate(config, names, args.estimate, say)
+    finally:
+        cluster.disconnect()
+    for line in [json.dumps(found)] if args.json else lines(found):
+        print(line)
     return EXIT_DONE
 
 
