@@ -26,7 +26,7 @@ def choose(prompts: Sequence[dict[str, Any]], count: int, seed: int) -> list[dic
     for prompt in prompts:
         kinds[prompt["kind"]].append(prompt)
     chosen: list[dict[str, Any]] = []
-    for rows in kinds.values():
+    for _, rows in sorted(kinds.items()):
         rows.sort(key=lambda row: derive_id(seed, "estimate", row["id"]))
         chosen += rows[: max(1, round(count * len(rows) / len(prompts)))]
     return chosen
