@@ -104,6 +104,7 @@ class Holder:
                 if not self._over:
                     self._say()
             self._wake.wait(BEAT)
+            self._left.wait(BEAT / 10)  # rows may come and go faster than anybody looks
 
     def _say(self) -> None:
         now = time.monotonic()
@@ -205,7 +206,7 @@ class Meter:
         if self.told is None:
             return False
         now = time.monotonic()
-        lately = [json.loads(said) for heard, said in self._heard.values() if now - heard < SILENT]
+        lately = [json.loads(said) for heard, said in list(self._heard.values()) if now - heard < SILENT]
         return all(holder["idle"] for holder in lately)
 
     def _watch(self) -> None:
@@ -216,17 +217,18 @@ class Meter:
                 if time.monotonic() - kept >= KEEP:
                     self._attempt.write(self._run)
                     kept = time.monotonic()
-                if self._before is not None and self.told is None:
-                    self.told = cost.over_budget(self._run.config, [*self._before, self._attempt])
-                    if self.told:
-                        put(self._key, _STATE, self.told.encode())
-                        print(
-                            f"  {self._attempt.stage}: stopping, the budget is spent",
-                            file=sys.stderr,
-                            flush=True,
-                        )
+                if told := self._over():
+                    put(self._key, _STATE, told.encode())
+                    self.told = told
+                    line = f"  {self._attempt.stage}: stopping, the budget is spent"
+                    print(line, file=sys.stderr, flush=True)
             except Exception:  # storage or store failed: the stage may get on, and this is tried again
                 kept = time.monotonic()
+
+    def _over(self) -> str | None:
+        if self._before is None or self.told is not None:
+            return None
+        return cost.over_budget(self._run.config, [*self._before, self._attempt])
 
     def _look(self) -> None:
         now = time.monotonic()

@@ -81,14 +81,13 @@ def _done(run: Run, name: str) -> bool:
 
 
 def _needed(config: RunConfig, todo: Sequence[str], kept: Sequence[str]) -> list[str]:
-    """The stages to run and those that they read."""
+    """The stages to run: these, and what they rest on."""
     wanted, found = list(todo), set(todo)
     while wanted:
-        for name in pipeline.needs(config, wanted.pop()):
-            if name not in found and name not in kept:
-                found.add(name)
-                wanted.append(name)
-    return [name for name in pipeline.stages_of(config) if name in found]
+        more = set(pipeline.needs(config, wanted.pop())) - found
+        found |= more
+        wanted += more
+    return [name for name in pipeline.stages_of(config) if name in found and name not in kept]
 
 
 def _stage(run: Run, sample: Run, name: str) -> Stage:

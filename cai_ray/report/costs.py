@@ -110,6 +110,17 @@ def section(report: dict[str, Any]) -> str:
     )
 
 
+def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[list[str]]:
+    """Two runs' stages and sums, each cell of both; nothing where neither has records."""
+    rows = []
+    for name in [n for n in ("redteam", *tables.STAGES) if n in a["stages"] or n in b["stages"]] + ["all"]:
+        both = [found["total"] if name == "all" else found["stages"].get(name, {}) for found in (a, b)]
+        cells = [_numbers(held, found) for held, found in zip(both, (a, b), strict=True)]
+        pairs = zip(*cells, strict=True)
+        rows.append([name, *(", ".join(x or "–" for x in pair) if any(pair) else "" for pair in pairs)])
+    return rows if len(rows) > 1 else []
+
+
 def _names(report: dict[str, Any]) -> list[str]:
     held = report["cost"]["stages"]
     return [
