@@ -43,6 +43,7 @@ LAYERS = {
             "__main__",
             "ablate",
             "edit_cost",
+            "estimate",
             "chat",
             "export",
             "memory",
