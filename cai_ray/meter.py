@@ -58,7 +58,7 @@ class Holder:
         self._starting = 0.0
         self._name = f"{_HELD}{uuid.uuid4().hex[:12]}"
         self._attempt, self._resources = _attempt(), _resources()
-        self._left, self._wake, self._over = threading.Event(), threading.Event(), False
+        self._left, self._over = threading.Event(), False
         if self._attempt:
             self._began -= _age(self._attempt)
             self.look()
@@ -79,8 +79,6 @@ class Holder:
         finally:
             self.working -= 1
             self._worked = time.monotonic()
-            if not self.working:  # perhaps the last of the stage
-                self._wake.set()
 
     def look(self) -> str | None:
         """Asks at once whether the budget is spent; returns `told`."""
@@ -93,18 +91,21 @@ class Holder:
         """It has given back what it held."""
         if self._attempt and not self._left.is_set():
             self._left.set()
-            self._wake.set()
             self._say()
+
+    def tell(self) -> None:
+        """Says at once where it is: perhaps nothing comes after this."""
+        if self._attempt and not self._over:
+            with suppress(Exception):
+                self._say()
 
     def _beat(self) -> None:
         while not (self._left.is_set() or self._over):
-            self._wake.clear()
             with suppress(Exception):  # a store that does not answer is asked again
                 self.look()
                 if not self._over:
                     self._say()
-            self._wake.wait(BEAT)
-            self._left.wait(BEAT / 10)  # rows may come and go faster than anybody looks
+            self._left.wait(BEAT)
 
     def _say(self) -> None:
         now = time.monotonic()

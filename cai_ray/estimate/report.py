@@ -55,7 +55,7 @@ def estimate(
         pipeline.fork(run, small, kept)
         needed = _needed(config, todo, kept)
         pipeline.run_stages(small, needed, keep=kept, say=say)
-        made = [_stage(run, sample, name) for name in todo]
+        made = [_stage(run, sample, name, "sft" in kept) for name in todo]
     finally:
         with suppress(OSError):
             storage.delete(place)
@@ -90,29 +90,37 @@ def _needed(config: RunConfig, todo: Sequence[str], kept: Sequence[str]) -> list
     return [name for name in pipeline.stages_of(config) if name in found and name not in kept]
 
 
-def _stage(run: Run, sample: Run, name: str) -> Stage:
+def _stage(run: Run, sample: Run, name: str, own_policy: bool) -> Stage:
     made = sample.manifest(name)
     assert made is not None
     spent = Spent.of(made["resources"])
-    reckon = {"sft": _sft, "rm": _preference, "dpo": _preference, "ppo": _ppo}.get(name, _generation)
+    if name not in cost.TRAINING:
+        return _generation(run, sample, name, made, spent, own_policy)
+    reckon = {"sft": _sft, "ppo": _ppo}.get(name, _preference)
     return reckon(run, sample, name, made, spent)
 
 
-def _generation(run: Run, sample: Run, name: str, made: dict[str, Any], spent: Spent) -> Stage:
+def _generation(
+    run: Run, sample: Run, name: str, made: dict[str, Any], spent: Spent, own_policy: bool
+) -> Stage:
     work = spent.work_seconds
     if name == "evaluate":
         rows = _evaluated(run)
         more = times = rows / _evaluated(sample)
         used = Usage(**{kind: round(n * times) for kind, n in made["tokens"].items()})
     else:
-        source = "compare" if name == "label" else name
-        counts, few = rows_by_kind(run, source), rows_by_kind(sample, source)
+        counts = rows_by_kind(run, "compare" if name == "label" else name)
         rows, found = sum(counts.values()), _used(sample, name)
-        used = whole_usage(found, counts)
-        before = sum((u for _, u in found.values()), Usage())
-        more = times = (used.prompt + used.generated) / max(1, before.prompt + before.generated)
-        if name == "label" and (gold := len(gold_rows(sample))):
-            more = (rows + len(gold_rows(run))) / (sum(few.values()) + gold)
+        before, asked = _tokens(found), found
+        if name == "label" and not own_policy:
+            # A policy that is hardly trained often says the same twice, and nothing is asked then.
+            asked = _used(sample, name, asked_alone=True) or found
+        used = whole_usage(asked, counts)
+        times = (used.prompt + used.generated) / max(1, before)
+        more = times
+        if name == "label" and (gold := _used(sample, name, "gold") if sample.config.label.gold else {}):
+            n, few = len(gold_rows(run)), sum(n for n, _ in gold.values())
+            more = (times * before + _tokens(gold) * n / few) / max(1, before + _tokens(gold))
     engine = (run.feedback() if name == "label" else run).config.engine
     at_once = max(1, min(max(engine.min_actors, engine.max_actors), math.ceil(rows / 64)))
     whole = scaled(spent, work, work * more, endpoint=times, at_once=at_once)
@@ -121,12 +129,18 @@ def _generation(run: Run, sample: Run, name: str, made: dict[str, Any], spent: S
     return Stage(name, rows, tokens, whole, spent.wall_seconds - work, how)
 
 
-def _used(sample: Run, name: str) -> Totals:
+def _used(sample: Run, stage: str, name: str = "part", asked_alone: bool = False) -> Totals:
     found: dict[str, tuple[int, Usage]] = {}
-    for row in sample.each_row(name, ["kind", "usage"]):
-        n, used = found.get(row["kind"], (0, Usage()))
-        found[row["kind"]] = n + 1, used + Usage(**(row["usage"] or {}))
+    for row in sample.each_row(stage, ["kind", "usage"], name):
+        more = Usage(**(row["usage"] or {}))
+        if more.calls or not asked_alone:
+            n, used = found.get(row["kind"], (0, Usage()))
+            found[row["kind"]] = n + 1, used + more
     return found
+
+
+def _tokens(found: Totals) -> int:
+    return sum(used.prompt + used.generated for _, used in found.values())
 
 
 def _evaluated(run: Run) -> int:
@@ -209,7 +223,10 @@ def _shares(config: RunConfig, small: RunConfig) -> dict[str, str]:
 def _notes(config: RunConfig, count: int, kept: Sequence[str], todo: Sequence[str]) -> list[str]:
     notes = []
     if "sft" not in kept and {"compare", "label", "evaluate"} & set(todo):
-        notes.append("policies of the sample are hardly trained: trained ones may answer longer or shorter")
+        notes.append(
+            "policies of the sample are hardly trained: trained ones may answer longer or shorter; comparisons are "
+            "reckoned as if no two answers were alike, for which nothing is asked"
+        )
     if config.engine.max_num_seqs > count and {"revise", "compare", "label"} & set(todo):
         notes.append(
             f"an engine takes {config.engine.max_num_seqs} rows at once, more than the {count} prompts of the sample: "

@@ -195,6 +195,8 @@ class _Worker:
             if left:
                 async with self._engine_of(self.models[slice.name]):
                     done += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
+                if not self.held.working:
+                    await asyncio.to_thread(self.held.tell)
         walked, errors = zip(*done, strict=True)
         yield pa.table(
             {
