@@ -133,7 +133,7 @@ def test_a_sample_foretells_the_tokens(town_run: Path, tmp_path: Path) -> None:
             if real := made["tokens"].get(kind):
                 assert real / 2 <= row["tokens"][kind] <= 2 * real, (row["stage"], kind)
         if row["stage"] not in ("ppo", "evaluate"):
-            assert made["rows_out"] * 0.8 <= row["rows"] <= made["rows_out"] * 1.2, row["stage"]
+            assert made["rows_out"] * 0.6 <= row["rows"] <= made["rows_out"] * 1.4, row["stage"]
         assert 0 < row["start_seconds"] < row["wall_seconds"]
         assert row["cpu_seconds"] > 0
 
