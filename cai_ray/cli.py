@@ -106,11 +106,13 @@ def parser() -> argparse.ArgumentParser:
         "--keep", type=_stages, default=[], metavar="STAGE,…",
         help="complete stages that stay as they are though their inputs changed",
     )  # fmt: skip
-    run.set_defaults(function=_run)
+    _with_estimate(run).set_defaults(function=_run)
     for name, text in STAGE_HELP.items():
         stage = _with_config(commands.add_parser(name, help=text))
         stage.set_defaults(function=_stage)
-        if name == "report":
+        if name != "report":
+            _with_estimate(stage)
+        else:
             stage.add_argument(
                 "other",
                 nargs="?",
@@ -284,6 +286,15 @@ def _with_config(command: argparse.ArgumentParser, check: bool = True) -> argpar
     return command
 
 
+def _with_estimate(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument(
+        "--estimate", nargs="?", type=_positive, const=32, metavar="PROMPTS",
+        help="what it would take, from a sample of so many prompts that is run beside the run (default: 32)",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="of --estimate: as JSON")
+    return command
+
+
 def _load(args: argparse.Namespace) -> Any:
     from cai_ray import config
 
@@ -339,11 +350,29 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE
+    if getattr(args, "estimate", None):
+        return _estimate(args, config, names)
     try:
         run = pipeline.run_stages(config, names, overwrite=args.overwrite, force=force, keep=keep)
     finally:
         cluster.disconnect()
     print(run.root)
+    return EXIT_DONE
+
+
+def _estimate(args: argparse.Namespace, config: Any, names: list[str]) -> int:
+    from cai_ray import cluster
+    from cai_ray.estimate import estimate, lines
+
+    def say(line: str) -> None:
+        print(f"[sample] {line}", file=sys.stderr, flush=True)
+
+    try:
+        found = estimate(config, names, args.estimate, say)
+    finally:
+        cluster.disconnect()
+    for line in [json.dumps(found)] if args.json else lines(found):
+        print(line)
     return EXIT_DONE
 
 
@@ -373,17 +402,30 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from cai_ray import pipeline
+    from cai_ray.report import text
     from cai_ray.storage import open_run
 
-    rows = pipeline.status(open_run(args.run))
+    run = open_run(args.run)
+    rows = pipeline.status(run)
     if args.json:
         print(json.dumps(rows))
         return EXIT_DONE
+    currency = run.config.prices.currency if run.config.prices else None
+    table = []
     for row in rows:
-        details = f"{row['seconds']:8.1f} s" if "seconds" in row else ""
-        count = f"{row['rows_out']:8d} rows" if "rows_out" in row else ""
-        errors = f"  {row['errors']} errors" if row.get("errors") else ""
-        print(f"{row['stage']:10} {row['state']:8} {details}{count}{errors}".rstrip())
+        times = [row.get(key) for key in ("wall_seconds", "cpu_seconds", "gpu_seconds")]
+        times[0] = times[0] or row.get("seconds")
+        held = [
+            f"{text.duration(t)}{unit}" if t else ""
+            for t, unit in zip(times, ("", " CPU", " GPU"), strict=True)
+        ]
+        count = f"{row['rows_out']} rows" if "rows_out" in row else ""
+        errors = f"{row['errors']} errors" if row.get("errors") else ""
+        table.append(
+            [row["stage"], row["state"], *held, text.price(row.get("money"), currency), count, errors]
+        )
+    kept = [i for i in range(len(table[0])) if any(row[i] for row in table)]
+    print("\n".join(text.columns([[row[i] for i in kept] for row in table])))
     return EXIT_DONE
 
 
@@ -547,12 +589,12 @@ def _constitution_diff(args: argparse.Namespace) -> int:
         "changes": [c._asdict() for c in changes],
     }
     if args.run:
-        from cai_ray import cost
+        from cai_ray import edit_cost
         from cai_ray.report.text import columns
         from cai_ray.storage import open_run
 
         run = open_run(args.run)
-        found["cost"] = cost.cost(run, after)
+        found["cost"] = edit_cost.cost(run, after)
     if args.json:
         print(json.dumps(found, ensure_ascii=False))
         return EXIT_DONE
@@ -562,7 +604,7 @@ def _constitution_diff(args: argparse.Namespace) -> int:
     print(f"{len(changes)} principles differ, {same} are the same; {before.sha} -> {after.sha}")
     if args.run:
         print()
-        print("\n".join(columns(cost.lines(found["cost"], run.root))))
+        print("\n".join(columns(edit_cost.lines(found["cost"], run.root))))
     return EXIT_DONE
 
 

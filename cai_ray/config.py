@@ -567,6 +567,52 @@ class CheckConfig(Section):
     """Fields of the model's config.json, for an id that is not in the cache of this machine."""
 
 
+class EndpointPrices(Section):
+    """Of the endpoints that models are asked at (engines of kind openai)."""
+
+    input_per_million_tokens: float = Field(default=0.0, ge=0)
+    cached_input_per_million_tokens: float | None = Field(default=None, ge=0)
+    """Of input that the endpoint had in its cache; by default as other input."""
+    output_per_million_tokens: float = Field(default=0.0, ge=0)
+
+
+class PricesConfig(Section):
+    """What the run's resources cost, for the report and `budget.money`. What has no price here costs nothing."""
+
+    currency: str = "USD"
+    gpu_hour: float | None = Field(default=None, ge=0)
+    """Of one GPU."""
+    generation_gpu_hour: float | None = Field(default=None, ge=0)
+    """Of one GPU in the stages that generate, which mostly are on a spot market; by default `gpu_hour`."""
+    cpu_hour: float | None = Field(default=None, ge=0)
+    """Of one CPU that an engine or a training worker reserves (`cpus_per_actor`, `cpus_per_worker`)."""
+    endpoint: EndpointPrices | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> PricesConfig:
+        if all(p is None for p in (self.gpu_hour, self.generation_gpu_hour, self.cpu_hour, self.endpoint)):
+            raise ValueError("no price is given; name gpu_hour, generation_gpu_hour, cpu_hour or endpoint")
+        return self
+
+
+class BudgetConfig(Section):
+    """Limits of all that the run directory has seen, stages that were made again included. One that is reached stops
+    the run with exit code 3: what was begun is finished and kept, and with a larger limit the same command goes on."""
+
+    gpu_hours: float | None = Field(default=None, gt=0)
+    cpu_hours: float | None = Field(default=None, gt=0)
+    wall_hours: float | None = Field(default=None, gt=0)
+    """While a stage runs."""
+    money: float | None = Field(default=None, gt=0)
+    """By `prices`, in their currency."""
+
+    @property
+    def given(self) -> bool:
+        return any(
+            limit is not None for limit in (self.gpu_hours, self.cpu_hours, self.wall_hours, self.money)
+        )
+
+
 class RunConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     out: str = "runs/{name}"
@@ -596,6 +642,8 @@ class RunConfig(Section):
     dpo: DpoConfig = DpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
+    prices: PricesConfig | None = None
+    budget: BudgetConfig = BudgetConfig()
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where training can be watched, beside metrics.jsonl; `wandb` and `mlflow` are extras of the package."""
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
@@ -640,6 +688,14 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> RunConfig:
+        if self.budget.money is not None and self.prices is None:
+            raise ValueError(
+                f"budget.money={self.budget.money:g} needs prices; name them, such as prices: {{gpu_hour: 2.5}}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,118 +1,153 @@
-"""What it would cost to bring a run up to date with an edited constitution, before anything is started."""
+"""What a run has cost: seconds of CPUs and GPUs that were held for it, tokens of endpoints, and by prices money.
+
+Every attempt at a stage leaves one record, RUN/spent/STAGE-*.json, which is written while it runs (meter.py), so that
+one that is killed is counted, too. A stage that is completed has the sum of its attempts in its manifest. The records
+stay: what a stage cost that was made again was spent all the same.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from cai_ray import pipeline
-from cai_ray.constitution import Constitution
-from cai_ray.errors import InputError
-from cai_ray.generate import label, revise
-from cai_ray.generate.draw import draw
+from cai_ray import storage
+from cai_ray.config import PricesConfig, RunConfig
+from cai_ray.engine import Usage
 from cai_ray.storage import Run
 
-KEPT = ("revise", "sft", "compare")
+FOLDER = "spent"
+TRAINING = ("sft", "rm", "ppo", "dpo")
+"""Stages on training GPUs; all others are on those that generate."""
+HOUR = 3600.0
+_UNITS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "wall_hours": "hours"}
 
 
-def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
-    """For each stage of the run: engine calls now and from nothing, and the seconds that it took last time.
+class Spent(NamedTuple):
+    """What was held, and for how long: CPUs and GPUs are counted as they are reserved, in use or not."""
 
-    Returns:
-        `again`: all that the edit reaches runs again; `kept`: the comparisons stay (`--keep revise,sft,compare`). Each
-        is a list of stage, calls, all_calls (None of a stage that asks no engine, or not by rows), at_most (what a
-        revised answer becomes is not known before), seconds (None of a stage that does not run again).
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    start_seconds: float = 0.0
+    """Of generating processes, until their engines answered. Together, as `work_seconds`."""
+    work_seconds: float = 0.0
+    """Of generating processes, from then on until their last row."""
+    endpoint: Usage = Usage()
+    """Tokens and calls that endpoints answered, those of rows that failed among them."""
 
-    Raises:
-        InputError: the run has no labels yet.
-    """
-    if run.manifest("revise") is None or run.manifest("label") is None:
-        raise InputError(
-            f"{run.root}: revise and label are not complete; the cost of an edit shows beside them"
+    def __add__(self, other: Spent) -> Spent:  # type: ignore[override]
+        return Spent(
+            self.wall_seconds + other.wall_seconds,
+            self.cpu_seconds + other.cpu_seconds,
+            self.gpu_seconds + other.gpu_seconds,
+            self.start_seconds + other.start_seconds,
+            self.work_seconds + other.work_seconds,
+            self.endpoint + other.endpoint,
         )
-    *revisions, rows = _revisions(run, after)
-    votes, changed = _votes(run, after), rows > 0
-    voted = votes[0] > 0 or after.sha != run.constitution().sha
-    samples = 2 * (run.manifest("compare") or {}).get("rows_out", 0)
-    calls = {"revise": revisions, "compare": (samples * changed, samples), "label": votes}
-    again, kept = [], []
-    for stage in pipeline.stages_of(run.config):
-        done = run.manifest(stage)
-        if done is None:
-            continue
-        reached = {"revise": changed, "sft": changed, "compare": changed}.get(stage, changed or voted)
-        now, whole = calls.get(stage, (None, None))
-        if stage == "label" and changed:  # other answers are compared
-            now = whole
-        row = {"stage": stage, "calls": now, "all_calls": whole, "at_most": stage == "revise" and changed}
-        again.append({**row, "seconds": done["seconds"] if reached else None})
-        if stage in KEPT:
-            row |= {"calls": whole and 0, "at_most": False}
-        elif stage == "label":
-            row["calls"] = votes[0]
-        kept.append({**row, "seconds": done["seconds"] if voted and stage not in KEPT else None})
-    return {"again": again, "kept": kept}
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {name: round(value, 2) for name, value in self._asdict().items() if name != "endpoint"}
+        return {**numbers, "endpoint": self.endpoint._asdict()}
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Spent:
+        """From `as_dict`, whatever else is beside it."""
+        numbers = {name: float(found.get(name) or 0) for name in cls._fields if name != "endpoint"}
+        return cls(**numbers, endpoint=Usage(**(found.get("endpoint") or {})))
 
 
-def _revisions(run: Run, after: Constitution) -> tuple[int, int, int]:
-    """Engine calls of stage `revise`, those from nothing, and rows that change. From the first step that an edit
-    reaches all are new; a row that failed is tried again, and mostly fails again."""
-    chain = replace(revise.make_chain(run), constitution=after)
-    config, calls, whole, changed = run.config.revise, 0, 0, 0
-    per_step = 2 if config.critique else 1
-    for row in run.each_row("revise", ["id", "messages", "kind", "response", "steps", "error"]):
-        failed = row["error"] is not None
-        whole, calls = whole + 1, calls + failed
-        if row["kind"] == "helpful":
-            continue
-        drawn = draw(
-            after.principles, config.rounds, seed=run.config.seed, row_id=row["id"],
-            replacement=config.draw == "with_replacement",
-        )  # fmt: skip
-        slots = [(number, p) for number, p in enumerate(drawn) if p is not None]
-        whole += per_step * len(slots)
-        known = {step["key"]: step["revision"] for step in row["steps"] or ()}
-        kept, current = [], row["response"]
-        for number, principle in slots if not failed else ():
-            key = chain.key(row, current, number, principle)
-            if key not in known:
-                break
-            kept.append(key)
-            current = known[key]
-        calls += per_step * (len(slots) - len(kept))
-        changed += not failed and kept != list(known)
-    return calls, whole, changed
+class Attempt(NamedTuple):
+    """At a stage. `made`: the id of the manifest that it led to; None while there is none."""
+
+    name: str
+    stage: str
+    inputs: str
+    """A hash of the stage's inputs."""
+    started: str
+    made: str | None
+    spent: Spent
+
+    def write(self, run: Run) -> None:
+        about = {name: getattr(self, name) for name in ("stage", "inputs", "started", "made")}
+        storage.write_json(run.path(FOLDER, f"{self.name}.json"), {**about, **self.spent.as_dict()})
 
 
-def _votes(run: Run, after: Constitution) -> tuple[int, int]:
-    """Engine calls of stage `label` on the comparisons that are there, and those from nothing."""
-    chain = replace(label.make_chain(run), constitution=after)
-    config = run.config.label
-    per_vote = 2 if config.mode == "score" else (1 + config.both_orders) * (2 if config.mode == "cot" else 1)
-    calls = whole = 0
-    for name in ("part", "gold") if config.gold else ("part",):
-        for row in run.each_row("label", ["id", "messages", "response_a", "response_b", "votes"], name):
-            if row["response_a"] == row["response_b"]:
-                continue
-            known = {vote["key"] for vote in row["votes"] or ()}
-            keys = [chain.key(row, p) for p in chain.voters(row)]
-            whole += per_vote * len(keys)
-            calls += per_vote * sum(key not in known for key in keys)
-    return calls, whole
+def attempts(run: Run) -> list[Attempt]:
+    """All that this directory has seen, by stage."""
+    found = []
+    for path in storage.list_files(run.path(FOLDER), ".json"):
+        name = path.rsplit("/", 1)[1].removesuffix(".json")
+        said = storage.read_json(run.path(FOLDER, f"{name}.json"))
+        about = {key: said[key] for key in ("stage", "inputs", "started", "made")}
+        found.append(Attempt(name=name, **about, spent=Spent.of(said)))
+    return found
 
 
-def lines(found: dict[str, list[dict[str, Any]]], root: str) -> list[list[str]]:
-    """Two tables for a terminal, as rows of cells."""
-    tables = []
-    for title, rows in (
-        (f"to bring {root} up to date", found["again"]),
-        (f"with --keep {','.join(KEPT)}", found["kept"]),
-    ):
-        tables.append([title, "engine calls", "of", "took"])
-        for row in rows:
-            calls = "" if row["calls"] is None else f"{'up to ' * row['at_most']}{row['calls']}"
-            seconds = "not run again" if row["seconds"] is None else f"{row['seconds']:.0f} s"
-            tables.append(
-                [row["stage"], calls, "" if row["all_calls"] is None else str(row["all_calls"]), seconds]
+def settle(run: Run, stage: str, inputs: str, made: str) -> None:
+    """A manifest holds these attempts: later ones at the same stage are not added to them."""
+    for attempt in attempts(run):
+        if attempt.stage == stage and attempt.inputs == inputs and attempt.made is None:
+            attempt._replace(made=made).write(run)
+
+
+def resources(run: Run, stage: str, inputs: str) -> dict[str, Any]:
+    """For the manifest of a stage that is done: the sum of the attempts that led to it, and how many there were."""
+    own = [a for a in attempts(run) if a.stage == stage and a.inputs == inputs and a.made is None]
+    return {"attempts": len(own), **total(own).as_dict()}
+
+
+def total(found: Iterable[Attempt]) -> Spent:
+    return sum((a.spent for a in found), Spent())
+
+
+def money(spent: Spent, stage: str, prices: PricesConfig | None) -> float | None:
+    """None without prices. What has no price costs nothing."""
+    if prices is None:
+        return None
+    gpu = prices.gpu_hour
+    if stage not in TRAINING and prices.generation_gpu_hour is not None:
+        gpu = prices.generation_gpu_hour
+    held = spent.gpu_seconds * (gpu or 0) + spent.cpu_seconds * (prices.cpu_hour or 0)
+    return held / HOUR + _tokens(spent.endpoint, prices)
+
+
+def _tokens(used: Usage, prices: PricesConfig) -> float:
+    price = prices.endpoint
+    if price is None:
+        return 0.0
+    fresh, cached = price.input_per_million_tokens, price.cached_input_per_million_tokens
+    read = (used.prompt - used.cached) * fresh + used.cached * (fresh if cached is None else cached)
+    return (read + used.generated * price.output_per_million_tokens) / 1e6
+
+
+def by_stage(run: Run, names: Iterable[str]) -> dict[str, Spent]:
+    """What each stage took that is done, by its manifest, or that is under way; others are left out."""
+    found, open_ = {}, [a for a in attempts(run) if a.made is None]
+    for name in names:
+        manifest = run.manifest(name)
+        if manifest and manifest.get("resources"):
+            found[name] = Spent.of(manifest["resources"])
+        elif manifest is None and (own := [a for a in open_ if a.stage == name]):
+            found[name] = total(own)
+    return found
+
+
+def over_budget(config: RunConfig, found: Iterable[Attempt]) -> str | None:
+    """Which limit these attempts have reached, and how to go on, in a line; None if none is."""
+    found = list(found)
+    whole = total(found)
+    used = {
+        "gpu_hours": whole.gpu_seconds / HOUR,
+        "cpu_hours": whole.cpu_seconds / HOUR,
+        "wall_hours": whole.wall_seconds / HOUR,
+        "money": sum(money(a.spent, a.stage, config.prices) or 0.0 for a in found),
+    }
+    for name, amount in used.items():
+        limit = getattr(config.budget, name)
+        if limit is not None and amount >= limit:
+            unit = config.prices.currency if name == "money" and config.prices else _UNITS.get(name, name)
+            return (
+                f"the budget is spent: {amount:.4g} of {limit:g} {unit} (budget.{name}); the same command goes on with "
+                f"a larger one, such as --set budget.{name}={2 * max(limit, amount):.2g}"
             )
-    return tables
+    return None

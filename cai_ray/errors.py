@@ -18,6 +18,10 @@ class Stopped(Exception):
     """A gate, an alarm or a budget ended the run; it can be resumed."""
 
 
+class OverBudget(Stopped):
+    """The budget is spent; every rank of a training group raises it alike."""
+
+
 class RowError(Exception):
     """One row cannot be processed. The row keeps this text in its `error` column; the job goes on."""
 

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from cai_ray import storage
+from cai_ray import cost, storage
 from cai_ray.config import LABELS, RunConfig, TrainConfig
-from cai_ray.errors import InputError
+from cai_ray.errors import InputError, OverBudget
 from cai_ray.generate.files import data_files
+from cai_ray.meter import Meter
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
@@ -171,7 +172,8 @@ def run_stage(
     """Runs one stage, or skips it where it is done.
 
     Raises:
-        Stopped: the labels do not pass `label.gates`; after `label`, and before `rm` or `dpo`.
+        Stopped: the labels do not pass `label.gates`; after `label`, and before `rm` or `dpo`. Or the budget is spent,
+            before the stage or while it runs.
     """
     from cai_ray.generate import journal, reuse
     from cai_ray.generate.certificate import check_gates
@@ -179,6 +181,8 @@ def run_stage(
     stage = _stage(name)
     wanted = inputs(run, name)
     done = run.manifest(name)
+    if done:
+        cost.settle(run, name, derive_id(done["inputs"]), done["id"])
     if done and done["inputs"] == wanted and not force:
         _clear(run, name)  # it may have been killed before it came to that
         say(f"{name}: done before ({done['seconds']:.0f} s), skipped")
@@ -192,6 +196,8 @@ def run_stage(
     if stage.uses_ray:  # before anything is deleted: it may not be there, or be too small
         from cai_ray import cluster
 
+        if run.config.budget.given and (over := cost.over_budget(run.config, cost.attempts(run))):
+            raise OverBudget(f"before {name}: {over}")
         cluster.connect(run.config)
         _check_cluster(run, name)
     before = reuse.content(run, name) if done and name in reuse.STAGES else None
@@ -202,8 +208,12 @@ def run_stage(
     if name not in _TRAINED:  # trainers find what a killed attempt left by themselves
         journal.begin(run, name, wanted)
     say(f"{name}: started")
-    started = time.time()
-    result = import_module(stage.module).run(run)
+    started, identity = time.time(), derive_id(wanted)
+    try:
+        with Meter(run, name, identity) if stage.uses_ray else nullcontext():
+            result = import_module(stage.module).run(run)
+    except OverBudget as e:  # what was under way cost something, too
+        raise OverBudget(f"{name}: {cost.over_budget(run.config, cost.attempts(run)) or e}") from e
     manifest = {
         "stage": name,
         "id": uuid.uuid4().hex[:12],
@@ -214,6 +224,8 @@ def run_stage(
         "versions": versions(),
         **result,
     }
+    if stage.uses_ray:
+        manifest["resources"] = cost.resources(run, name, identity)
     if done and before and reuse.content(run, name) == before:
         manifest["id"] = done["id"]  # the same rows: what was made of them stands
     # All before it, not only those that it reads: what it reads was made from them.
@@ -222,6 +234,7 @@ def run_stage(
     }:
         manifest["kept"] = kept
     storage.write_json(run.path(name, "manifest.json"), manifest)
+    cost.settle(run, name, identity, manifest["id"])
     _clear(run, name)
     rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
     errors = f", {manifest['errors']} errors" if manifest.get("errors") else ""
@@ -431,15 +444,21 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
 
 
 def status(run: Run) -> list[dict[str, Any]]:
-    """Each stage with its state: done, partial or missing."""
-    rows = []
-    for name in stages_of(run.config):
+    """Each stage with its state: done, partial or missing; and what it has cost until now."""
+    rows: list[dict[str, Any]] = []
+    names = stages_of(run.config)
+    spent = cost.by_stage(run, names)
+    for name in names:
         manifest = run.manifest(name)
         if manifest:
             keep = ("seconds", "rows_out", "errors", "finished")
             rows.append({"stage": name, "state": "done", **{k: manifest[k] for k in keep if k in manifest}})
         else:
             rows.append({"stage": name, "state": "partial" if storage.exists(run.path(name)) else "missing"})
+        if name in spent:
+            held = spent[name]
+            rows[-1] |= {key: getattr(held, key) for key in ("wall_seconds", "cpu_seconds", "gpu_seconds")}
+            rows[-1]["money"] = cost.money(held, name, run.config.prices)
     return rows
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cai_ray import meter
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Completion, Sample, Sampling, Usage
 from cai_ray.errors import Abstained, InputError, RowError
@@ -129,7 +130,9 @@ class OpenaiEngine:
         if response.status_code != 200:
             raise self._refusal(response)
         try:
-            return _Answer.model_validate_json(response.content)
+            answer = _Answer.model_validate_json(response.content)
+            meter.paid(_usage(answer))
+            return answer
         except ValidationError as e:
             first = e.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(x) for x in first["loc"])

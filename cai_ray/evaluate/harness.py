@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from cai_ray import storage
+from cai_ray import meter, storage
 from cai_ray.cluster import uses_gpu
 from cai_ray.config import HarnessConfig
 from cai_ray.errors import InputError
@@ -49,8 +49,13 @@ def evaluate(run: Run, policies: Sequence[str]) -> dict[str, Any]:
         return {}
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0, max_calls=1)(_measure)
+    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0, max_calls=1)(_held)
     return {policy: ray.get(task.remote(run, policy)) for policy in policies}
+
+
+def _held(run: Run, policy: str) -> dict[str, Any]:
+    with meter.holding():
+        return _measure(run, policy)
 
 
 def _measure(run: Run, policy: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from cai_ray import meter
 from cai_ray.cluster import uses_gpu
 from cai_ray.storage import Run
 
@@ -16,8 +17,13 @@ def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
     """
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0)(_score)
+    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0)(_held)
     return ray.get(task.remote(run, [(r["messages"], r["response"], r["truncated"]) for r in rows]))
+
+
+def _held(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
+    with meter.holding():
+        return _score(run, rows)
 
 
 def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:

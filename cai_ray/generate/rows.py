@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray import storage
+from cai_ray import meter, storage
 from cai_ray.cluster import capacity, uses_gpu, worker_env, worker_errors
 from cai_ray.config import EngineConfig
 from cai_ray.engine import Engine, make_engine
-from cai_ray.errors import InputError, RowError
+from cai_ray.errors import InputError, OverBudget, RowError
 from cai_ray.generate.journal import SLICE_ROWS, Journal, Keeper, Published, Slice
 from cai_ray.interrupt import interruptible
 from cai_ray.prompts import load_templates
@@ -67,6 +67,7 @@ def map_rows(
     Raises:
         InputError: more than `max_error_rate` of the rows failed, or all of the first; the cluster is too small; the
             engine's input is at fault.
+        OverBudget: rows are left; those that were begun are finished and kept.
     """
     return map_sets(run, stage, {name: Rows(rows, model)}, chain, schema=schema)[name]
 
@@ -144,9 +145,15 @@ def map_sets(
             line = f"  {errors[name].label}: {kept} of {totals[name]} rows were finished before"
             print(line, file=sys.stderr, flush=True)
     with interruptible(), worker_errors(), _Progress(list(errors.values())):
+        counted = meter.current()
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for name in pc.unique(batch["name"]).to_pylist():
-                errors[name].add(batch["error"].filter(pc.equal(batch["name"], name)).to_pylist())
+            walked = batch.filter(batch["walked"])
+            for name in pc.unique(walked["name"]).to_pylist():
+                errors[name].add(walked["error"].filter(pc.equal(walked["name"], name)).to_pylist())
+            if counted and counted.at_rest():
+                break
+        if counted and counted.told and any(e.rows < e.total for e in errors.values()):
+            raise OverBudget(counted.told)
         return publish()
 
 
@@ -156,9 +163,11 @@ class _Worker:
     def __init__(
         self, chain: Chain, run: Run, models: dict[str, str], journals: dict[str, Journal], gpu: bool
     ):
+        self.held = meter.Holder()
         self.chain, self.run, self.models, self.gpu = chain, run, models, gpu
         self.model = next(iter(models.values()))
         self.engine = self._make_engine()
+        self.held.ready()
         self.open = 0
         self.closed = asyncio.Condition()
         in_flight = _in_flight(run.config.engine)
@@ -178,23 +187,36 @@ class _Worker:
 
     async def __call__(self, batch: pa.Table) -> Any:
         slice = Slice(**batch.to_pylist()[0])
-        rows = await asyncio.to_thread(slice.read)
-        left = [row for row in rows if row["id"] not in self.finished[slice.name]]
-        errors: list[str | None] = [None] * (len(rows) - len(left))
-        if left:
-            async with self._engine_of(self.models[slice.name]):
-                errors += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
-        yield pa.table({"name": [slice.name] * len(rows), "error": pa.array(errors, pa.string())})
+        done: list[tuple[bool, str | None]] = [(False, None)]
+        if not self.held.told:
+            rows = await asyncio.to_thread(slice.read)
+            left = [row for row in rows if row["id"] not in self.finished[slice.name]]
+            done = [(True, None)] * (len(rows) - len(left))
+            if left:
+                async with self._engine_of(self.models[slice.name]):
+                    done += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
+                if not self.held.working:
+                    await asyncio.to_thread(self.held.tell)
+        walked, errors = zip(*done, strict=True)
+        yield pa.table(
+            {
+                "name": [slice.name] * len(done),
+                "walked": pa.array(walked, pa.bool_()),
+                "error": pa.array(errors, pa.string()),
+            }
+        )
 
     @asynccontextmanager
     async def _engine_of(self, model: str) -> AsyncIterator[None]:
         """Waits until no slice of another model is open, and then has the engine changed, once."""
         async with self.closed:
             await self.closed.wait_for(lambda: self.model == model or not self.open)
-            if self.model != model:
+            if self.model != model and not self.held.told:
+                since = time.monotonic()
                 await self.engine.close()
                 self.model = model
                 self.engine = self._make_engine()
+                self.held.ready(since)
             self.open += 1
         try:
             yield
@@ -203,21 +225,25 @@ class _Worker:
                 self.open -= 1
                 self.closed.notify_all()
 
-    async def _row(self, row: dict[str, Any], keeper: Keeper) -> str | None:
+    async def _row(self, row: dict[str, Any], keeper: Keeper) -> tuple[bool, str | None]:
+        """Whether it was walked, and what failed it."""
         async with self.at_stake:
-            async with self.slots:
-                if self.fault:  # the stage has ended, and Ray Data lets its actors live on for seconds
-                    raise self.fault
-                with keeper.busy():
-                    try:
-                        row = await self.chain(self.engine, row)
-                    except RowError as e:
-                        row = {**row, "error": str(e)}
-                    except Exception as e:
-                        self.fault = e
-                        raise
-            await keeper.keep(row)
-        return row.get("error")
+            with self.held.work():
+                async with self.slots:
+                    if self.fault:  # the stage has ended, and Ray Data lets its actors live on for seconds
+                        raise self.fault
+                    if self.held.told:
+                        return False, None
+                    with keeper.busy():
+                        try:
+                            row = await self.chain(self.engine, row)
+                        except RowError as e:
+                            row = {**row, "error": str(e)}
+                        except Exception as e:
+                            self.fault = e
+                            raise
+                await keeper.keep(row)
+        return True, row.get("error")
 
 
 def _in_flight(engine: EngineConfig) -> int:

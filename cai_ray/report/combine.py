@@ -61,6 +61,7 @@ def combine(
         "snapshots": _mean([r["snapshots"] for r in reports]),
         **{name: _mean([r.get(name) or {} for r in reports]) for name in ("ratings", "wording", "critic")},
         "stages": _mean([r["stages"] for r in reports]),
+        "cost": _mean([r["cost"] for r in reports]),
         "human_harmlessness_labels": sum(r["human_harmlessness_labels"] for r in reports),
         "by_seed": [
             {k: r[k] for k in ("seed", "label", "rm", "revision_harm", "revision_harm_selective")}

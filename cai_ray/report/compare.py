@@ -11,7 +11,7 @@ from cai_ray.constitution.differences import differences
 from cai_ray.errors import InputError
 from cai_ray.evaluate.attribution import attribution
 from cai_ray.evaluate.outcomes import FAMILY, outcomes
-from cai_ray.report import tables
+from cai_ray.report import costs, tables
 from cai_ray.report.combine import bootstrap
 from cai_ray.report.html import document
 from cai_ray.report.text import METRICS, columns, in_order, interval, name_of, percent, safe
@@ -29,7 +29,7 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
         difference on the prompts that both have, with an interval over these (bootstrap). principles: id to {change:
         added, removed, changed, described or None; a, b: how often drawn, changed, decisive, overruled}. labels:
         comparisons of the same conversation and responses, how many of their labels prefer the same response, and the
-        mean absolute difference of their probabilities.
+        mean absolute difference of their probabilities. costs: of a and b (`costs.read`).
 
     Raises:
         InputError: a run is not evaluated.
@@ -43,6 +43,7 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
         "behaviour": _behaviour(a, b),
         "principles": _principles(a, b),
         "labels": _labels(a, b),
+        "costs": {"a": costs.read(a), "b": costs.read(b)},
     }
 
 
@@ -148,6 +149,8 @@ def _tables(found: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         ]
         rows.append([principle, cell["change"] or "", *numbers])
     yield "Principles", ["principle", "", *(f"{name} a, b" for name in COUNTS)], rows
+    if rows := costs.side_by_side(found["costs"]["a"], found["costs"]["b"]):
+        yield "Cost", ["cost", "wall time a, b", "CPU a, b", "GPU a, b", "money a, b"], rows
 
 
 def _place(metric: str) -> tuple[int, str]:

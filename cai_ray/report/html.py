@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cai_ray.report import browser, charts, labels, measures, principles, snapshots, tables
+from cai_ray.report import browser, charts, costs, labels, measures, principles, snapshots, tables
 from cai_ray.report.text import (
     TRAINED,
     colour,
@@ -212,18 +212,6 @@ def _reproduce(report: dict[str, Any]) -> str:
     )
 
 
-def _stages(report: dict[str, Any]) -> str:
-    if not report["stages"]:
-        return ""
-    cost = report.get("label_cost")
-    each = (
-        f"<p>An accepted label (no error, no tie) cost {cost['seconds']:.3f} s and {cost['tokens']:,.0f} tokens.</p>"
-        if cost
-        else ""
-    )
-    return tables.stages(report["stages"]) + each
-
-
 def _legend(models: list[str]) -> str:
     entries = "".join(f'<span class="{colour(m, models)}"><i></i>{safe(name_of(m))}</span>' for m in models)
     return f'<p class="legend">{entries}</p>'
@@ -247,6 +235,6 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "wording": ("Wording", measures.wording),
     "sets": ("Published sets", measures.sets),
     "harness": ("Capability kept", measures.harness),
-    "stages": ("Cost", _stages),
+    "stages": ("Cost", costs.section),
     "reproduce": ("How to reproduce it", _reproduce),
 }

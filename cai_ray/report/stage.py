@@ -11,10 +11,9 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray import storage
 from cai_ray.evaluate.attribution import attribution
-from cai_ray.generate.certificate import is_tie
 from cai_ray.generate.sources import read_comparisons
-from cai_ray.report import explorer, html, snapshots, text, transcripts
-from cai_ray.report.tables import STAGES
+from cai_ray.report import costs, explorer, html, snapshots, text, transcripts
+from cai_ray.report.tables import STAGES, of_method
 from cai_ray.storage import Run
 
 BOILERPLATE = 0.3
@@ -72,7 +71,7 @@ def build(run: Run) -> dict[str, Any]:
             },
             "attribution": attribution(run, constitution),
             "explorer": explorer.read(run, constitution),
-            "label_cost": _label_cost(run),
+            "cost": costs.read(run),
             "configuration": _configuration(run),
         }
     )
@@ -105,22 +104,6 @@ def alarms(run: Run, report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _label_cost(run: Run) -> dict[str, float] | None:
-    """Seconds and tokens for each label that is no error and no tie."""
-    manifest = run.manifest("label") or {}
-    accepted = sum(
-        row["error"] is None and not is_tie(row["p_a_raw"])
-        for row in run.each_row("label", ["p_a_raw", "error"])
-    )
-    if not accepted or not manifest.get("tokens"):
-        return None
-    return {
-        "seconds": manifest["seconds"] / accepted,
-        "tokens": (manifest["tokens"]["prompt"] + manifest["tokens"]["generated"]) / accepted,
-        "accepted": accepted,
-    }
-
-
 def _configuration(run: Run) -> str:
     """What of the configuration is not the default, as YAML."""
     given = run.config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
@@ -139,8 +122,7 @@ def human_harmlessness_labels(run: Run) -> int:
 def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
     """Wall seconds and tokens of each completed stage, from its manifest."""
     found = {}
-    other = {"ppo": ("dpo",), "dpo": ("rm", "ppo")}[run.config.method]
-    for name in (s for s in STAGES if s not in other):
+    for name in of_method(run.config.method):
         if manifest := run.manifest(name):
             found[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
             for key in ("rows_in", "rows_out", "errors", "engine_seconds"):

@@ -10,6 +10,12 @@ from cai_ray.report.text import interval, name_of, percent, rates, safe
 STAGES = ("revise", "sft", "compare", "label", "rm", "ppo", "dpo", "evaluate")
 
 
+def of_method(method: str) -> list[str]:
+    """The stages that a run has."""
+    other = {"ppo": ("dpo",), "dpo": ("rm", "ppo")}[method]
+    return [s for s in STAGES if s not in other]
+
+
 def results(report: dict[str, Any]) -> str:
     """The main table: a row per rate, a column per policy, intervals beneath the values."""
     head = "".join(f'<th scope="col">{safe(name_of(m))}</th>' for m in report["models"])
@@ -42,34 +48,14 @@ def plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return _table(f"<tr>{top}</tr>", body, "plain")
 
 
-def stages(costs: dict[str, dict[str, Any]]) -> str:
-    body = []
-    for name in (s for s in STAGES if s in costs):  # JSON keeps no order
-        cost = costs[name]
-        rows = cost.get("rows_out")
-        cells = [
-            f"{cost['seconds']:.1f} s",
-            "" if rows is None else f"{rows:,.0f}",
-            _tokens(cost.get("tokens")),
-        ]
-        values = "".join(f'<td class="n">{safe(c)}</td>' for c in cells)
-        body.append(f'<tr><th scope="row">{safe(name)}</th>{values}</tr>')
-    total = sum(cost["seconds"] for cost in costs.values())
-    body.append(
-        f'<tr class="sum"><th scope="row">all</th><td class="n">{total:.1f} s</td><td></td><td></td></tr>'
-    )
-    head = "".join(f'<th scope="col">{h}</th>' for h in ("wall time", "rows", "tokens"))
-    return _table(f"<tr><td></td>{head}</tr>", body, "stages")
+def tokens(found: dict[str, int] | None) -> str:
+    return ", ".join(f"{_short(v)} {k}" for k, v in (found or {}).items() if v)
 
 
 def _rate(rate: dict[str, Any]) -> str:
     seeds = ", ".join(percent(v) for v in rate.get("seeds") or [] if v is not None)
     about = f"n = {rate['n']}" + (f"; seeds: {seeds}" if "," in seeds else "")
     return f'<td class="n" title="{safe(about)}">{percent(rate["value"])}<small>{interval(rate)}</small></td>'
-
-
-def _tokens(tokens: dict[str, int] | None) -> str:
-    return ", ".join(f"{_short(v)} {k}" for k, v in (tokens or {}).items() if v)
 
 
 def _short(n: float) -> str:

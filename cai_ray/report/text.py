@@ -51,6 +51,19 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def duration(seconds: float | None) -> str:
+    """Of what is held or waited for: seconds, or hours where these are many."""
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f} s" if seconds < 1000 else f"{seconds / 3600:,.2f} h"
+
+
+def price(amount: float | None, currency: str | None) -> str:
+    if amount is None or currency is None:
+        return ""
+    return f"{amount:,.2f} {currency}" if amount >= 1 else f"{amount:.2g} {currency}"
+
+
 def interval(rate: dict[str, Any]) -> str:
     if rate.get("low") is None or rate.get("high") is None:
         return ""

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai_ray.errors import InputError
+from cai_ray.errors import InputError, OverBudget
+from cai_ray.meter import Holder
 from cai_ray.records import derive_id
-from cai_ray.train.ranks import device, rank, world_size
+from cai_ray.train.ranks import device, from_first, global_sum, rank, world_size
 
 if TYPE_CHECKING:
     from cai_ray.train.fit import Trained
@@ -34,6 +35,9 @@ def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step:
 
     Args:
         state: what the loop needs to go on, of this rank (anything that torch.save takes).
+
+    Raises:
+        OverBudget: the budget is spent (`checkpoint_due` said so), and this checkpoint counts.
     """
     from ray.train import Checkpoint, CheckpointUploadMode, report
 
@@ -57,14 +61,38 @@ def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step:
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
     )
+    if _spent:
+        wait_until_saved()
+        raise OverBudget(_spent)
 
 
 def checkpoint_due(step: int, every: int) -> bool:
-    """Whether to save after this step: every so many, and at once where one of the group's nodes is about to go.
+    """Whether to save after this step: every so many, and at once where one of the group's nodes is about to go or the
+    budget is spent.
 
     Every rank calls it after every step, and all get the same answer.
     """
-    return _told_to_go() or step % every == 0
+    return _told_to_stop() or _told_to_go() or step % every == 0
+
+
+_holder: Holder | None = None
+_spent: str | None = None
+
+
+def heed(holder: Holder | None) -> None:
+    """Who is told when the budget is spent: this rank's holder. None where the run has no budget."""
+    global _holder, _spent
+    _holder, _spent = holder, None
+
+
+def _told_to_stop() -> bool:
+    """Whether any rank was told that the budget is spent."""
+    global _spent
+    if _holder is None:
+        return False
+    if global_sum(torch.tensor(float(_holder.told is not None))):
+        _spent = from_first(_holder.look() or _holder.told)
+    return _spent is not None
 
 
 _answered: Any = None

@@ -10,6 +10,7 @@ from cai_ray.config import EngineConfig
 from cai_ray.engine import make_engine
 from cai_ray.errors import RowError
 from cai_ray.generate.label import Label
+from cai_ray.meter import Holder
 from cai_ray.prompts import load_templates
 from cai_ray.storage import Run
 
@@ -18,6 +19,7 @@ class FeedbackModel:
     """Labels comparisons as stage `label` does, one call for many."""
 
     def __init__(self, run: Run, gpu: bool):
+        self.held = Holder()
         config = run.config
         templates = load_templates(config.templates)
         self._chain = Label(config.document, templates, config.label, config.seed)

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from cai_ray import storage
 from cai_ray.cluster import capacity, uses_gpu, worker_env
 from cai_ray.config import TrainConfig, WatchConfig
-from cai_ray.errors import InputError, Stopped
+from cai_ray.errors import InputError, OverBudget, Stopped
 from cai_ray.interrupt import interruptible
+from cai_ray.meter import Holder
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
 from cai_ray.train import metrics
 from cai_ray.train.checkpoints import checkpoint_due as checkpoint_due
+from cai_ray.train.checkpoints import heed
 from cai_ray.train.checkpoints import restore as restore
 from cai_ray.train.checkpoints import save_checkpoint as save_checkpoint
 from cai_ray.train.checkpoints import wait_until_saved as wait_until_saved
@@ -70,7 +72,7 @@ def fit(
 
     Raises:
         InputError: the cluster is too small, or a rank found an input at fault.
-        Stopped: a rank met a gate.
+        Stopped: a rank met a gate, or the budget is spent.
     """
     check_resources(run, cfg)
     # What a worker cannot see is the driver's directory.
@@ -103,7 +105,7 @@ def fit(
         outcome = _get_on(trainer, key)
     if "fault" in outcome:
         kind, text = outcome["fault"]
-        raise {"InputError": InputError, "Stopped": Stopped}[kind](text)
+        raise {"InputError": InputError, "Stopped": Stopped, "OverBudget": OverBudget}[kind](text)
     return outcome["result"] or {}
 
 
@@ -193,6 +195,8 @@ def _on_each_rank(config: dict[str, Any]) -> dict[str, Any]:
     """The loop, with errors that are the user's to mend turned into an outcome: they are not tried again."""
     from ray.train import get_checkpoint
 
+    holder, budget = Holder(), config["run"].config.budget
+    heed(holder if budget.given else None)
     loop, key = config.pop("_loop"), config.pop("_key")
     metrics.put(key, "from", str(get_checkpoint()).encode())  # every rank says the same
     if fault := metrics.get(key, "fault"):  # told by a rank of the attempt before
@@ -205,7 +209,7 @@ def _on_each_rank(config: dict[str, Any]) -> dict[str, Any]:
         return {"result": loop(config)}
     except (InputError, Stopped) as e:
         fault = json.dumps([type(e).__name__, str(e)]).encode()
-        if world_size() == 1:
+        if world_size() == 1 or isinstance(e, OverBudget):
             return {"fault": json.loads(fault)}
         metrics.put(key, "fault", fault)
         raise  # the other ranks may wait for this one: the group ends, and the next one ends at once

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cai_ray.cluster import forget
+from cai_ray.cluster import get as get
+from cai_ray.cluster import put as put
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
 from cai_ray.train import sinks
@@ -136,10 +139,9 @@ def progress_lines(key: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        _delete(key)
+        forget(key)
 
 
-# Ray's own key-value store carries a few short texts from a rank to the driver: no actor, no port, no shared disk.
 _told = ""
 _warnings: list[str] = []
 
@@ -162,21 +164,3 @@ def warn(text: str) -> None:
     _warnings.append(text)
     if _told:
         put(_told, "warnings", json.dumps(_warnings).encode())
-
-
-def put(key: str, what: str, value: bytes) -> None:
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(f"{key}/{what}".encode(), value, overwrite=True, namespace=b"cai_ray")
-
-
-def get(key: str, what: str) -> bytes | None:
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return _internal_kv_get(f"{key}/{what}".encode(), namespace=b"cai_ray")
-
-
-def _delete(key: str) -> None:
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(key.encode(), del_by_prefix=True, namespace=b"cai_ray")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from cai_ray.cluster import capacity
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
+from cai_ray.meter import Holder
 from cai_ray.train.transfer import Way
 from cai_ray.train.weight_sync import WORKER, Held, Packed
 
@@ -57,6 +58,7 @@ class RolloutEngine:
     """
 
     def __init__(self, model: str, arguments: dict[str, Any], end_id: int, way: Way = "ray"):
+        self.held = Holder()
         # Before vllm is imported. One process, one batch at a time: that is what makes it deterministic.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -19,6 +19,8 @@ LAYERS = {
     },
     **{f"cai_ray.constitution.{name}": 1 for name in ("lint", "differences", "votes")},
     "cai_ray.cluster": 1,
+    "cai_ray.cost": 1,
+    "cai_ray.meter": 1,
     "cai_ray.interrupt": 1,
     "cai_ray.engine": 1,
     "cai_ray.train": 2,
@@ -35,7 +37,18 @@ LAYERS = {
     # What only the command line uses, or runs the pipeline.
     **{
         f"cai_ray.{name}": 4
-        for name in ("pipeline", "cli", "__main__", "ablate", "cost", "chat", "export", "memory", "town.demo")
+        for name in (
+            "pipeline",
+            "cli",
+            "__main__",
+            "ablate",
+            "edit_cost",
+            "estimate",
+            "chat",
+            "export",
+            "memory",
+            "town.demo",
+        )
     },
 }
 HEAVY = {"ray", "torch", "vllm", "transformers", "deepspeed", "peft", "accelerate"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cai_ray import config as configs
-from cai_ray import constitution, cost, storage
+from cai_ray import constitution, edit_cost, storage
 from cai_ray.config import LabelConfig, ReviseConfig
 from cai_ray.constitution import Constitution
 from cai_ray.engine import Usage
@@ -209,7 +209,7 @@ def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
         storage.write_json(run.path(stage, "manifest.json"), {"seconds": 7.0, "rows_out": rows})
 
     after = edited(TOWN, "privacy", revision_request="now write it again .", comparison="which is kinder ?")
-    found = cost.cost(run, after)
+    found = edit_cost.cost(run, after)
     again, kept = ({row["stage"]: row for row in found[way]} for way in ("again", "kept"))
     spent = [
         asyncio.run(replace(chain, constitution=after)(ENGINE, {**row, "before": json.dumps([old])}))
@@ -225,12 +225,12 @@ def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
     assert all(row["seconds"] == 7.0 for row in found["again"])
 
     last = made[0]["steps"][-1]["principle_id"]
-    off = {row["stage"]: row for row in cost.cost(run, TOWN.without([last]))["again"]}
+    off = {row["stage"]: row for row in edit_cost.cost(run, TOWN.without([last]))["again"]}
     assert off["sft"]["seconds"] == 7.0, (
         "a step that is left out costs no call, and changes what is trained on"
     )
 
-    same = cost.cost(run, edited(TOWN, "privacy", source="elsewhere"))
+    same = edit_cost.cost(run, edited(TOWN, "privacy", source="elsewhere"))
     assert all(row["seconds"] is None and not row["calls"] for row in same["again"])
 
 

@@ -1,0 +1,103 @@
+"""The sample: the run's own configuration on a few of its prompts, with a few steps of training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from cai_ray import storage
+from cai_ray.config import RunConfig, validate
+from cai_ray.generate import compare, revise
+from cai_ray.generate.sources import read_comparisons, read_prompts
+from cai_ray.records import derive_id
+from cai_ray.storage import Run
+
+STEPS = 4
+"""Of training on rows, at least: the first is slower than those that count."""
+PPO_STEPS = 2
+
+
+def choose(prompts: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """So many, of each kind its share, at least one."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for prompt in prompts:
+        kinds[prompt["kind"]].append(prompt)
+    chosen: list[dict[str, Any]] = []
+    for _, rows in sorted(kinds.items()):
+        rows.sort(key=lambda row: derive_id(seed, "estimate", row["id"]))
+        chosen += rows[: max(1, round(count * len(rows) / len(prompts)))]
+    return chosen
+
+
+def prompts_of(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """The prompts that each stage takes."""
+
+    def train(sources: Any) -> list[dict[str, Any]]:
+        rows = read_prompts(sources or config.prompts, config.seed)
+        return [row for row in rows if row["split"] == "train"]
+
+    return {
+        "revise": train(())[: config.revise.limit],
+        "compare": train(config.compare.prompts)[: config.compare.limit],
+        "ppo": train(config.ppo.prompts),
+        "evaluate": read_prompts(config.evaluate.prompts, config.seed)[: config.evaluate.limit],
+    }
+
+
+def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
+    """The configuration of the sample, whose prompts are written into the folder."""
+    data = config.model_dump(mode="json")
+    rows: dict[str, int] = {}
+    for stage, prompts in prompts_of(config).items():
+        if not prompts:
+            continue
+        chosen = choose(prompts, count, config.seed)
+        rows[stage] = len(chosen)
+        path = storage.join(folder, f"{stage}.jsonl")
+        keep = ("messages", "kind", "family", "split", "source")
+        text = "".join(json.dumps({key: row[key] for key in keep}) + "\n" for row in chosen)
+        storage.write_bytes(path, text.encode())
+        (data if stage == "revise" else data[stage])["prompts"] = [{"path": path}]
+    data |= {"out": storage.join(folder, "run"), "budget": {}, "sinks": [], "max_error_rate": 1.0}
+    for section in ("revise", "compare", "evaluate"):
+        data[section]["limit"] = None
+    for engine in (data["engine"], data["label"]["engine"]):
+        if engine:
+            engine |= {"min_actors": 1, "max_actors": 1}
+    limit = data["label"]["gold_limit"]
+    data["label"] |= {"gates": {}, "gold_limit": min(limit, count)}
+    share = rows["compare"] / len(prompts_of(config)["compare"])
+    for section in ("rm", "dpo"):
+        for source, given in zip(data[section]["human"], getattr(config, section).human, strict=True):
+            n = len(read_comparisons(given, config.seed))
+            source["limit"] = max(1, math.ceil(n * share))
+    data["sft"]["epochs"] = _epochs(rows["revise"], config.sft.batch_size)
+    data["rm"]["epochs"] = _epochs(rows["compare"], config.rm.batch_size)
+    data["dpo"]["epochs"] = _epochs(rows["compare"], config.dpo.batch_size)
+    warmup = min(1, config.ppo.value_warmup_steps)
+    data["ppo"] |= {"steps": PPO_STEPS, "value_warmup_steps": warmup}
+    watch = data["ppo"]["watch"]
+    watch |= {"on_alarm": "log", "limit": min(watch["limit"], count)}
+    data["evaluate"]["harness"] = None
+    for given in data["evaluate"]["sets"]:
+        given["limit"] = min(given["limit"] or count, count)
+    return validate(data, "the sample of --estimate")
+
+
+def _epochs(rows: int, batch: int) -> int:
+    return math.ceil(STEPS / math.ceil(rows / batch))
+
+
+def rows_by_kind(run: Run, stage: str) -> dict[str, int]:
+    """How many rows of each kind a stage has that asks engines."""
+    found: dict[str, int] = defaultdict(int)
+    if stage == "evaluate":
+        asked = prompts_of(run.config)["evaluate"]
+    else:
+        asked = revise.rows(run) if stage == "revise" else compare.rows(run)
+    for row in asked:
+        found[row["kind"]] += 1
+    return dict(found)
