@@ -19,6 +19,7 @@ LAYERS = {
     },
     **{f"cai_ray.constitution.{name}": 1 for name in ("lint", "differences", "votes")},
     "cai_ray.cluster": 1,
+    "cai_ray.placement": 1,
     "cai_ray.interrupt": 1,
     "cai_ray.engine": 1,
     "cai_ray.train": 2,
