@@ -71,7 +71,9 @@ def test_objects_spill_to_a_folder_of_the_machine(name: str) -> None:
     config = cluster(name)
     start = [c for k in ("head", "worker") for c in config[f"{k}_start_ray_commands"] if "ray start" in c]
     assert len(start) == 2
-    folders = {word for c in start for word in shlex.split(c) if word.startswith("--object-spilling-directory=")}
+    folders = {
+        word for c in start for word in shlex.split(c) if word.startswith("--object-spilling-directory=")
+    }
     assert folders == {"--object-spilling-directory=/spill"}
     assert "-v /spill:/spill" in config["docker"]["run_options"]
     assert any("mkdir -p /spill" in c for c in config["initialization_commands"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
