@@ -76,7 +76,7 @@ def check(config: RunConfig, what: str, needs: Sequence[Need], remedy: str) -> N
     which = f" of {_show(needs[lacking].bundle, asked)}" if len(needs) > 1 else ""
     raise InputError(
         f"{what}: needs {wanted}, each on one node, and there is room for {found[lacking]}{which}; "
-        f"the cluster has {_list(cluster.up, asked)}, and {_may_add(cluster.more, asked)}; {remedy}"
+        f"the cluster has {_list(cluster.up, asked)} and {_may_add(cluster.more, asked)}; {remedy}"
     )
 
 
@@ -203,6 +203,4 @@ def _list(kinds: Iterable[Nodes], asked: Iterable[str]) -> str:
 
 
 def _may_add(kinds: Sequence[Nodes], asked: Iterable[str]) -> str:
-    return (
-        f"its autoscaler may add up to {_list(kinds, asked)}" if kinds else "has no autoscaler that adds more"
-    )
+    return f"an autoscaler that may add {_list(kinds, asked)}" if kinds else "no autoscaler that adds more"

@@ -158,7 +158,7 @@ def check_resources(run: Run, cfg: TrainConfig) -> None:
     """
     group = Need(worker_bundle(run, cfg), cfg.workers)
     remedy = "use fewer `workers`" if uses_gpu(run.config) else "use fewer `workers`, or a larger `ray.cpus`"
-    check(run.config, f"workers={cfg.workers}: training", [group], remedy)
+    check(run.config, f"training with workers={cfg.workers}", [group], remedy)
 
 
 def worker_bundle(run: Run, cfg: TrainConfig) -> dict[str, float]:

@@ -178,7 +178,7 @@ def running(
         made.end()
 
 
-def wait_until(there: Callable[[], bool], said: Callable[[], str], seconds: float = 120) -> None:
+def wait_until(there: Callable[[], bool], said: Callable[[], str], seconds: float = 300) -> None:
     deadline = time.time() + seconds
     while not there():
         assert time.time() < deadline, said()[-6000:]

@@ -65,5 +65,5 @@ def test_what_the_autoscaler_could_never_place_is_refused_before_the_start(
     done = cai_ray(*words, *given(cluster, **{"engine.cpus_per_actor": 9}), env=cluster.env)
     said = refused(done)
     assert "needs 1 x {CPU: 9, generation}, each on one node, and there is room for 0" in said
-    assert "its autoscaler may add up to 2 nodes of {CPU: 8, generation}, 1 node of {CPU: 4}" in said
+    assert "an autoscaler that may add 2 nodes of {CPU: 8, generation}, 1 node of {CPU: 4};" in said
     assert time.time() - started < 60

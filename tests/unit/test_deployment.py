@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -52,6 +53,44 @@ def test_the_autoscaler_reads_pools_from_zero_out_of_it(name: str) -> None:
     assert set(kinds) == {"cpu", "training", "generation"}
     assert all(kind.min_worker_nodes == 0 < kind.max_worker_nodes for kind in kinds.values())
     assert read.get_max_num_worker_nodes() == sum(kind.max_worker_nodes for kind in kinds.values())
+
+
+def test_the_launcher_prepares_its_start_on_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles, keys, networks and each kind of machine, as `ray up` asks for them: of an imitation of the cloud."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
+    given = {
+        "HOME": str(tmp_path),
+        "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+        "AWS_DEFAULT_REGION": "us-west-2",
+    }
+    for name, value in (
+        given | dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+    ).items():
+        monkeypatch.setenv(name, value)
+    from ray.autoscaler._private.util import prepare_config
+
+    with moto.mock_aws():
+        from ray.autoscaler._private.aws.config import bootstrap_aws
+        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+        config = prepare_config(cluster("cluster.yaml"))
+        # What a machine has is in the cloud's own table, from which Ray fills in what is not declared.
+        bare = copy.deepcopy(config)
+        for kind in bare["available_node_types"].values():
+            kind["resources"] = {}
+        found = AWSNodeProvider.fillout_available_node_types_resources(bare)["available_node_types"]
+        for name, kind in config["available_node_types"].items():
+            for resource in ("CPU", "GPU") if name != "head" else ():
+                assert kind["resources"].get(resource) == found[name]["resources"].get(resource), name
+        cloud = boto3.client("ec2")
+        image = cloud.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        bought = {}
+        for name, kind in bootstrap_aws(config)["available_node_types"].items():
+            node = {**kind["node_config"], "ImageId": image}
+            node["SubnetId"] = node.pop("SubnetIds")[0]
+            (made,) = cloud.run_instances(MinCount=1, MaxCount=1, **node)["Instances"]
+            bought[name] = made.get("InstanceLifecycle", "on demand")
+    assert bought == dict.fromkeys(("head", "cpu", "training"), "on demand") | {"generation": "spot"}
 
 
 def spot(node: dict[str, Any]) -> bool:
