@@ -37,7 +37,8 @@ class Cluster:
         self.folder = tempfile.mkdtemp(prefix="ray")
         # Ray asks for a token unless told otherwise; nodes, drivers and clients have the same one.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.env = environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", **token)
+        patience = {"RAY_raylet_start_wait_time_s": "300"}  # of `ray start`, on a machine with other work
+        self.env = environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", **token, **patience)
         self.address = f"127.0.0.1:{free_port()}"
         self.dashboard = f"http://127.0.0.1:{free_port()}"
         self.nodes: list[subprocess.Popen[bytes]] = []
@@ -73,22 +74,25 @@ class Cluster:
 
     def add_worker(self, cpus: int = 8) -> subprocess.Popen[bytes]:
         """Waits until it is there: two that join one machine at the same moment get in each other's way."""
-        before = len(self.ids())
-        node = self.add(f"--address {self.address} --num-cpus {cpus}")
-        wait_until(lambda: len(self.ids()) > before, self.said)
+        # Its own folder, as on a machine of its own: nodes that share one unpack a job's files there at the same time.
+        folder = f"{self.folder}-{len(self.nodes)}"
+        node = self.add(f"--address {self.address} --num-cpus {cpus} --temp-dir {folder}")
+        wait_until(self.started, self.said)
         return node
 
+    def started(self) -> bool:
+        """Whether the node that was added last is there."""
+        assert self.nodes[-1].poll() is None, self.said()
+        log = Path(self.folder) / f"node-{len(self.nodes) - 1}.log"
+        return "Ray runtime started" in log.read_text(errors="replace")
+
     def ids(self) -> list[str]:
-        """Of the nodes that are alive; none before the head answers."""
+        """Of the nodes that are alive."""
         script = f"""import ray; ray.init('{self.address}', logging_level='ERROR', log_to_driver=False)
 print(*(n['NodeID'] for n in ray.nodes() if n['Alive']))"""
-        assert self.nodes[0].poll() is None, self.said()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            words = [sys.executable, "-c", script]
-            return subprocess.run(
-                words, env=self.env, capture_output=True, text=True, timeout=60
-            ).stdout.split()
-        return []
+        done = subprocess.run([sys.executable, "-c", script], env=self.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + self.said()
+        return done.stdout.split()
 
     def drain(self, node: str, seconds: int) -> None:
         """As a spot market does: a notice, with the time that is left."""
@@ -160,7 +164,8 @@ print(*(n['NodeID'] for n in ray.nodes() if n['Alive']))"""
         for node in reversed(self.nodes):
             if node.poll() is None:
                 self.kill(node)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, *(f"{self.folder}-{n}" for n in range(len(self.nodes)))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -170,7 +175,7 @@ def running(
     """A cluster whose nodes are there."""
     made = Cluster(head, pools)
     try:
-        wait_until(lambda: bool(made.ids()), made.said)
+        wait_until(made.started, made.said)
         for _ in range(workers):
             made.add_worker(cpus)
         yield made

@@ -59,9 +59,13 @@ class Jobs:
         said = self.submit(*entrypoint, options=("--no-wait",))
         name = re.search(r"ray job stop (\S+)", said)
         assert name is not None, said
-        wait_until(there, lambda: self("logs", name[1]).stdout)
+        wait_until(lambda: there() or "FAILED" in self.status(name[1]), lambda: self("logs", name[1]).stdout)
         assert self("stop", name[1]).returncode == 0
-        assert "STOPPED" in self("status", name[1]).stdout + self("status", name[1]).stderr
+        assert "STOPPED" in self.status(name[1]), self("logs", name[1]).stdout
+
+    def status(self, name: str) -> str:
+        done = self("status", name)
+        return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
