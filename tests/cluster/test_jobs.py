@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -57,15 +59,32 @@ class Jobs:
 
     def stop_when(self, there: Callable[[], bool], *entrypoint: object) -> None:
         said = self.submit(*entrypoint, options=("--no-wait",))
-        name = re.search(r"ray job stop (\S+)", said)
+        name = re.search(r"ray job stop (\w+)", said)
         assert name is not None, said
         wait_until(lambda: there() or "FAILED" in self.status(name[1]), lambda: self("logs", name[1]).stdout)
-        assert self("stop", name[1]).returncode == 0
+        # Its workers hold still until it is stopped: however fast the machine, that is in the middle.
+        with frozen(self.cluster.nodes[1].pid, "ray::MapWorker", "ray::RayTrainWorker"):
+            assert "RUNNING" in self.status(name[1])
+            assert self("stop", name[1]).returncode == 0
         assert "STOPPED" in self.status(name[1]), self("logs", name[1]).stdout
 
     def status(self, name: str) -> str:
         done = self("status", name)
         return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def frozen(parent: int, *names: str) -> Iterator[None]:
+    found = [
+        p for p in psutil.Process(parent).children(recursive=True) if " ".join(p.cmdline()).startswith(names)
+    ]
+    assert found
+    for process in found:
+        process.suspend()
+    yield
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 @pytest.fixture(scope="module")
