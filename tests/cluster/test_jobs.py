@@ -61,7 +61,7 @@ class Jobs:
         said = self.submit(*entrypoint, options=("--no-wait",))
         name = re.search(r"ray job stop (\w+)", said)
         assert name is not None, said
-        wait_until(lambda: there() or "failed" in self.status(name[1]), lambda: self("logs", name[1]).stdout)
+        wait_until(there, lambda: self("logs", name[1]).stdout)
         # Its workers hold still until it is stopped: however fast the machine, that is in the middle.
         with frozen(self.cluster.nodes[1].pid, "ray::MapWorker", "ray::RayTrainWorker"):
             assert "RUNNING" in self.status(name[1]).upper()
