@@ -1,4 +1,4 @@
-"""Joins or starts the Ray cluster, and says before any work whether it is large enough."""
+"""Joins or starts the Ray cluster; whether it is large enough is placement.py's."""
 
 from __future__ import annotations
 
@@ -60,17 +60,6 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
             _metrics_export_port=metrics_port,
             **options,
         )
-
-
-def capacity() -> dict[str, float]:
-    """Resources that the cluster has or may grow to: its autoscaler's bounds count, also where no node is up yet."""
-    import ray
-    from ray._private.state import state
-
-    have = dict(ray.cluster_resources())
-    for kind, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        have[kind] = max(have.get(kind, 0), most)
-    return have
 
 
 def worker_env(config: RunConfig) -> dict[str, str]:

@@ -55,6 +55,14 @@ class RayConfig(Section):
     """A running cluster (`auto`, ray://…); by default one is started here, or the job's own is joined."""
     cpus: int | None = Field(default=None, gt=0)
     """Logical CPUs of a cluster started here; by default 16, since Ray's bookkeeping actors want one each."""
+    training_nodes: str | None = None
+    """A custom resource that marks the nodes which train, and sample for PPO (cluster.yaml: `training`); by default
+    any node may."""
+    generation_nodes: str | None = None
+    """The same for the engines of the other stages (cluster.yaml: `generation`)."""
+    autoscaling_config: str | None = None
+    """The cluster's configuration, to know which nodes its autoscaler may add; by default where `ray up` puts it on
+    the head, or the Kubernetes operator's."""
 
 
 class EngineConfig(Section):

@@ -497,17 +497,23 @@ def _check_requests(rows: list[dict[str, Any]]) -> None:
 
 
 def _check_cluster(run: Run, name: str) -> None:
+    from cai_ray.cluster import uses_gpu
+
     section = getattr(run.config, name)
     if isinstance(section, TrainConfig):
         from cai_ray.train.fit import check_resources
 
         check_resources(run, section)
+        if name == "ppo":
+            from cai_ray.train import feedback, rollout
+
+            gpu = uses_gpu(run.config)
+            rollout.check_room(run.config, gpu, feedback.needed(run, gpu))
     else:
-        from cai_ray.cluster import uses_gpu
         from cai_ray.generate.rows import check_resources as check_engine
 
         for needed in {"label": [run.feedback()], "evaluate": [run, run.feedback()]}.get(name, [run]):
-            check_engine(needed.config.engine, uses_gpu(needed.config))
+            check_engine(needed.config, uses_gpu(needed.config))
 
 
 def _check_writable(run: Run) -> None:

@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray import meter, storage
-from cai_ray.cluster import capacity, uses_gpu, worker_env, worker_errors
-from cai_ray.config import EngineConfig
+from cai_ray.cluster import uses_gpu, worker_env, worker_errors
+from cai_ray.config import EngineConfig, RunConfig
 from cai_ray.engine import Engine, make_engine
 from cai_ray.errors import InputError, OverBudget, RowError
 from cai_ray.generate.journal import SLICE_ROWS, Journal, Keeper, Published, Slice
 from cai_ray.interrupt import interruptible
+from cai_ray.placement import Need, bundle, check, marks
 from cai_ray.prompts import load_templates
 from cai_ray.storage import Run
 
@@ -94,7 +95,7 @@ def map_sets(
     config = run.config
     started = time.time()
     gpu = uses_gpu(config)
-    check_resources(config.engine, gpu)
+    check_resources(config, gpu)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -134,6 +135,7 @@ def map_sets(
         batch_format="pyarrow",
         num_cpus=config.engine.cpus_per_actor,
         num_gpus=config.engine.span if gpu else 0,
+        resources=marks(config.ray.generation_nodes),
         runtime_env={"env_vars": worker_env(config)},
     )
     errors = {
@@ -293,20 +295,25 @@ def _summary(run: Run, made: Published, total: int, model: str, seconds: float) 
     }
 
 
-def check_resources(engine: EngineConfig, gpu: bool) -> None:
-    """Short of resources Ray waits for ever without a word; this says so at once."""
-    have = capacity()
-    need = {
-        "CPU": engine.cpus_per_actor * engine.min_actors,
-        "GPU": engine.span * engine.min_actors,
-    }
-    for kind in ("CPU", "GPU") if gpu else ("CPU",):
-        if have.get(kind, 0) < need[kind]:
-            raise InputError(
-                f"engine: {engine.min_actors} actors need {need[kind]:g} {kind}s, "
-                f"the cluster has {have.get(kind, 0):g}; lower engine.min_actors, "
-                "engine.tensor_parallel or engine.pipeline_parallel"
-            )
+def check_resources(config: RunConfig, gpu: bool) -> None:
+    """Whether the engines that a stage starts with have room.
+
+    Raises:
+        InputError: they never will have.
+    """
+    engine = config.engine
+    actor = bundle(engine.cpus_per_actor, engine.span if gpu else 0, config.ray.generation_nodes)
+    lower = (
+        "engine.min_actors, engine.tensor_parallel or engine.pipeline_parallel"
+        if gpu
+        else "engine.min_actors"
+    )
+    check(
+        config,
+        f"engine.min_actors={engine.min_actors}",
+        [Need(actor, engine.min_actors)],
+        f"lower {lower}, or use larger nodes",
+    )
 
 
 class _Progress:

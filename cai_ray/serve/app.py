@@ -16,6 +16,7 @@ import yaml
 from cai_ray import cluster, storage
 from cai_ray import constitution as constitutions
 from cai_ray.errors import InputError
+from cai_ray.placement import Need, check
 from cai_ray.serve.settings import ServeSettings, load
 from cai_ray.storage import Run, open_run
 
@@ -147,7 +148,7 @@ def _places(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
     gpu, feedback = cluster.uses_gpu(run.config), run.feedback().config
     engine = run.config.engine
     # Beside its engine a replica of Ray Serve LLM has a CPU of its own.
-    policy = {"CPU": 1 + engine.cpus_per_actor * engine.span} | ({"GPU": float(engine.span)} if gpu else {})
+    policy = {"CPU": 1 + engine.cpus_per_actor} | ({"GPU": 1.0} if gpu else {})
     places: dict[str, dict[str, float]] = {f"policy-{role}": policy for role in settings.models}
     places["critic"] = {"CPU": feedback.engine.cpus_per_actor}
     if cluster.uses_gpu(feedback):
@@ -159,17 +160,17 @@ def _places(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
 
 def _check_room(run: Run, settings: ServeSettings) -> None:
     """Short of resources Serve waits for ever; this says so at once."""
-    have, needed = cluster.capacity(), {"CPU": 0.0, "GPU": 0.0}
+    engine, needs = run.config.engine, []
     for name, place in _places(run, settings).items():
         copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
-        for kind, amount in place.items():
-            needed[kind] += amount * copies.get(name, settings.policy.min)
-    for kind, amount in needed.items():
-        if have.get(kind, 0) < amount:
-            raise InputError(
-                f"serve: models {', '.join(settings.models)} and the critic need {amount:g} {kind}s, the cluster has "
-                f"{have.get(kind, 0):g}; serve fewer models or replicas, or set ray.cpus"
-            )
+        number = copies.get(name, settings.policy.min)
+        needs.append(Need(place, number))
+        if (
+            name.startswith("policy-") and engine.span > 1
+        ):  # a bundle for each GPU; the replica is in the first
+            needs.append(Need({**place, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
+    remedy = "serve fewer models or replicas, or use larger nodes (ray.cpus on this machine)"
+    check(run.config, f"serve {','.join(settings.models)}", needs, remedy)
 
 
 def write_config(settings: ServeSettings, host: str, port: int, path: str) -> None:

@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 from cai_ray.cluster import worker_env
-from cai_ray.config import EngineConfig
+from cai_ray.config import RunConfig
 from cai_ray.engine import make_engine
 from cai_ray.errors import RowError
 from cai_ray.generate.label import Label
 from cai_ray.meter import Holder
+from cai_ray.placement import bundle, marks
 from cai_ray.prompts import load_templates
 from cai_ray.storage import Run
 
@@ -43,9 +44,15 @@ class FeedbackModel:
         return list(await asyncio.gather(*map(one, rows)))
 
 
-def resources(engine: EngineConfig, gpu: bool) -> dict[str, float]:
-    """What the actor takes of the cluster."""
-    return {"CPU": float(engine.cpus_per_actor)} | ({"GPU": float(engine.span)} if gpu else {})
+def needed(run: Run, gpu: bool) -> dict[str, float] | None:
+    """What the actor takes of a node, where PPO asks it."""
+    watch = run.config.ppo.watch
+    return _bundle(run.feedback().config, gpu) if watch.every and watch.asks_feedback else None
+
+
+def _bundle(config: RunConfig, gpu: bool) -> dict[str, float]:
+    engine = config.engine
+    return bundle(engine.cpus_per_actor, engine.span if gpu else 0, config.ray.generation_nodes)
 
 
 def open_feedback(run: Run, gpu: bool) -> Any:
@@ -53,10 +60,11 @@ def open_feedback(run: Run, gpu: bool) -> Any:
     import ray
 
     feedback = run.feedback()
-    needs = resources(feedback.config.engine, gpu)
+    needs = _bundle(feedback.config, gpu)
     actor = ray.remote(FeedbackModel).options(
         num_cpus=needs["CPU"],
         num_gpus=needs.get("GPU", 0),
+        resources=marks(feedback.config.ray.generation_nodes),
         max_restarts=-1,
         max_task_retries=2,
         max_concurrency=4,

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cai_ray import storage
-from cai_ray.cluster import capacity, uses_gpu, worker_env
+from cai_ray.cluster import uses_gpu, worker_env
 from cai_ray.config import TrainConfig, WatchConfig
 from cai_ray.errors import InputError, OverBudget, Stopped
 from cai_ray.interrupt import interruptible
 from cai_ray.meter import Holder
+from cai_ray.placement import Need, bundle, check
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id, derive_seed
 from cai_ray.storage import Run
@@ -90,7 +91,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=cfg.workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": cfg.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            resources_per_worker=worker_bundle(run, cfg),
         ),
         run_config=RunConfig(
             name=name,
@@ -152,20 +153,19 @@ def _trainer_class(run: Run) -> Any:
 
 
 def check_resources(run: Run, cfg: TrainConfig) -> None:
-    """Ray Train waits for resources without a word, so whether they can come is asked before.
+    """Whether the training group has room.
 
     Raises:
-        InputError: the cluster, grown as far as it can grow, holds too few CPUs or GPUs.
+        InputError: it never will have.
     """
-    have = capacity()
-    need = {"CPU": cfg.workers * cfg.cpus_per_worker, "GPU": cfg.workers if uses_gpu(run.config) else 0}
-    for kind, wanted in need.items():
-        if wanted > have.get(kind, 0):
-            remedy = "fewer `workers`" if kind == "GPU" else "fewer `workers`, or a larger `ray.cpus`"
-            raise InputError(
-                f"workers={cfg.workers}: training needs {wanted:g} {kind}s, and the cluster has "
-                f"{have.get(kind, 0):g}; use {remedy}"
-            )
+    group = Need(worker_bundle(run, cfg), cfg.workers)
+    remedy = "use fewer `workers`" if uses_gpu(run.config) else "use fewer `workers`, or a larger `ray.cpus`"
+    check(run.config, f"training with workers={cfg.workers}", [group], remedy)
+
+
+def worker_bundle(run: Run, cfg: TrainConfig) -> dict[str, float]:
+    """What one worker of the group takes of a node."""
+    return bundle(cfg.cpus_per_worker, 1 if uses_gpu(run.config) else 0, run.config.ray.training_nodes)
 
 
 def fingerprint(run: Run, stage: str, cfg: TrainConfig) -> str:

@@ -94,11 +94,10 @@ def run(run: Run) -> dict[str, Any]:
         [storage.model_sha(run.model(source.model)) for source in cfg.rewards],
     )
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
-    gpu, beside = uses_gpu(config), None
+    gpu = uses_gpu(config)
+    beside = feedback.needed(run, gpu)
     if cfg.watch.every:
         extra["watched"] = read_watched(run, renderer, readers)
-        if cfg.watch.asks_feedback:
-            beside = feedback.resources(run.feedback().config.engine, gpu)
     extra["keeper"] = keeper = open_pool(config, run.model("sl"), renderer.end_id, gpu, beside)
     extra["feedback"] = feedback.open_feedback(run, gpu) if beside else None
     try:

@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cai_ray.cluster import capacity
 from cai_ray.config import RunConfig
-from cai_ray.errors import InputError
 from cai_ray.meter import Holder
+from cai_ray.placement import Need, bundle, check, marks
 from cai_ray.train.transfer import Way
 from cai_ray.train.weight_sync import WORKER, Held, Packed
 
@@ -205,6 +204,7 @@ class EngineSpec(NamedTuple):
     group: Any
     cpus: float
     gpus: float
+    mark: dict[str, float]
     way: Way = "ray"
 
     def __call__(self, index: int) -> Any:
@@ -213,7 +213,11 @@ class EngineSpec(NamedTuple):
 
         place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
         actor = ray.remote(RolloutEngine).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0, scheduling_strategy=place
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            resources=self.mark,
+            max_restarts=0,
+            scheduling_strategy=place,
         )
         return actor.remote(self.model, self.arguments, self.end_id, self.way)
 
@@ -254,32 +258,46 @@ def open_pool(
     """The keeper of `ppo.rollout_engines` engines, for the driver to hold; the engines start in the background.
 
     Args:
-        beside: what else of the cluster the stage will take (`feedback.resources`).
+        beside: what else of the cluster the stage will take (`feedback.needed`).
 
     Raises:
-        InputError: the cluster has too few CPUs or GPUs for them.
+        InputError: the cluster will never have room for it all.
     """
     import ray
     from ray.util.placement_group import placement_group
 
     from cai_ray.engine.vllm import engine_args
 
+    check_room(config, gpu, beside)
     engine, ppo = config.rollout_engine, config.ppo
-    bundle = {"CPU": float(engine.cpus_per_actor)} | ({"GPU": float(engine.tensor_parallel)} if gpu else {})
-    # Engines and workers run at once: with too little for both, one would wait for the other for ever.
-    workers = {"CPU": ppo.workers * ppo.cpus_per_worker, "GPU": ppo.workers}
-    have = capacity()
-    for resource, each in bundle.items():
-        need = each * ppo.rollout_engines + workers[resource] + (beside or {}).get(resource, 0)
-        if need > have.get(resource, 0):
-            raise InputError(
-                f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers} need {need:g} {resource}s, "
-                f"the cluster has {have.get(resource, 0):g}; use fewer of them, or more nodes"
-            )
+    place = _engine_bundle(config, gpu)
     arguments = engine_args(model, engine, gpu)
-    group = placement_group([bundle] * ppo.rollout_engines, strategy="PACK")
-    spec = EngineSpec(model, arguments, end_id, group, bundle["CPU"], bundle.get("GPU", 0), ppo.weight_sync)
+    group = placement_group([place] * ppo.rollout_engines, strategy="PACK")
+    mark = marks(config.ray.training_nodes)
+    spec = EngineSpec(
+        model, arguments, end_id, group, place["CPU"], place.get("GPU", 0), mark, ppo.weight_sync
+    )
     return ray.remote(Keeper).options(num_cpus=0).remote(spec, ppo.rollout_engines)
+
+
+def check_room(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None = None) -> None:
+    """Engines and workers run at once: with too little for both, one would wait for the other for ever.
+
+    Raises:
+        InputError: the cluster will never have room for it all.
+    """
+    ppo = config.ppo
+    worker = bundle(ppo.cpus_per_worker, 1 if gpu else 0, config.ray.training_nodes)
+    needs = [Need(_engine_bundle(config, gpu), ppo.rollout_engines), Need(worker, ppo.workers)]
+    if beside:
+        needs.append(Need(beside, 1))
+    what = f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers}"
+    check(config, what, needs, "use fewer of them, or more nodes")
+
+
+def _engine_bundle(config: RunConfig, gpu: bool) -> dict[str, float]:
+    engine = config.rollout_engine
+    return bundle(engine.cpus_per_actor, engine.tensor_parallel if gpu else 0, config.ray.training_nodes)
 
 
 def close_pool(keeper: Any) -> None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+import torch
 
-from cai_ray.storage import open_run
-from tests.e2e.command import BIN, ROOT, SMALL, Driver, environment, free_port, settings, succeed
+from cai_ray.storage import Run, open_run
+from tests.cluster.nodes import Cluster, by_id, running, wait_until
+from tests.e2e.command import ROOT, SMALL, environment, settings, succeed
 from tests.ray import training
 
 # A node has room for one engine, the head for none. Small blocks are written often, so that a kill finds work done.
@@ -30,114 +26,95 @@ SETTINGS = {
     "revise.limit": 256,
     "engine.max_num_seqs": 16,
     "engine.cpus_per_actor": 8,
-    "engine.min_actors": 2,
-    "engine.max_actors": 2,
+    "engine.min_actors": 3,
+    "engine.max_actors": 3,
 }
+ALONE = {"engine.cpus_per_actor": 1, "engine.min_actors": 1, "engine.max_actors": 1}
+# After so many rows a node waits until a fourth one has done a row: the stage cannot end before that.
+REVISE = """
+import asyncio, pathlib, sys
+import ray
+from cai_ray import pipeline
+from cai_ray.config import load
+from cai_ray.generate import revise, rows
 
+class Noted:
+    def __init__(self, chain, file):
+        self.chain, self.file = chain, file
 
-class Cluster:
-    """Nodes of this machine, each with a raylet of its own, as `ray start` makes them."""
-
-    def __init__(self, folder: str):
-        # Ray asks for a token unless told otherwise; nodes and drivers have the same one.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.env = environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", **token)
-        self.address = f"127.0.0.1:{free_port()}"
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        # Ray Data's own actors run on the head, which has no room for an engine.
-        self.head = f"--head --port {self.address.split(':')[1]} --num-cpus 6 --include-dashboard=false"
-        self.folder = folder
-
-    def add(self, words: str) -> subprocess.Popen[bytes]:
-        command = f"""{BIN}/ray start --block --disable-usage-stats --node-ip-address 127.0.0.1
-            --dashboard-agent-listen-port {free_port()} --object-store-memory 100000000 {words}"""
-        if "--head" in words:
-            command += f" --temp-dir {self.folder}"
-        node = subprocess.Popen(
-            command.split(),
-            env=self.env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.nodes.append(node)
-        return node
-
-    def add_worker(self) -> subprocess.Popen[bytes]:
-        return self.add(f"--address {self.address} --num-cpus 8")
-
-    def drain(self, node: str, seconds: int) -> None:
-        """As a spot market does: a notice, with the time that is left."""
-        reason = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message test"
-        words = f"{BIN}/ray drain-node --address {self.address} --node-id {node} {reason}"
-        subprocess.run(
-            [*words.split(), "--deadline-remaining-seconds", str(seconds)],
-            env=self.env,
-            check=True,
-            capture_output=True,
-        )
-
-    def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """As when the machine is gone: raylet and all that it started, at once."""
-        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        node.wait()
-
-    def wait_for(self, nodes: int) -> None:
-        script = f"import ray; ray.init('{self.address}', logging_level='ERROR'); print(len(ray.nodes()))"
-        deadline = time.time() + 60
+    async def __call__(self, engine, row):
+        done = await self.chain(engine, row)
+        node, file = ray.get_runtime_context().get_node_id(), pathlib.Path(self.file)
+        with file.open("a") as f:
+            f.write(f"{node} {row['id']}\\n")
         while True:
-            done = subprocess.run(
-                [sys.executable, "-c", script], env=self.env, capture_output=True, text=True
-            )
-            if done.stdout.strip().endswith(str(nodes)):
-                return
-            assert time.time() < deadline, done.stderr[-2000:]
+            lines = [line.split()[0] for line in file.read_text().splitlines()]
+            if len(set(lines)) > 3 or lines.count(node) < 40:
+                return done
+            await asyncio.sleep(0.5)
+
+out, *given = sys.argv[1:]
+rows.SLICE_ROWS = 8  # so few that the first actor to come does not take all that there are
+original = revise.map_rows
+def map_rows(run, stage, given, chain, **more):
+    return original(run, stage, given, Noted(chain, out + "-done"), **more)
+revise.map_rows = map_rows
+pipeline.run_stages(load("errand-town", given, out=out), ["revise"])
+"""
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    # The name of a socket may have 107 bytes, so the folder is not pytest's.
-    folder = tempfile.mkdtemp(prefix="ray")
-    made = Cluster(folder)
-    made.add(made.head)
-    made.wait_for(1)
-    yield made
-    for node in reversed(made.nodes):
-        if node.poll() is None:
-            made.kill(node)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Ray Data's own actors run on the head."""
+    with running("--num-cpus 0 --include-dashboard=false") as made:
+        yield made
 
 
-def test_a_killed_node_costs_no_row_and_changes_none(cluster: Cluster, tmp_path: Path) -> None:
-    doomed = cluster.add_worker()
-    cluster.wait_for(2)  # two that join one machine at the same moment get in each other's way
-    cluster.add_worker()
-    cluster.wait_for(3)
-    out = tmp_path / "run"
-    given = settings({**SETTINGS, "ray.address": cluster.address})
-    words = ("run", "errand-town", "--until", "revise", "--out", out, *given)
-    driver = Driver(tmp_path / "log", *words, env=cluster.env)
+def start(cluster: Cluster, log: Path, *words: object, **env: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            env={**cluster.env, **env},
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def test_three_nodes_share_a_stage_of_which_one_is_killed_and_another_comes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    workers = [cluster.add_worker() for _ in range(3)]
+    out, log, done = tmp_path / "run", tmp_path / "log", tmp_path / "run-done"
+    given = [f"{k}={v}" for k, v in {**SETTINGS, "ray.address": cluster.address}.items()]
+    driver = start(cluster, log, "-c", REVISE, out, *given)
+
+    def by_node() -> Counter[str]:
+        return (
+            Counter(line.split()[0] for line in done.read_text().splitlines()) if done.exists() else Counter()
+        )
+
     try:
-        while len(list(out.glob("revise/journal/part/done-*"))) < 4:
-            driver.run_for(0.2)
-        cluster.kill(doomed)
+        # Each of the three has done rows, and some of them are kept.
+        wait(
+            driver, log, lambda: len(by_node()) == 3 and len(list(out.glob("revise/journal/part/done-*"))) > 3
+        )
+        cluster.kill(workers[0])
         cluster.add_worker()
-        assert driver.process.wait(240) == 0, driver.said()[-4000:]
+        assert driver.wait(600) == 0, log.read_text()[-4000:]
     finally:
-        driver.end()
+        end(driver)
+    assert len(by_node()) == 4
     found = open_run(str(out)).rows("revise")
     assert set(Counter(row["id"] for row in found).values()) == {1}
 
-    alone, one = (
-        tmp_path / "alone",
-        {"engine.cpus_per_actor": 1, "engine.min_actors": 1, "engine.max_actors": 1},
-    )
-    succeed("run", "errand-town", "--until", "revise", "--out", alone, *settings({**SETTINGS, **one}))
-    assert _said(found) == _said(open_run(str(alone)).rows("revise"))
+    alone = tmp_path / "alone"
+    succeed("run", "errand-town", "--until", "revise", "--out", alone, *settings({**SETTINGS, **ALONE}))
+    assert by_id(found) == by_id(open_run(str(alone)).rows("revise"))
 
 
+# Which nodes a group's ranks began on, and from which step. The first start is so slow that it does not end by itself.
 TRAIN = """
 import pathlib, sys, time
 import ray
@@ -153,7 +130,7 @@ def loop(config):
         state = restore(engines)
         with began.open("a") as f:
             f.write(f"{ray.get_runtime_context().get_node_id()} {state['step'] if state else 0}\\n")
-        if not state:  # slow enough that the end does not come before the notice
+        if not state:
             step = fit.Trained.step
             fit.Trained.step = lambda self: (time.sleep(0.1), step(self))[1]
         return state
@@ -165,57 +142,84 @@ run = Run(RunConfig.model_validate_json(sys.argv[1]))
 cluster.connect(run.config)
 sft.run(run)
 """
+QUICK = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+
+
+def sft_run(folder: Path, sections: dict[str, object], **more: object) -> Run:
+    run = training.make_run(folder, sft={"init": "base", "batch_size": 8, **sections}, **more)
+    training.write(run, "revise", training.revisions())
+    return run
+
+
+def began(run: Run) -> list[tuple[str, int]]:
+    path = Path(run.path("began"))
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(node, int(step)) for node, step in map(str.split, lines)]
+
+
+def steps(run: Run) -> list[int]:
+    return [json.loads(line)["step"] for line in Path(run.path("sft/metrics.jsonl")).read_text().splitlines()]
 
 
 def test_a_notice_of_a_spot_market_leads_to_a_checkpoint_in_time(cluster: Cluster, tmp_path: Path) -> None:
     """The run has no other checkpoint; when its node is gone it goes on from there on another node."""
-    cluster.add_worker()
-    cluster.wait_for(2)
-    sections = {
-        "init": "base",
-        "epochs": 150,
-        "batch_size": 8,
-        "checkpoint_every": 100_000,
-        "cpus_per_worker": 8,
-    }
-    run = training.make_run(tmp_path, sft=sections, ray={"address": cluster.address})
-    training.write(run, "revise", training.revisions())
-    began, log = tmp_path / "run" / "began", tmp_path / "log"
-    with log.open("wb") as out:
-        driver = subprocess.Popen(
-            [sys.executable, "-c", TRAIN, run.config.model_dump_json()],
-            env={**cluster.env, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"},
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    doomed = cluster.add_worker()
+    sections = {"epochs": 150, "checkpoint_every": 100_000, "cpus_per_worker": 8}
+    run, log = sft_run(tmp_path, sections, ray={"address": cluster.address}), tmp_path / "log"
+    driver = start(cluster, log, "-c", TRAIN, run.config.model_dump_json(), **QUICK)
     try:
-        _wait(driver, log, lambda: began.exists() and "sft: step" in log.read_text())
-        doomed = cluster.nodes[-1]
+        wait(driver, log, lambda: bool(began(run)) and "sft: step" in log.read_text())
         cluster.add_worker()
-        cluster.wait_for(3)
-        cluster.drain(began.read_text().split()[0], 30)
-        _wait(driver, log, lambda: bool(list(tmp_path.glob("run/sft/checkpoints/*/checkpoint_*.json"))))
+        cluster.drain(began(run)[0][0], 30)
+        wait(driver, log, lambda: bool(list(tmp_path.glob("run/sft/checkpoints/*/checkpoint_*.json"))))
         cluster.kill(doomed)
-        assert driver.wait(240) == 0, log.read_text()[-4000:]
+        assert driver.wait(600) == 0, log.read_text()[-4000:]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-    (first, zero), (second, step) = [line.split() for line in began.read_text().splitlines()]
-    assert first != second and int(zero) == 0 < int(step)
-    rows = [json.loads(x) for x in (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > int(step)
+        end(driver)
+    (first, zero), (second, step) = began(run)
+    assert first != second and zero == 0 < step
+    assert steps(run) == list(range(1, len(steps(run)) + 1)) and len(steps(run)) > step
 
 
-def _wait(driver: subprocess.Popen[bytes], log: Path, there: Callable[[], bool]) -> None:
-    deadline = time.time() + 120
-    while not there():
-        assert driver.poll() is None and time.time() < deadline, log.read_text()[-4000:]
-        time.sleep(0.1)
+def test_a_group_over_two_nodes_of_which_one_is_killed_comes_to_the_same_weights(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    doomed, _ = cluster.add_worker(), cluster.add_worker()
+    sections = {"epochs": 40, "checkpoint_every": 10, "cpus_per_worker": 8, "workers": 2}
+    run, log = sft_run(tmp_path, sections, ray={"address": cluster.address}), tmp_path / "log"
+    driver = start(cluster, log, "-c", TRAIN, run.config.model_dump_json(), **QUICK)
+    try:
+        wait(driver, log, lambda: bool(list(tmp_path.glob("run/sft/checkpoints/*/checkpoint_*.json"))))
+        cluster.kill(doomed)
+        cluster.add_worker()
+        assert driver.wait(600) == 0, log.read_text()[-4000:]
+    finally:
+        end(driver)
+    starts = began(run)
+    assert len({node for node, _ in starts[:2]}) == 2 and [step for _, step in starts[:2]] == [0, 0]
+    assert starts[-1][1] >= 10 and len({node for node, _ in starts}) == 3
+    assert steps(run) == list(range(1, len(steps(run)) + 1))
+
+    alone = sft_run(tmp_path / "alone", {**sections, "cpus_per_worker": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN.replace("0.1", "0"), alone.config.model_dump_json()],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    weights, same = (training.weights(r.path("sft/model")) for r in (run, alone))
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def _said(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By id, all but what depends on what the engine's cache held."""
-    return {row["id"]: {k: v for k, v in row.items() if k != "usage"} for row in rows}
+def wait(driver: subprocess.Popen[bytes], log: Path, there: Callable[[], bool]) -> None:
+    wait_until(lambda: driver.poll() is not None or there(), log.read_text, 600)
+    assert driver.poll() is None, log.read_text()[-4000:]
+
+
+def end(driver: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()

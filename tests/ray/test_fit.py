@@ -182,7 +182,9 @@ def test_item_38_too_few_cpus_is_said_before_anything_starts(
     monkeypatch.setattr(fit, "_trainer_class", start)
     run = training.make_run(tmp_path, sft={"workers": 4, "cpus_per_worker": 50})
     with pytest.raises(
-        InputError, match="training needs 200 CPUs, and the cluster has 16; use fewer `workers`"
+        InputError,
+        match=r"workers=4: needs 4 x \{CPU: 50\}, each on one node, and there is room for 0; the cluster has 1 node "
+        r"of \{CPU: 16\} and no autoscaler that adds more; use fewer `workers`",
     ):
         fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft)
 

@@ -21,6 +21,7 @@ LAYERS = {
     "cai_ray.cluster": 1,
     "cai_ray.cost": 1,
     "cai_ray.meter": 1,
+    "cai_ray.placement": 1,
     "cai_ray.interrupt": 1,
     "cai_ray.engine": 1,
     "cai_ray.train": 2,

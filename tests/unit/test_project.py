@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -49,26 +47,6 @@ def test_lock_has_no_addresses_and_none_of_the_cuda_packages() -> None:
 
 def test_cpu_and_gpu_exclude_each_other() -> None:
     assert [{"extra": "cpu"}, {"extra": "gpu"}] in PROJECT["tool"]["uv"]["conflicts"]
-
-
-def test_cluster_configuration_is_valid_for_ray() -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    import ray.autoscaler
-
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    jsonschema.validate(config, schema)
-
-
-def test_cluster_scales_from_zero_and_only_generation_is_spot() -> None:
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    types = config["available_node_types"]
-    head = types.pop(config["head_node_type"])
-    assert head["resources"]["CPU"] == 0
-    assert all(t["min_workers"] == 0 for t in types.values())
-    spot = {name for name, t in types.items() if "InstanceMarketOptions" in t["node_config"]}
-    assert spot == {"generation"}
-    assert config["docker"]["image"].split(":")[1].startswith(LOCK["ray"])
 
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.stem)
