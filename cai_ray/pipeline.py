@@ -299,12 +299,11 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
         if present and present["id"] == manifest["id"]:
             continue
         storage.delete(new.path(name))
-        fs, source = storage.resolve(run.path(name))
+        _, source = storage.resolve(run.path(name))
         for path in storage.list_files(run.path(name), recursive=True):
             inside = path[len(source) :].strip("/")
             if inside != "manifest.json" and not inside.startswith(("checkpoints/", "journal/", "before/")):
-                with fs.open_input_stream(path) as f:
-                    storage.write_bytes(new.path(name, inside), f.read())
+                storage.copy(run.path(name, inside), new.path(name, inside))
         storage.write_json(new.path(name, "manifest.json"), manifest)
     return new
 
@@ -392,7 +391,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             read_key(engine)
     given = {m for m in named if m not in _ROLES}
     for model in () if model_elsewhere else {"base", *given}:
-        _check_model(run.model(model))
+        _check_model(run.locate(model))
         renderer = Renderer(run.model(model), templates.chat_template)
         if feedback.kind == "openai":
             continue
@@ -400,7 +399,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
     for model in _models(config.ppo) if "ppo" in stages and not model_elsewhere else ():
-        _check_model(run.model(model))
+        _check_model(run.locate(model))
         Renderer(run.model(model), templates.chat_template)
     gold_rows(run)
     if "redteam" in stages:

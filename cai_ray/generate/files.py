@@ -91,21 +91,23 @@ def _listed(folder: str, recursive: bool = False) -> list[str]:
 
 
 def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
-    fs, _ = storage.resolve(path)
-    with fs.open_input_file(file) as raw:
-        if file.endswith(".parquet"):
-            for batch in pq.ParquetFile(raw).iter_batches(batch_size=1024):
+    if file.endswith(".parquet"):
+        fs, _ = storage.resolve(path)
+        with fs.open_input_file(file) as columns:
+            for batch in pq.ParquetFile(columns).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-        elif file.endswith(".arrow"):
+        return
+    with storage.open_input(path, file) as raw:
+        if file.endswith(".arrow"):
             yield from _arrow(raw)
         else:
             plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
             # Lines end at \n alone: the texts in them may have other separators.
-            lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
+            lines = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="\n")
             yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
 
 
-def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
+def _arrow(raw: io.BufferedReader) -> Iterator[dict[str, Any]]:
     """What `save_to_disk` writes is a stream; others write the random access format."""
     if raw.read(6) == b"ARROW1":
         raw.seek(0)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from cai_ray import storage
@@ -45,7 +46,7 @@ class Slice(NamedTuple):
     def read(self) -> list[dict[str, Any]]:
         fs, path = storage.resolve(self.path)
         with fs.open_input_file(path) as f:
-            return pq.ParquetFile(f).read_row_group(self.group).to_pylist()
+            return pq.ParquetFile(f, pre_buffer=True).read_row_group(self.group).to_pylist()
 
 
 class Published(NamedTuple):
@@ -80,7 +81,7 @@ class Journal:
 
     def finished(self) -> frozenset[str]:
         """Ids of the rows that need not be walked again. One that failed may: what failed it may have passed."""
-        table = self._read(["id", "error"])
+        table = self._done().to_table(columns=["id", "error"])
         return frozenset(table.filter(pc.is_null(table["error"]))["id"].to_pylist())
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -95,8 +96,7 @@ class Journal:
         A row that was walked twice (it failed before, or the actor died between writing it and saying so) counts once;
         the first that did not fail is taken.
         """
-        kept = _first_of_each(self._read(["id", "error"]))
-        fs, _ = storage.resolve(self.folder)
+        kept = _first_of_each(self._done().to_table(columns=["id", "error"]))
         rows, start, parts = to_table([], self.schema), 0, itertools.count()
         errors, usage = 0, dict.fromkeys(Usage._fields, 0)
 
@@ -108,27 +108,25 @@ class Journal:
             for name in usage:
                 usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
-        for path in self._files("done"):
-            table = pq.read_table(path, filesystem=fs, partitioning=None)
-            rows = pa.concat_tables([rows, table.filter(kept[start : start + table.num_rows])])
-            start += table.num_rows
+        for batch in self._done().to_batches():  # some files ahead, in their order
+            rows = pa.concat_tables([rows, pa.table(batch).filter(kept[start : start + batch.num_rows])])
+            start += batch.num_rows
             while rows.num_rows > PART_ROWS:
                 write(rows.slice(0, PART_ROWS))
                 rows = rows.slice(PART_ROWS)
         write(rows)
         return Published(int(kept.sum()), errors, usage)
 
-    def _read(self, columns: list[str]) -> pa.Table:
-        files = self._files("done")
-        if not files:
-            return to_table([], self.schema).select(columns)
-        fs, _ = storage.resolve(self.folder)
-        return pads.dataset(files, filesystem=fs, format="parquet").to_table(columns=columns)
-
-    def _files(self, kind: str) -> list[str]:
-        return [
-            f for f in storage.list_files(self.folder, ".parquet") if f.rsplit("/", 1)[1].startswith(kind)
-        ]
+    def _done(self) -> pads.Dataset:
+        """What is finished. Listed once: a file whose size is known costs an object store two requests, of three."""
+        fs, path = storage.resolve(self.folder)
+        found = pads.FileSystemDatasetFactory(
+            fs,
+            pafs.FileSelector(path, allow_not_found=True),
+            pads.ParquetFileFormat(),
+            pads.FileSystemFactoryOptions(selector_ignore_prefixes=["todo-", "."]),
+        )
+        return found.finish(SCHEMAS[self.schema])
 
 
 class Keeper:

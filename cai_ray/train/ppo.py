@@ -99,7 +99,7 @@ def run(run: Run) -> dict[str, Any]:
         extra["watched"] = read_watched(run, renderer, readers)
         if cfg.watch.asks_feedback:
             beside = feedback.resources(run.feedback().config.engine, gpu)
-    extra["keeper"] = keeper = open_pool(config, run.model("sl"), renderer.end_id, gpu, beside)
+    extra["keeper"] = keeper = open_pool(config, run.locate("sl"), renderer.end_id, gpu, beside)
     extra["feedback"] = feedback.open_feedback(run, gpu) if beside else None
     try:
         out = fit(run, "ppo", loop, cfg, extra)

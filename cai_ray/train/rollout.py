@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cai_ray import storage
 from cai_ray.cluster import capacity
 from cai_ray.config import RunConfig
 from cai_ray.errors import InputError
@@ -50,7 +51,7 @@ class RolloutEngine:
     """vLLM in this process. Deterministic: a request's result depends on its ids, its seed and the weights.
 
     Args:
-        model: the folder that the policy starts from.
+        model: the folder that the policy starts from, on any file system.
         arguments: vLLM's (`engine.vllm.engine_args`).
         end_id: the token that ends a turn (`prompts.Renderer.end_id`).
         way: how weights come (transfer.py).
@@ -72,7 +73,7 @@ class RolloutEngine:
             **(
                 arguments
                 | {
-                    "model": model,
+                    "model": storage.local_model(model),
                     "skip_tokenizer_init": True,
                     # Of the distribution sampled from: raw ones leave the temperature out.
                     "logprobs_mode": "processed_logprobs",
@@ -274,7 +275,7 @@ def open_pool(
                 f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers} need {need:g} {resource}s, "
                 f"the cluster has {have.get(resource, 0):g}; use fewer of them, or more nodes"
             )
-    arguments = engine_args(model, engine, gpu)
+    arguments = engine_args(storage.local_model(model), engine, gpu)
     group = placement_group([bundle] * ppo.rollout_engines, strategy="PACK")
     spec = EngineSpec(model, arguments, end_id, group, bundle["CPU"], bundle.get("GPU", 0), ppo.weight_sync)
     return ray.remote(Keeper).options(num_cpus=0).remote(spec, ppo.rollout_engines)
