@@ -65,7 +65,7 @@ def copy_file(from_fs: pafs.FileSystem, source: str, fs: pafs.FileSystem, target
         fs.copy_file(source, target)
         return
     with from_fs.open_input_file(source) as f:
-        out = fs.open_output_stream(target)
+        out = fs.open_output_stream(target, compression=None)
         try:
             while block := f.read(COPY_BYTES):
                 out.write(block)
@@ -177,7 +177,7 @@ def _reason(place: str, code: str, more: str, endpoint: str | None = None) -> st
                 "AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine a role"
             )
         return f"{place}: access is denied to these credentials ({code}); give them the right, or set others"
-    if code in _AWAY:
+    if code in _AWAY or "HTTP status 5" in more:
         server = endpoint or "S3"
         detail = more.rpartition("Details: ")[2].strip(" :") or code
         return f"{place}: {server} does not answer ({detail}); check the network and AWS_ENDPOINT_URL"

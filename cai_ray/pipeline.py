@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from cai_ray import storage
 from cai_ray.config import LABELS, RunConfig, TrainConfig
 from cai_ray.errors import InputError
+from cai_ray.filesystems import refusal
 from cai_ray.generate.files import data_files
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id
@@ -499,7 +500,7 @@ def _check_writable(run: Run) -> None:
             os.rmdir(run.root)
     except OSError as e:
         raise InputError(
-            f"out {run.root}: cannot be written ({e.strerror or e}); choose another with --out"
+            f"out {run.root}: cannot be written ({e.strerror or refusal(e) or e}); choose another with --out"
         ) from e
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -33,7 +32,8 @@ from cai_ray.filesystems import resolve as resolve
 
 
 def join(uri: str | Path, *parts: str) -> str:
-    return "/".join([str(uri).rstrip("/"), *parts])
+    base = str(uri).rstrip("/")
+    return "/".join([f"{base}//" if base.endswith(":") else base, *parts])
 
 
 def exists(uri: str | Path) -> bool:
@@ -63,18 +63,12 @@ def read_bytes(uri: str | Path) -> bytes:
         return f.read()
 
 
-def open_input(uri: str | Path, path: str) -> io.BufferedReader:
-    """A file to be read bit by bit, on the file system of `uri`; from an object store in large pieces."""
-    fs, _ = resolve(uri)
-    return io.BufferedReader(fs.open_input_file(path), 1 << 16 if is_local(fs) else 4 << 20)
-
-
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Writes a file that is there whole or not at all."""
     fs, path = resolve(uri)
     make_parent(fs, path)
     if not is_local(fs):  # object stores publish an object when it is closed
-        with fs.open_output_stream(path) as f:
+        with fs.open_output_stream(path, compression=None) as f:
             f.write(data)
         return
     folder, name = os.path.split(path)

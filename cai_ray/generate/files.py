@@ -27,6 +27,8 @@ JSONL = (".jsonl", ".jsonl.gz")
 CSV = (".csv", ".csv.gz")
 FORMATS = (*JSONL, *CSV, ".parquet", ".arrow")
 
+_AHEAD_BYTES = 4 << 20
+
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a document
 
 
@@ -91,23 +93,24 @@ def _listed(folder: str, recursive: bool = False) -> list[str]:
 
 
 def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
-    if file.endswith(".parquet"):
-        fs, _ = storage.resolve(path)
-        with fs.open_input_file(file) as columns:
-            for batch in pq.ParquetFile(columns).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+    fs, _ = storage.resolve(path)
+    if file.endswith((".parquet", ".arrow")):
+        with fs.open_input_file(file) as f:
+            if file.endswith(".parquet"):
+                for batch in pq.ParquetFile(f).iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+            else:
+                yield from _arrow(f)
         return
-    with storage.open_input(path, file) as raw:
-        if file.endswith(".arrow"):
-            yield from _arrow(raw)
-        else:
-            plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
-            # Lines end at \n alone: the texts in them may have other separators.
-            lines = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="\n")
-            yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
+    # Readers of lines ask for a few kilobytes at a time, each of which an object store would be asked for.
+    with fs.open_input_stream(file, compression=None, buffer_size=_AHEAD_BYTES) as raw:
+        plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
+        # Lines end at \n alone: the texts in them may have other separators.
+        lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
+        yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
 
 
-def _arrow(raw: io.BufferedReader) -> Iterator[dict[str, Any]]:
+def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
     """What `save_to_disk` writes is a stream; others write the random access format."""
     if raw.read(6) == b"ARROW1":
         raw.seek(0)

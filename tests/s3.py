@@ -6,6 +6,7 @@ The proxy counts what it is asked, so that a test can say how many requests some
 from __future__ import annotations
 
 import http.client
+import logging
 import re
 import socket
 import threading
@@ -26,13 +27,13 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expe
 class Fault:
     """What becomes of every `every`-th request that matches, the first `times` times."""
 
-    kind: Literal["500", "503", "slow", "cut the request", "cut the answer", "lose the answer"]
+    kind: Literal["403", "500", "503", "slow", "hang", "cut the request", "cut the answer", "lose the answer"]
     every: int = 1
     match: str = ""
     """A regular expression, searched in "METHOD /bucket/key?query"."""
     times: float = float("inf")
     seconds: float = 1.0
-    """How long a slow answer takes."""
+    """How long a slow answer takes, or none comes."""
     seen: int = field(default=0, init=False)
     done: int = field(default=0, init=False)
 
@@ -119,8 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._cut()
             return
         body = self._body()
-        if fault and kind == "slow":
+        if fault and kind in ("slow", "hang"):
             time.sleep(fault.seconds)
+        if kind == "hang":
+            self._cut()
+            return
         if self.owner.guarded and "Authorization" not in self.headers:
             kind = "403"
         if kind.isdigit():
@@ -164,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.close()
 
     def _answer(self, status: int, headers: Mapping[str, str], body: bytes, cut: bool = False) -> None:
+        # Before the other side can go on: what it asks next is counted apart.
+        self.owner.asked.append(Asked(self.command, self.path, 0 if cut else status))
         self.send_response(status)
         given = {k.lower(): v for k, v in headers.items()}
         # Of what a HEAD request is told the length is the object's.
@@ -175,14 +181,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if cut:
             self.wfile.write(body[: len(body) // 2])
-            self._cut()
+            self._close()
             return
-        self.owner.asked.append(Asked(self.command, self.path, status))
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def _cut(self) -> None:
         self.owner.asked.append(Asked(self.command, self.path, 0))
+        self._close()
+
+    def _close(self) -> None:
         self.close_connection = True
         with suppress(OSError):  # the other side was first
             self.wfile.flush()
@@ -196,6 +204,7 @@ class S3:
         from moto.server import ThreadedMotoServer
 
         self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.server.start()
         self.proxy = Proxy(self.server.get_host_and_port())
         self.env = {**KEYS, "AWS_ENDPOINT_URL": self.proxy.url, "AWS_REGION": "us-east-1"}
