@@ -95,7 +95,7 @@ def _store(scheme: str, place: str, uri: str) -> pafs.FileSystem:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     key = (scheme, bucket, endpoint)
     if key not in _stores:
-        _stores[key] = _open_s3(bucket, endpoint, place, uri) if scheme == "s3" else _open_gcs(bucket, uri)
+        _stores[key] = _open_s3(bucket, endpoint, place) if scheme == "s3" else _open_gcs(bucket)
     return _stores[key]
 
 
@@ -118,7 +118,7 @@ class _S3(pafs.S3FileSystem):
         return _S3, self.arguments
 
 
-def _open_s3(bucket: str, endpoint: str | None, place: str, uri: str) -> pafs.FileSystem:
+def _open_s3(bucket: str, endpoint: str | None, place: str) -> pafs.FileSystem:
     """Credentials and region are found by AWS's own chain."""
     try:
         region = None if endpoint else pafs.resolve_s3_region(bucket)
@@ -142,11 +142,14 @@ def _open_s3(bucket: str, endpoint: str | None, place: str, uri: str) -> pafs.Fi
     return _S3(region, endpoint)
 
 
-def _open_gcs(bucket: str, uri: str) -> pafs.FileSystem:
-    """Credentials are found by Google's own chain."""
+def _open_gcs(bucket: str) -> pafs.FileSystem:
+    """Credentials are found by Google's own chain; where its libraries are told of an emulator, so is this."""
+    options: dict[str, Any] = {}
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        scheme, _, host = emulator.rpartition("://")
+        options = {"anonymous": True, "scheme": scheme or "http", "endpoint_override": host}
     try:
-        first = pafs.GcsFileSystem(retry_time_limit=_FIRST_GCS_S)
-        found = first.get_file_info(bucket)
+        found = pafs.GcsFileSystem(retry_time_limit=_FIRST_GCS_S, **options).get_file_info(bucket)
     except (OSError, pa.ArrowException) as e:
         raise InputError(
             f"gs://{bucket}: cannot be opened ({' '.join(str(e).split())[:300]}); check the credentials "
@@ -154,7 +157,7 @@ def _open_gcs(bucket: str, uri: str) -> pafs.FileSystem:
         ) from e
     if found.type == pafs.FileType.NotFound:
         raise InputError(f"gs://{bucket}: the bucket does not exist; create it, or name another")
-    return pafs.GcsFileSystem(retry_time_limit=_GCS_S)
+    return pafs.GcsFileSystem(retry_time_limit=_GCS_S, **options)
 
 
 _DENIED = (

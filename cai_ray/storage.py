@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,10 @@ def delete(uri: str | Path) -> None:
     fs, path = resolve(uri)
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
+        with suppress(
+            FileNotFoundError
+        ):  # a folder that is nothing but the names of its objects is gone with them
+            fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
 
