@@ -78,8 +78,11 @@ def copy_file(from_fs: pafs.FileSystem, source: str, fs: pafs.FileSystem, target
 
 def refusal(error: BaseException) -> str | None:
     """What an object store says that it cannot do, in one line, also where Ray wrapped the error; None otherwise."""
-    told = re.search(r"(?:bucket '([^']+)': )?AWS Error (\w+)([^\n]*)", str(error))
-    return _reason(f"s3://{told[1]}" if told[1] else "s3", told[2], told[3]) if told else None
+    text = str(error)
+    if told := re.search(r"(?:bucket '([^']+)': )?AWS Error (\w+)([^\n]*)", text):
+        return _reason(f"s3://{told[1]}" if told[1] else "s3", told[2], told[3])
+    told = re.search(r"google::cloud::Status\((\w+): ([^\n]{,300})", text)
+    return f"gs: {told[1]} ({told[2]})" if told else None
 
 
 def _has_objects(fs: pafs.FileSystem) -> bool:
@@ -121,7 +124,7 @@ class _S3(pafs.S3FileSystem):
 def _open_s3(bucket: str, endpoint: str | None, place: str) -> pafs.FileSystem:
     """Credentials and region are found by AWS's own chain."""
     try:
-        region = None if endpoint else pafs.resolve_s3_region(bucket)
+        region = None if endpoint else _region(bucket)
         first = _S3(region, endpoint, first=True)
         try:
             first.get_file_info(pafs.FileSelector(f"{place.rstrip('/')}/.none"))
@@ -140,6 +143,16 @@ def _open_s3(bucket: str, endpoint: str | None, place: str) -> pafs.FileSystem:
             code = "NO_SUCH_BUCKET"
         raise InputError(_reason(f"s3://{bucket}", code, more, endpoint)) from e
     return _S3(region, endpoint)
+
+
+def _region(bucket: str) -> str | None:
+    """Of a bucket, which is not always that of the machine; None for what the environment says, where S3 does not."""
+    try:
+        return pafs.resolve_s3_region(bucket)
+    except OSError as e:
+        if "not found" in str(e) or not (os.environ.keys() & {"AWS_REGION", "AWS_DEFAULT_REGION"}):
+            raise
+        return None
 
 
 def _open_gcs(bucket: str) -> pafs.FileSystem:

@@ -137,17 +137,17 @@ def test_a_run_killed_in_the_middle_goes_on(s3: S3, town_run: Path, tmp_path: Pa
     kept = re.search(r"revise: (\d+) of (\d+) rows were finished before", second.said())
     assert kept and 10 <= int(kept[1]) < int(kept[2])
     assert not storage.exists(f"{out}/sft/manifest.json")
-    folders: dict[str, set[str]] = {}
-    for path in storage.list_files(f"{out}/sft/checkpoints", recursive=True):
-        if match := re.search(r"/(checkpoint_[^/.]+)/(.+)$", path):
-            folders.setdefault(match[1], set()).add(match[2])
-    *whole, half = (folders[name] for name in sorted(folders))
-    assert whole and half < whole[-1]  # a part of it is there, and is not to be taken for the whole
+    begun = sorted(
+        {m[1] for a in s3.proxy.asked if (m := re.search(r"killed/.*/(checkpoint_\d[^/]*)/.", a.path))}
+    )
+    files = storage.list_files(f"{out}/sft/checkpoints", recursive=True)
+    whole, half = ({f.partition(f"{name}/")[2] for f in files if name in f} for name in begun[-2:])
+    assert half < whole  # a part of it is there, and is not to be taken for the whole
     before = len(s3.proxy.asked)
     said = succeed(*words, timeout=600).stderr
     assert "revise: done before" in said
     read = [a.path for a in s3.proxy.asked[before:] if a.method == "GET" and "loop-0.pt" in a.path]
-    assert any(sorted(folders)[-2] in path for path in read), read  # it went on from the one before
+    assert read and all(begun[-2] in path for path in read), read  # it went on from the one before
     there = open_run(out)
     names = ("messages", "response", "revision", "steps", "error", "kind")
     assert _rows(there, "revise", names) == _rows(here, "revise", names)
