@@ -115,7 +115,7 @@ def test_a_run_killed_in_the_middle_goes_on(s3: S3, town_run: Path, tmp_path: Pa
         "model": "s3://bucket/models/base",
         "prompts": '[{path: "s3://bucket/prompts.jsonl"}]',
         "engine.max_num_seqs": 8,  # blocks of two rows
-        "sft.checkpoint_every": 4,
+        "sft.checkpoint_every": 2,  # of eight steps
     }
     words = ("run", "errand-town", "--until", "sft", "--out", out, *settings(changes))
     first, second = Driver(tmp_path / "1", *words), None
