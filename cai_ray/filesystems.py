@@ -6,16 +6,21 @@ wrong with it is one line within seconds; after that, requests that fail are tri
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from cai_ray.errors import InputError
+
+T = TypeVar("T")
 
 COPY_BYTES = 32 << 20
 """Read and sent at a time."""
@@ -64,7 +69,7 @@ def copy_file(from_fs: pafs.FileSystem, source: str, fs: pafs.FileSystem, target
     if fs is from_fs and from_fs.get_file_info(source).size < 5 << 30:  # more is not copied within S3 at once
         fs.copy_file(source, target)
         return
-    with from_fs.open_input_file(source) as f:
+    with open_file(from_fs, source) as f:
         out = fs.open_output_stream(target, compression=None)
         try:
             while block := f.read(COPY_BYTES):
@@ -74,6 +79,60 @@ def copy_file(from_fs: pafs.FileSystem, source: str, fs: pafs.FileSystem, target
             fs.delete_file(target)
             raise
         out.close()
+
+
+def open_file(fs: pafs.FileSystem, path: str) -> pa.NativeFile:
+    """A file to be read from anywhere in it."""
+    f = fs.open_input_file(path)
+    return f if is_local(fs) else pa.PythonFile(_Patient(f), mode="r")
+
+
+class _Patient(io.RawIOBase):
+    """Tries again where S3's client does not: if an error's text is longer than the piece that was asked for, the
+    client cannot hold it, and takes the answer for broken."""
+
+    def __init__(self, file: pa.NativeFile):
+        self.file, self.length, self.place = file, file.size(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset + (0, self.place, self.length)[whence]
+        return self.place
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.length - self.place)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = _again(lambda: self.file.read_at(wanted, self.place)) if wanted else b""
+        self.place += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _again(read: Callable[[], T]) -> T:
+    for attempt in range(_ATTEMPTS):
+        try:
+            return read()
+        except OSError as e:
+            if "Failed to flush response stream" not in str(e):
+                raise
+            time.sleep(0.05 * 2**attempt)
+    return read()
 
 
 def refusal(error: BaseException) -> str | None:

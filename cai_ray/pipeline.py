@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from cai_ray import storage
 from cai_ray.config import LABELS, RunConfig, TrainConfig
 from cai_ray.errors import InputError
-from cai_ray.filesystems import refusal
+from cai_ray.filesystems import open_file, refusal
 from cai_ray.generate.files import data_files
 from cai_ray.prompts import load_templates
 from cai_ray.records import derive_id
@@ -607,7 +607,7 @@ def _folder_sha(path: str) -> str:
     fs, root = storage.resolve(path)
     files = {}
     for file in storage.list_files(path, recursive=True):
-        with fs.open_input_file(file) as f:
+        with open_file(fs, file) as f:
             files[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
     return derive_id(files)
 

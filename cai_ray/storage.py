@@ -27,7 +27,7 @@ from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig, validate
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
-from cai_ray.filesystems import COPY_BYTES, copy_file, is_local, make_parent
+from cai_ray.filesystems import COPY_BYTES, copy_file, is_local, make_parent, open_file
 from cai_ray.filesystems import resolve as resolve
 
 
@@ -62,7 +62,7 @@ def delete(uri: str | Path) -> None:
 
 def read_bytes(uri: str | Path) -> bytes:
     fs, path = resolve(uri)
-    with fs.open_input_file(path) as f:  # in one piece: a stream is read from an object store by small ones
+    with open_file(fs, path) as f:  # in one piece: a stream is read from an object store by small ones
         return f.read()
 
 
@@ -111,7 +111,7 @@ def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "
     fs, _ = resolve(uri)
     tables = []
     for file in list_rows(uri, name):
-        with fs.open_input_file(file) as f:
+        with open_file(fs, file) as f:
             tables.append(pq.ParquetFile(f, pre_buffer=True).read(columns=columns))
     if not tables:
         raise InputError(f"{uri}: holds no rows ({name}-*.parquet)")
@@ -125,7 +125,7 @@ def iter_tables(
     """All `name`-*.parquet of a folder, some rows at a time: what a run has may be larger than memory."""
     fs, _ = resolve(uri)
     for file in list_rows(uri, name):
-        with fs.open_input_file(file) as f:
+        with open_file(fs, file) as f:
             for batch in pq.ParquetFile(f, pre_buffer=not is_local(fs)).iter_batches(rows, columns=columns):
                 yield pa.Table.from_batches([batch])
 
@@ -224,7 +224,7 @@ def folder_sha(uri: str | Path) -> str:
     for path in list_files(uri):
         if path.endswith((".safetensors", ".json", ".jinja", ".model", ".bin", ".txt")):
             digest.update(os.path.relpath(path, root).encode())
-            with fs.open_input_file(path) as f:
+            with open_file(fs, path) as f:
                 while block := f.read(COPY_BYTES):
                     digest.update(block)
     return digest.hexdigest()[:16]

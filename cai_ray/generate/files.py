@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from cai_ray import storage
 from cai_ray.errors import InputError
+from cai_ray.filesystems import open_file
 
 JSONL = (".jsonl", ".jsonl.gz")
 CSV = (".csv", ".csv.gz")
@@ -95,7 +96,7 @@ def _listed(folder: str, recursive: bool = False) -> list[str]:
 def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
     fs, _ = storage.resolve(path)
     if file.endswith((".parquet", ".arrow")):
-        with fs.open_input_file(file) as f:
+        with open_file(fs, file) as f:
             if file.endswith(".parquet"):
                 for batch in pq.ParquetFile(f).iter_batches(batch_size=1024):
                     yield from batch.to_pylist()
@@ -103,7 +104,7 @@ def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
                 yield from _arrow(f)
         return
     # Readers of lines ask for a few kilobytes at a time, each of which an object store would be asked for.
-    with fs.open_input_stream(file, compression=None, buffer_size=_AHEAD_BYTES) as raw:
+    with pa.BufferedInputStream(open_file(fs, file), _AHEAD_BYTES) as raw:
         plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
         # Lines end at \n alone: the texts in them may have other separators.
         lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")

@@ -13,18 +13,18 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from cai_ray import storage
 from cai_ray.engine import Usage
+from cai_ray.filesystems import open_file
 from cai_ray.generate import reuse
 from cai_ray.records import SCHEMAS, to_table
 from cai_ray.storage import Run
@@ -33,6 +33,7 @@ FOLDER = "journal"
 TODO_ROWS = 4096
 SLICE_ROWS = 64
 PART_ROWS = 8192
+READERS = 16
 
 
 class Slice(NamedTuple):
@@ -45,7 +46,7 @@ class Slice(NamedTuple):
 
     def read(self) -> list[dict[str, Any]]:
         fs, path = storage.resolve(self.path)
-        with fs.open_input_file(path) as f:
+        with open_file(fs, path) as f:
             return pq.ParquetFile(f, pre_buffer=True).read_row_group(self.group).to_pylist()
 
 
@@ -81,7 +82,7 @@ class Journal:
 
     def finished(self) -> frozenset[str]:
         """Ids of the rows that need not be walked again. One that failed may: what failed it may have passed."""
-        table = self._done().to_table(columns=["id", "error"])
+        table = self._read(["id", "error"])
         return frozenset(table.filter(pc.is_null(table["error"]))["id"].to_pylist())
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -96,7 +97,7 @@ class Journal:
         A row that was walked twice (it failed before, or the actor died between writing it and saying so) counts once;
         the first that did not fail is taken.
         """
-        kept = _first_of_each(self._done().to_table(columns=["id", "error"]))
+        kept = _first_of_each(self._read(["id", "error"]))
         rows, start, parts = to_table([], self.schema), 0, itertools.count()
         errors, usage = 0, dict.fromkeys(Usage._fields, 0)
 
@@ -108,25 +109,30 @@ class Journal:
             for name in usage:
                 usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
-        for batch in self._done().to_batches():  # some files ahead, in their order
-            rows = pa.concat_tables([rows, pa.table(batch).filter(kept[start : start + batch.num_rows])])
-            start += batch.num_rows
+        for table in self._done():
+            rows = pa.concat_tables([rows, table.filter(kept[start : start + table.num_rows])])
+            start += table.num_rows
             while rows.num_rows > PART_ROWS:
                 write(rows.slice(0, PART_ROWS))
                 rows = rows.slice(PART_ROWS)
         write(rows)
         return Published(int(kept.sum()), errors, usage)
 
-    def _done(self) -> pads.Dataset:
-        """What is finished. Listed once: a file whose size is known costs an object store two requests, of three."""
-        fs, path = storage.resolve(self.folder)
-        found = pads.FileSystemDatasetFactory(
-            fs,
-            pafs.FileSelector(path, allow_not_found=True),
-            pads.ParquetFileFormat(),
-            pads.FileSystemFactoryOptions(selector_ignore_prefixes=["todo-", "."]),
-        )
-        return found.finish(SCHEMAS[self.schema])
+    def _read(self, columns: list[str]) -> pa.Table:
+        return pa.concat_tables([to_table([], self.schema).select(columns), *self._done(columns)])
+
+    def _done(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """What is finished, file by file. They are small and many: each is read whole, and several at a time."""
+        fs, _ = storage.resolve(self.folder)
+
+        def read(path: str) -> pa.Table:
+            with open_file(fs, path) as f:
+                return pq.ParquetFile(pa.BufferReader(f.read())).read(columns=columns)
+
+        files = storage.list_rows(self.folder, "done")
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(files), 4 * READERS):
+                yield from pool.map(read, files[start : start + 4 * READERS])
 
 
 class Keeper:
