@@ -82,7 +82,7 @@ def test_a_whole_run_on_a_bad_day(s3: S3, town_run: Path) -> None:
     assert b"<html" in storage.read_bytes(there.path("report", "index.html"))
     row = there.rows("revise", ["id"])[0]["id"]
     assert row in succeed("explain", out, row).stdout
-    assert "models/rl" in exported
+    assert exported.strip() == "s3://bucket/export"
     rl = "models/rl/model.safetensors"
     assert storage.read_bytes(f"s3://bucket/export/{rl}") == storage.read_bytes(
         there.path("ppo", "model", "model.safetensors")
@@ -90,7 +90,7 @@ def test_a_whole_run_on_a_bad_day(s3: S3, town_run: Path) -> None:
     # Nothing is done again, and to find that out costs little.
     with s3.proxy.counting() as asked:
         again = succeed("run", "errand-town", "--out", out, *words).stderr
-    assert again.count("done before") == 8 and asked.total() < 250, asked
+    assert again.count("done before") == 8 and asked.total() < 400, asked
 
 
 SHOWN = {"revise", "sft", "compare", "label", "rm", "ppo", "evaluate"}
