@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from cai_ray import __version__
 from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
+
+T = TypeVar("T")
 
 STAGE_HELP = {
     "revise": "responses, critiques and revisions of the helpful model",
@@ -43,9 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception as e:
-        refused = _refused_by_system(e)
+        refused = _find(e, _refused_by_system)
         if refused is None:
-            raise
+            from cai_ray import filesystems
+
+            if (told := _find(e, filesystems.refusal)) is None:
+                raise
+            print(f"cai-ray: {told}; the same command goes on from here", file=sys.stderr)
+            return EXIT_INPUT
         name = refused.filename  # Ray puts other texts there
         place = f" ({name})" if isinstance(name, str) and os.path.isabs(name) else ""
         print(
@@ -56,16 +64,21 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INPUT
 
 
-def _refused_by_system(error: BaseException) -> OSError | None:
-    """What the system refused to write (disk full, quota, read-only, forbidden), also where Ray wrapped it."""
+def _refused_by_system(e: BaseException) -> OSError | None:
+    """What the system refused to write: disk full, quota, read-only, forbidden."""
+    return e if isinstance(e, OSError) and e.errno in (ENOSPC, EDQUOT, EROFS, EACCES, EFBIG) else None
+
+
+def _find(error: BaseException, what: Callable[[BaseException], T | None]) -> T | None:
+    """The first that is found of an error, of what caused it, and of what Ray wrapped in it."""
     seen: list[Any] = []
     left: list[Any] = [error]
     while left:
         e = left.pop()
         if not isinstance(e, BaseException) or any(e is s for s in seen):
             continue
-        if isinstance(e, OSError) and e.errno in (ENOSPC, EDQUOT, EROFS, EACCES, EFBIG):
-            return e
+        if (found := what(e)) is not None:
+            return found
         seen.append(e)
         # Ray's errors of a task, of training workers (by rank) and of its training controller.
         workers = getattr(e, "worker_failures", None) or {}

@@ -186,12 +186,11 @@ def _model(run: Run, facts: cards.Facts, role: str, templates: TemplateSet, out:
 
 def _end_token(model: str, templates: TemplateSet) -> str:
     """The token that ends an answer, from a model's folder without its weights."""
-    fs, _ = storage.resolve(model)
     with tempfile.TemporaryDirectory() as folder:
         for path in storage.list_files(model):
             if not path.endswith(".safetensors"):
-                with fs.open_input_stream(path, compression=None) as f:
-                    (Path(folder) / Path(path).name).write_bytes(f.read())
+                name = Path(path).name
+                storage.copy(storage.join(model, name), Path(folder) / name)
         renderer = Renderer(folder, templates.chat_template)
         return renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)
 

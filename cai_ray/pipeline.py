@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from cai_ray import cost, storage
 from cai_ray.config import LABELS, RunConfig, TrainConfig
 from cai_ray.errors import InputError, OverBudget
+from cai_ray.filesystems import open_file, refusal
 from cai_ray.generate.files import data_files
 from cai_ray.meter import Meter
 from cai_ray.prompts import load_templates
@@ -312,12 +313,11 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
         if present and present["id"] == manifest["id"]:
             continue
         storage.delete(new.path(name))
-        fs, source = storage.resolve(run.path(name))
+        _, source = storage.resolve(run.path(name))
         for path in storage.list_files(run.path(name), recursive=True):
             inside = path[len(source) :].strip("/")
             if inside != "manifest.json" and not inside.startswith(("checkpoints/", "journal/", "before/")):
-                with fs.open_input_stream(path) as f:
-                    storage.write_bytes(new.path(name, inside), f.read())
+                storage.copy(run.path(name, inside), new.path(name, inside))
         storage.write_json(new.path(name, "manifest.json"), manifest)
     return new
 
@@ -405,7 +405,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             read_key(engine)
     given = {m for m in named if m not in _ROLES}
     for model in () if model_elsewhere else {"base", *given}:
-        _check_model(run.model(model))
+        _check_model(run.locate(model))
         renderer = Renderer(run.model(model), templates.chat_template)
         if feedback.kind == "openai":
             continue
@@ -413,7 +413,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
     for model in _models(config.ppo) if "ppo" in stages and not model_elsewhere else ():
-        _check_model(run.model(model))
+        _check_model(run.locate(model))
         Renderer(run.model(model), templates.chat_template)
     gold_rows(run)
     if "redteam" in stages:
@@ -525,7 +525,7 @@ def _check_writable(run: Run) -> None:
             os.rmdir(run.root)
     except OSError as e:
         raise InputError(
-            f"out {run.root}: cannot be written ({e.strerror or e}); choose another with --out"
+            f"out {run.root}: cannot be written ({e.strerror or refusal(e) or e}); choose another with --out"
         ) from e
 
 
@@ -632,7 +632,7 @@ def _folder_sha(path: str) -> str:
     fs, root = storage.resolve(path)
     files = {}
     for file in storage.list_files(path, recursive=True):
-        with fs.open_input_file(file) as f:
+        with open_file(fs, file) as f:
             files[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
     return derive_id(files)
 

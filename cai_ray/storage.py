@@ -6,11 +6,14 @@ lies beside no manifest is a leftover of an attempt that was killed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +27,13 @@ from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig, validate
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
-
-
-def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The file system of a URI or plain path, and the path on it.
-
-    Raises:
-        InputError: the scheme is unknown, or its credentials do not work.
-    """
-    text = str(uri)
-    if "://" not in text:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
-    try:
-        return pafs.FileSystem.from_uri(text)
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise InputError(
-            f"{text}: cannot be opened ({' '.join(str(e).split())}); use a path, s3:// or gs://"
-        ) from e
+from cai_ray.filesystems import COPY_BYTES, copy_file, is_local, make_parent, open_file
+from cai_ray.filesystems import resolve as resolve
 
 
 def join(uri: str | Path, *parts: str) -> str:
-    return "/".join([str(uri).rstrip("/"), *parts])
+    base = str(uri).rstrip("/")
+    return "/".join([f"{base}//" if base.endswith(":") else base, *parts])
 
 
 def exists(uri: str | Path) -> bool:
@@ -63,26 +52,30 @@ def delete(uri: str | Path) -> None:
     fs, path = resolve(uri)
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
+        with suppress(
+            FileNotFoundError
+        ):  # a folder that is nothing but the names of its objects is gone with them
+            fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
 
 
 def read_bytes(uri: str | Path) -> bytes:
     fs, path = resolve(uri)
-    with fs.open_input_stream(path, compression=None) as f:
+    with open_file(fs, path) as f:  # in one piece: a stream is read from an object store by small ones
         return f.read()
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Writes a file that is there whole or not at all."""
     fs, path = resolve(uri)
-    fs.create_dir(os.path.dirname(path), recursive=True)
-    if not isinstance(fs, pafs.LocalFileSystem):  # object stores publish an object when it is closed
-        with fs.open_output_stream(path) as f:
+    make_parent(fs, path)
+    if not is_local(fs):  # object stores publish an object when it is closed
+        with fs.open_output_stream(path, compression=None) as f:
             f.write(data)
         return
-    temporary = f"{path}.tmp-{os.getpid()}"
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{os.getpid()}"
     try:
         with open(temporary, "wb") as f:
             f.write(data)
@@ -92,6 +85,11 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def copy(source: str | Path, target: str | Path) -> None:
+    """Copies a file to another place, each on any file system."""
+    copy_file(*resolve(source), *resolve(target))
 
 
 def read_json(uri: str | Path) -> Any:
@@ -111,13 +109,13 @@ def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = N
 def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "part") -> pa.Table:
     """All `name`-*.parquet of a folder as one table, in the order of their ids."""
     fs, _ = resolve(uri)
-    files = [f for f in list_files(uri, ".parquet") if os.path.basename(f).startswith(f"{name}-")]
-    if not files:
+    tables = []
+    for file in list_rows(uri, name):
+        with open_file(fs, file) as f:
+            tables.append(pq.ParquetFile(f, pre_buffer=True).read(columns=columns))
+    if not tables:
         raise InputError(f"{uri}: holds no rows ({name}-*.parquet)")
-    # `partitioning=None`: a run may lie below a folder whose name looks like a partition ("seed=1").
-    table = pa.concat_tables(
-        [pq.read_table(f, filesystem=fs, columns=columns, partitioning=None) for f in files]
-    )
+    table = pa.concat_tables(tables)
     return table.sort_by("id") if "id" in table.column_names else table
 
 
@@ -126,60 +124,97 @@ def iter_tables(
 ) -> Iterator[pa.Table]:
     """All `name`-*.parquet of a folder, some rows at a time: what a run has may be larger than memory."""
     fs, _ = resolve(uri)
-    for file in list_files(uri, ".parquet"):
-        if os.path.basename(file).startswith(f"{name}-"):
-            with fs.open_input_file(file) as f:
-                for batch in pq.ParquetFile(f).iter_batches(rows, columns=columns):
-                    yield pa.Table.from_batches([batch])
+    for file in list_rows(uri, name):
+        with open_file(fs, file) as f:
+            for batch in pq.ParquetFile(f, pre_buffer=not is_local(fs)).iter_batches(rows, columns=columns):
+                yield pa.Table.from_batches([batch])
+
+
+def list_rows(uri: str | Path, name: str = "part") -> list[str]:
+    """Paths of `name`-*.parquet of a folder, sorted, without the scheme."""
+    return [f for f in list_files(uri, ".parquet") if os.path.basename(f).startswith(f"{name}-")]
 
 
 def has_rows(uri: str | Path, name: str = "part") -> bool:
     """Whether a folder holds `name`-*.parquet."""
-    return any(os.path.basename(f).startswith(f"{name}-") for f in list_files(uri, ".parquet"))
+    return bool(list_rows(uri, name))
 
 
 def delete_rows(uri: str | Path, name: str = "part") -> None:
     """Removes `name`-*.parquet from a folder."""
     fs, _ = resolve(uri)
-    for path in list_files(uri, ".parquet"):
-        if os.path.basename(path).startswith(f"{name}-"):
-            fs.delete_file(path)
+    for path in list_rows(uri, name):
+        fs.delete_file(path)
 
 
 def upload_folder(source: str | Path, uri: str) -> None:
-    """Copies a folder to another place, each on any file system; a no-op where both are the same place."""
+    """Makes a folder at `uri` the same as another, each on any file system; a no-op where both are the same place.
+
+    What was there and is not in `source` is removed: half a model may be left of an attempt with other shards.
+    """
     from_fs, from_path = resolve(source)
     fs, path = resolve(uri)
-    if (
-        isinstance(fs, pafs.LocalFileSystem)
-        and isinstance(from_fs, pafs.LocalFileSystem)
-        and from_path == path
-    ):
+    if is_local(fs) and is_local(from_fs) and from_path == path:
         return
-    fs.create_dir(path, recursive=True)
-    pafs.copy_files(from_path, path, source_filesystem=from_fs, destination_filesystem=fs)
+    names = [f[len(from_path) + 1 :] for f in list_files(source, recursive=True)]
+    for old in list_files(uri, recursive=True):
+        if old[len(path) + 1 :] not in names:
+            fs.delete_file(old)
+    for name in names:
+        copy_file(from_fs, f"{from_path}/{name}", fs, f"{path}/{name}")
 
 
 def local_folder(uri: str | Path) -> str:
-    """A local path of a folder: itself where it is local, else a copy made once per content on this node."""
+    """A local path of a folder: itself where it is local, else a copy made once per content on this node.
+
+    Raises:
+        InputError: nothing is there, and it is not local.
+    """
     fs, path = resolve(uri)
-    if isinstance(fs, pafs.LocalFileSystem):
+    if is_local(fs):
         return path
-    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    stamp = hashlib.sha256(repr([(i.path, i.size, i.mtime_ns) for i in infos]).encode()).hexdigest()[:16]
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    infos = [i for i in infos if i.is_file]
+    if not infos:
+        raise InputError(f"{uri}: no such folder")
+    stamp = hashlib.sha256(repr(sorted((i.path, i.size, i.mtime_ns) for i in infos)).encode()).hexdigest()[
+        :16
+    ]
     target = Path(tempfile.gettempdir()) / f"cai_ray-{os.getuid()}" / stamp
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        partial.mkdir(parents=True, exist_ok=True)
-        pafs.copy_files(
-            path, str(partial), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem()
-        )
-        try:
+    if target.exists():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.with_suffix(".lock")):
+        if not target.exists():  # another process of this node may have been first
+            partial = target.with_suffix(".part")
+            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            for info in infos:
+                copy_file(fs, info.path, pafs.LocalFileSystem(), f"{partial}/{info.path[len(path) + 1 :]}")
             partial.rename(target)
-        except OSError:  # another process of this node was first
-            if not target.exists():
-                raise
     return str(target)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process of the node at a time; also a killed one lets go."""
+    with lock.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def local_model(uri: str) -> str:
+    """A model's folder on this node, or its id: a name that is no folder is one of the Hugging Face hub, which its
+    library resolves and caches.
+
+    Raises:
+        InputError: nothing is at a URI.
+    """
+    if "://" not in uri and not exists(uri):
+        return uri
+    try:
+        return local_folder(uri)
+    except InputError as e:
+        raise InputError(f"model {e}; give a Hugging Face folder or id") from e
 
 
 def folder_sha(uri: str | Path) -> str:
@@ -189,8 +224,8 @@ def folder_sha(uri: str | Path) -> str:
     for path in list_files(uri):
         if path.endswith((".safetensors", ".json", ".jinja", ".model", ".bin", ".txt")):
             digest.update(os.path.relpath(path, root).encode())
-            with fs.open_input_stream(path, compression=None) as f:
-                while block := f.read(1 << 22):
+            with open_file(fs, path) as f:
+                while block := f.read(COPY_BYTES):
                     digest.update(block)
     return digest.hexdigest()[:16]
 
@@ -260,8 +295,8 @@ class Run:
     def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
 
-    def model(self, which: str) -> str:
-        """Path or id of a model by its role: `base`, `sl`, `rm`, `rl`, or a folder or id as it is.
+    def locate(self, which: str) -> str:
+        """Path, URI or id of a model by its role (`base`, `sl`, `rm`, `rl`), or of a folder or id as it is.
 
         An endpoint knows its models by name alone: there `base` is `model` as it is configured.
         """
@@ -271,8 +306,11 @@ class Run:
         uri = {**roles, "rl": self.path(self.config.method, "model")}.get(which, which)
         if uri == "town":  # the base model of the embedded world, which ships with the package
             return str(Path(__file__).parent / "town" / "base")
-        # A name that is no folder is an id of the Hugging Face hub, which its library resolves and caches.
-        return local_folder(uri) if exists(uri) else uri
+        return uri
+
+    def model(self, which: str) -> str:
+        """`locate`, on this node: where it is remote, a copy of it."""
+        return local_model(self.locate(which)) if self.config.engine.kind != "openai" else self.locate(which)
 
     def write_metrics(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
         """Replaces a stage's metrics.jsonl (object stores cannot append)."""

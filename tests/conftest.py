@@ -20,6 +20,7 @@ SHARED = {
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
     "tests/e2e/test_serve": "serve",
+    "tests/cluster/test_s3.py": "run of a cluster",
 }
 
 

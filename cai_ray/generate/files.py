@@ -22,10 +22,13 @@ import pyarrow.parquet as pq
 
 from cai_ray import storage
 from cai_ray.errors import InputError
+from cai_ray.filesystems import open_file
 
 JSONL = (".jsonl", ".jsonl.gz")
 CSV = (".csv", ".csv.gz")
 FORMATS = (*JSONL, *CSV, ".parquet", ".arrow")
+
+_AHEAD_BYTES = 4 << 20
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a document
 
@@ -92,17 +95,20 @@ def _listed(folder: str, recursive: bool = False) -> list[str]:
 
 def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
     fs, _ = storage.resolve(path)
-    with fs.open_input_file(file) as raw:
-        if file.endswith(".parquet"):
-            for batch in pq.ParquetFile(raw).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-        elif file.endswith(".arrow"):
-            yield from _arrow(raw)
-        else:
-            plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
-            # Lines end at \n alone: the texts in them may have other separators.
-            lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
-            yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
+    if file.endswith((".parquet", ".arrow")):
+        with open_file(fs, file) as f:
+            if file.endswith(".parquet"):
+                for batch in pq.ParquetFile(f).iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+            else:
+                yield from _arrow(f)
+        return
+    # Readers of lines ask for a few kilobytes at a time, each of which an object store would be asked for.
+    with pa.BufferedInputStream(open_file(fs, file), _AHEAD_BYTES) as raw:
+        plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
+        # Lines end at \n alone: the texts in them may have other separators.
+        lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
+        yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
 
 
 def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:

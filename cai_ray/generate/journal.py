@@ -13,17 +13,18 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from cai_ray import storage
 from cai_ray.engine import Usage
+from cai_ray.filesystems import open_file
 from cai_ray.generate import reuse
 from cai_ray.records import SCHEMAS, to_table
 from cai_ray.storage import Run
@@ -32,6 +33,7 @@ FOLDER = "journal"
 TODO_ROWS = 4096
 SLICE_ROWS = 64
 PART_ROWS = 8192
+READERS = 16
 
 
 class Slice(NamedTuple):
@@ -44,8 +46,8 @@ class Slice(NamedTuple):
 
     def read(self) -> list[dict[str, Any]]:
         fs, path = storage.resolve(self.path)
-        with fs.open_input_file(path) as f:
-            return pq.ParquetFile(f).read_row_group(self.group).to_pylist()
+        with open_file(fs, path) as f:
+            return pq.ParquetFile(f, pre_buffer=True).read_row_group(self.group).to_pylist()
 
 
 class Published(NamedTuple):
@@ -96,7 +98,6 @@ class Journal:
         the first that did not fail is taken.
         """
         kept = _first_of_each(self._read(["id", "error"]))
-        fs, _ = storage.resolve(self.folder)
         rows, start, parts = to_table([], self.schema), 0, itertools.count()
         errors, usage = 0, dict.fromkeys(Usage._fields, 0)
 
@@ -108,8 +109,7 @@ class Journal:
             for name in usage:
                 usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
-        for path in self._files("done"):
-            table = pq.read_table(path, filesystem=fs, partitioning=None)
+        for table in self._done():
             rows = pa.concat_tables([rows, table.filter(kept[start : start + table.num_rows])])
             start += table.num_rows
             while rows.num_rows > PART_ROWS:
@@ -119,16 +119,20 @@ class Journal:
         return Published(int(kept.sum()), errors, usage)
 
     def _read(self, columns: list[str]) -> pa.Table:
-        files = self._files("done")
-        if not files:
-            return to_table([], self.schema).select(columns)
-        fs, _ = storage.resolve(self.folder)
-        return pads.dataset(files, filesystem=fs, format="parquet").to_table(columns=columns)
+        return pa.concat_tables([to_table([], self.schema).select(columns), *self._done(columns)])
 
-    def _files(self, kind: str) -> list[str]:
-        return [
-            f for f in storage.list_files(self.folder, ".parquet") if f.rsplit("/", 1)[1].startswith(kind)
-        ]
+    def _done(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """What is finished, file by file. They are small and many: each is read whole, and several at a time."""
+        fs, _ = storage.resolve(self.folder)
+
+        def read(path: str) -> pa.Table:
+            with open_file(fs, path) as f:
+                return pq.ParquetFile(pa.BufferReader(f.read())).read(columns=columns)
+
+        files = storage.list_rows(self.folder, "done")
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(files), 4 * READERS):
+                yield from pool.map(read, files[start : start + 4 * READERS])
 
 
 class Keeper:

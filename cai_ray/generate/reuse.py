@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from cai_ray import storage
 from cai_ray.config import EngineConfig
+from cai_ray.filesystems import make_parent
 from cai_ray.records import derive_id
 from cai_ray.storage import Run
 
@@ -51,10 +52,10 @@ def set_aside(run: Run, stage: str) -> None:
         name, file = path.split("/")[-2:]
         if file.startswith("done-"):
             rows[path] = name
-    if rows:
-        fs.create_dir(f"{root}/{FOLDER}", recursive=True)
     for path, name in rows.items():
-        fs.move(path, f"{root}/{FOLDER}/{name}-{uuid.uuid4().hex[:12]}.parquet")
+        target = f"{root}/{FOLDER}/{name}-{uuid.uuid4().hex[:12]}.parquet"
+        make_parent(fs, target)
+        fs.move(path, target)
     storage.delete(storage.join(folder, "journal"))
     for path in storage.list_files(folder):
         fs.delete_file(path)
@@ -66,8 +67,7 @@ def borrow(run: Run, other: Run, stage: str) -> None:
         return
     for path in storage.list_files(other.path(stage), ".parquet"):
         file = path.rsplit("/", 1)[1]
-        source = storage.join(other.path(stage), file)
-        storage.write_bytes(run.path(stage, FOLDER, file), storage.read_bytes(source))
+        storage.copy(storage.join(other.path(stage), file), run.path(stage, FOLDER, file))
 
 
 def with_before(

@@ -82,6 +82,7 @@ def fit(
     from ray.train.torch import TorchConfig
 
     gpu = uses_gpu(run.config)
+    fs, folder = storage.resolve(run.path(stage, "checkpoints"))
     name = f"{stage}-{derive_id(fingerprint(run, stage, cfg), (extra or {}).get('inputs'))}"
     key = f"{name}-{time.time_ns()}"
     trainer = functools.partial(
@@ -95,7 +96,8 @@ def fit(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=storage_path(run.path(stage, "checkpoints")),
+            storage_path=folder,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=0),  # counted by `_get_on`
             checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_env(run.config)},
@@ -181,11 +183,6 @@ def location(run: Run, which: str) -> str:
     """A model's role, folder or id in a form that means the same on every node: no path relative to here."""
     which = run.config.model if which == "base" else which
     return os.path.abspath(which) if "://" not in which and os.path.isdir(which) else which
-
-
-def storage_path(uri: str) -> str:
-    """Ray takes URIs and absolute paths."""
-    return uri if "://" in uri else os.path.abspath(uri)
 
 
 # ------------------------------------------------------------------------------------------------ on every rank

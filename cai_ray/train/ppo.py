@@ -98,7 +98,7 @@ def run(run: Run) -> dict[str, Any]:
     beside = feedback.needed(run, gpu)
     if cfg.watch.every:
         extra["watched"] = read_watched(run, renderer, readers)
-    extra["keeper"] = keeper = open_pool(config, run.model("sl"), renderer.end_id, gpu, beside)
+    extra["keeper"] = keeper = open_pool(config, run.locate("sl"), renderer.end_id, gpu, beside)
     extra["feedback"] = feedback.open_feedback(run, gpu) if beside else None
     try:
         out = fit(run, "ppo", loop, cfg, extra)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cai_ray import storage
 from cai_ray.config import RunConfig
 from cai_ray.meter import Holder
 from cai_ray.placement import Need, bundle, check, marks
@@ -50,7 +51,7 @@ class RolloutEngine:
     """vLLM in this process. Deterministic: a request's result depends on its ids, its seed and the weights.
 
     Args:
-        model: the folder that the policy starts from.
+        model: the folder that the policy starts from, on any file system.
         arguments: vLLM's (`engine.vllm.engine_args`).
         end_id: the token that ends a turn (`prompts.Renderer.end_id`).
         way: how weights come (transfer.py).
@@ -73,7 +74,7 @@ class RolloutEngine:
             **(
                 arguments
                 | {
-                    "model": model,
+                    "model": storage.local_model(model),
                     "skip_tokenizer_init": True,
                     # Of the distribution sampled from: raw ones leave the temperature out.
                     "logprobs_mode": "processed_logprobs",
@@ -271,7 +272,7 @@ def open_pool(
     check_room(config, gpu, beside)
     engine, ppo = config.rollout_engine, config.ppo
     place = _engine_bundle(config, gpu)
-    arguments = engine_args(model, engine, gpu)
+    arguments = engine_args(storage.local_model(model), engine, gpu)
     group = placement_group([place] * ppo.rollout_engines, strategy="PACK")
     mark = marks(config.ray.training_nodes)
     spec = EngineSpec(

@@ -125,7 +125,7 @@ def test_other_inputs_begin_anew(run: Run, made: Journal) -> None:
 
 
 def files(made: Journal) -> list[int]:
-    return [len(journal.pq.read_table(f)) for f in made._files("done")]
+    return [len(journal.pq.read_table(f)) for f in storage.list_rows(made.folder, "done")]
 
 
 def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journal) -> None:

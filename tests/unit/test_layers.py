@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "cai_ray"
 LAYERS = {
     "cai_ray": 0,
     **{
-        f"cai_ray.{name}": 0 for name in ("errors", "records", "constitution", "prompts", "config", "storage")
+        f"cai_ray.{name}": 0
+        for name in ("errors", "records", "constitution", "prompts", "config", "filesystems", "storage")
     },
     **{f"cai_ray.constitution.{name}": 1 for name in ("lint", "differences", "votes")},
     "cai_ray.cluster": 1,
