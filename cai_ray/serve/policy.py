@@ -33,7 +33,10 @@ class Policy(LLMServer):
             "control": sorted({t.content for t in tokens if t.special}),
         }
         # The driver's description lacks what only the model's files tell.
-        await super().__init__(await asyncio.to_thread(describe_policy, run, role, settings, model))
+        llm_config = await asyncio.to_thread(describe_policy, run, role, settings, model)
+        # The files are here. Ray's task that would fetch them leaves an idle process of half a GiB at every start.
+        llm_config.get_or_create_callback().ctx.run_init_node = False
+        await super().__init__(llm_config)
 
     def describe(self) -> dict[str, Any]:
         """Content hash of the model, and its special tokens as text."""
