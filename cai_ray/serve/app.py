@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     Raises:
         InputError: the run has no policy, or the address is taken.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # here; the replicas' environment is their own
     run = open_run(settings.run)
     settings = complete(run, settings)
     _check_free(host, port)
@@ -40,6 +42,8 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    parts = [*settings.models, "the critic", *(["the reward model"] if run.manifest("rm") else [])]
+    print(f"starting {', '.join(parts)}", file=sys.stderr, flush=True)
     try:
         options = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 60}
         ray_serve.start(http_options=options)
@@ -175,26 +179,23 @@ def _check_room(run: Run, settings: ServeSettings) -> None:
 
 def write_config(settings: ServeSettings, host: str, port: int, path: str) -> None:
     """A Serve config file, for `serve deploy` and for RayService on Kubernetes. It holds hashes of tokens alone."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     run = open_run(settings.run)
     settings = complete(run, settings).model_copy(update={"run": run.root})
-    application = {
+    deployed = {
         "name": APPLICATION,
         "route_prefix": "/",
-        "import_path": f"{application_path()}",
+        "import_path": f"{application.__module__}:{application.__name__}",
         "runtime_env": {"env_vars": cluster.worker_env(run.config)},
         "args": settings.model_dump(mode="json", exclude_defaults=True),
     }
     document = {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 60},
-        "applications": [application],
+        "applications": [deployed],
     }
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
     storage.write_bytes(path, text.encode())
-
-
-def application_path() -> str:
-    return f"{application.__module__}:{application.__name__}"
 
 
 def update_constitution(
