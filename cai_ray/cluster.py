@@ -40,7 +40,7 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    address = joined(config)
     if address:
         try:
             ray.init(address=address, runtime_env={"env_vars": worker_env(config)}, **options)
@@ -60,6 +60,11 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
             _metrics_export_port=metrics_port,
             **options,
         )
+
+
+def joined(config: RunConfig) -> str | None:
+    """The address of a cluster that somebody else has started; None where one is started here."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def worker_env(config: RunConfig) -> dict[str, str]:

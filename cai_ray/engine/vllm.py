@@ -17,6 +17,8 @@ from cai_ray.engine import Completion, Sample, Sampling, Usage
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts import Messages, Renderer, TemplateSet
 
+UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
 
 def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
     """vLLM's arguments, shared by the generation engine, the rollout engine and the server."""
@@ -42,7 +44,7 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
         if config.span == 1:
             # The engine's own process does the work. vLLM would start one more for it, whose threads it can bind to
             # cores; here the threads are the environment's (OMP_NUM_THREADS), and a start costs a third less.
-            args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+            args["distributed_executor_backend"] = UNIPROC
         args |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": config.kv_cache_mb << 20,
@@ -63,7 +65,7 @@ def model_context(model: str) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
 
 
-def _import_for_engine() -> None:
+def import_for_engine() -> None:
     """Starts importing vllm for the engine's process while this one imports it, so that a start takes half the time.
 
     By itself vLLM spawns that process when this one is ready, and it imports everything anew. A fork server has it
@@ -95,7 +97,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _engine_from_fork_server() -> Iterator[None]:
+def engine_from_fork_server() -> Iterator[None]:
     """vLLM knows no such method by name, and inside an actor of Ray spawns whatever it was told."""
     from vllm.v1.engine import utils
 
@@ -117,7 +119,7 @@ class VllmEngine:
 
     def __init__(self, model: str, templates: TemplateSet, config: EngineConfig, gpu: bool = False):
         if not gpu:
-            _import_for_engine()
+            import_for_engine()
         from vllm import SamplingParams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.sampling_params import RequestOutputKind
@@ -125,7 +127,7 @@ class VllmEngine:
 
         self.renderer = Renderer(model, templates.chat_template)
         args = AsyncEngineArgs(**engine_args(model, config, gpu), skip_tokenizer_init=True)
-        with nullcontext() if gpu else _engine_from_fork_server():
+        with nullcontext() if gpu else engine_from_fork_server():
             self.llm = AsyncLLM.from_engine_args(args)
         self.context: int = self.llm.model_config.max_model_len
         self._params = SamplingParams

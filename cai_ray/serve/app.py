@@ -54,7 +54,8 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
         print("ending what has begun", file=sys.stderr, flush=True)
         ray_serve.delete(APPLICATION)  # which waits for requests, while the proxies still carry their answers
     finally:
-        ray_serve.shutdown()
+        if cluster.joined(run.config):  # one that was started here ends with all that is on it
+            ray_serve.shutdown()
         cluster.disconnect()
 
 

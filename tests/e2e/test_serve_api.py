@@ -187,6 +187,26 @@ def test_the_docs_page_lists_every_route_and_fetches_nothing(served: str) -> Non
     assert "default-src 'none'" in policy and "http" not in page.replace("https://", "")
 
 
+def test_no_text_of_a_request_is_in_a_log(served: str) -> None:
+    secret = "zanzibar-7431"
+    question = {"role": "user", "content": f"how do i read {secret} ?"}
+    answer = {"role": "assistant", "content": f"{secret} ."}
+    for path, body in (
+        ("chat/completions", {"model": "rl", "messages": [question], "max_tokens": 4, "explain": True}),
+        ("chat/completions", {"model": "rl", "messages": [question], "max_tokens": -1}),
+        ("completions", {"model": "rl", "prompt": secret, "max_tokens": 2}),
+        ("critique", {"messages": [question, answer], "max_tokens": 4}),
+        ("compare", {"messages": [question], "response_a": secret, "response_b": "b" * 3000}),
+        ("score", {"messages": [question, answer]}),
+        (secret, {}),
+    ):
+        ask(f"{served}/v1/{path}", body)
+    logs = [p for p in Path("/tmp/ray").glob("session_*/logs/**/*") if p.is_file()]
+    texts = [p.read_text(errors="replace") for p in logs if p.stat().st_mtime > time.time() - 120]
+    assert any("/v1/compare" in text for text in texts)  # those of this server are among them
+    assert not any(secret in text for text in texts if "/v1/" + secret not in text)
+
+
 def _wait(until: Any, seconds: float = 60) -> None:
     deadline = time.time() + seconds
     while not until():
