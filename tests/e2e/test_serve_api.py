@@ -198,13 +198,12 @@ def test_no_text_of_a_request_is_in_a_log(served: str) -> None:
         ("critique", {"messages": [question, answer], "max_tokens": 4}),
         ("compare", {"messages": [question], "response_a": secret, "response_b": "b" * 3000}),
         ("score", {"messages": [question, answer]}),
-        (secret, {}),
     ):
         ask(f"{served}/v1/{path}", body)
     logs = [p for p in Path("/tmp/ray").glob("session_*/logs/**/*") if p.is_file()]
     texts = [p.read_text(errors="replace") for p in logs if p.stat().st_mtime > time.time() - 120]
     assert any("/v1/compare" in text for text in texts)  # those of this server are among them
-    assert not any(secret in text for text in texts if "/v1/" + secret not in text)
+    assert not any(secret in text for text in texts)
 
 
 def _wait(until: Any, seconds: float = 60) -> None:
