@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import pytest
 
 from cai_ray.serve.guard import OPEN_PATHS
 from cai_ray.storage import Run
+from cai_ray.town import BASE
 from tests import fuzz
-from tests.e2e.command import BIN, TOKEN, Driver, environment, free_port
+from tests.e2e.command import BIN, TOKEN, Driver, ask, environment, free_port
 
 ASKED = [{"role": "user", "content": "how do i read the baker's diary ?"}]
 REQUESTS = 10_000
@@ -32,13 +34,52 @@ REQUESTS = 10_000
 def server(served_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Driver]]:
     """A server with two replicas of its policy. The last test ends it."""
     port = free_port()
-    words = ("serve", served_run.root, "--port", port, "--set", "policy.min=2", "--set", "policy.max=2")
+    adapter = _adapter(tmp_path_factory.mktemp("adapter"))
+    two = ("--set", "policy.min=2", "--set", "policy.max=2", "--adapter", f"odd={adapter}")
+    words = ("serve", served_run.root, "--port", port, *two)
     driver = Driver(tmp_path_factory.mktemp("log") / "log", *words, env=environment(CAI_RAY_TOKEN=TOKEN))
     try:
         driver.wait_for("serving", 600)
         yield f"http://127.0.0.1:{port}", driver
     finally:
         driver.end()
+
+
+def _adapter(folder: Path) -> Path:
+    """A LoRA adapter with random weights, as PEFT saves it."""
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(BASE))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def test_an_adapter_answers_by_its_name_and_changes_no_other_answer(server: tuple[str, Driver]) -> None:
+    address, _ = server
+    header = {"Authorization": f"Bearer {TOKEN}"}
+    cards = ask(f"{address}/v1/models")[1]["data"]
+    assert [(c["id"], c.get("adapter_on")) for c in cards] == [("rl", None), ("odd", "rl")]
+
+    def says(model: str) -> str:
+        body = {"model": model, "messages": ASKED, "max_tokens": 30, "temperature": 0}
+        status, answer = ask(f"{address}/v1/chat/completions", body, header)
+        assert status == 200 and answer["model"] == model, answer
+        return str(answer["choices"][0]["message"]["content"])
+
+    plain = says("rl")
+    assert plain.strip().startswith("sure")
+    # In one batch of the engine, too.
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(says, ["rl", "odd"] * 8))
+    assert set(answers[::2]) == {plain}
+    assert len(set(answers[1::2])) == 1 and plain not in answers[1::2]
 
 
 def test_wrong_requests_are_the_clients_fault(server: tuple[str, Driver]) -> None:

@@ -151,6 +151,14 @@ def test_limits_of_a_request(served: str) -> None:
         assert word in answer["error"]["message"], (more, answer)
 
 
+def test_pages_from_elsewhere_may_not_call_it(served: str) -> None:
+    import urllib.request
+
+    elsewhere = {"Origin": "https://elsewhere.example", "Authorization": f"Bearer {TOKEN}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{served}/v1/models", headers=elsewhere)) as answer:
+        assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
 def test_readiness_and_health_need_no_token(served: str) -> None:
     for path in ("/healthz", "/readyz"):
         assert ask(served + path, headers={}) == (200, {"status": "ok"})
