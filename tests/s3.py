@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
 import re
 import socket
 import threading
@@ -17,6 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
+
+import pytest
+
+from cai_ray import filesystems
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret"}
 """Any are good while the server does not look (`S3.guarded`)."""
@@ -209,6 +214,14 @@ class S3:
         self.proxy = Proxy(self.server.get_host_and_port())
         self.env = {**KEYS, "AWS_ENDPOINT_URL": self.proxy.url, "AWS_REGION": "us-east-1"}
         self.ask("PUT", "/bucket")
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+        """This process, and those that it starts, take it for S3."""
+        for name in [n for n in os.environ if n.startswith("AWS_") and n != "AWS_CA_BUNDLE"]:
+            monkeypatch.delenv(name)
+        for name, value in {**self.env, **more}.items():
+            monkeypatch.setenv(name, value)
+        filesystems._stores.clear()
 
     def ask(self, method: str, path: str, body: bytes = b"") -> bytes:
         """A request to the server itself."""

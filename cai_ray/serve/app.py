@@ -170,9 +170,8 @@ def _check_room(run: Run, settings: ServeSettings) -> None:
         copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
         number = copies.get(name, settings.policy.min)
         needs.append(Need(place, number))
-        if (
-            name.startswith("policy-") and engine.span > 1
-        ):  # a bundle for each GPU; the replica is in the first
+        # A bundle for each GPU; the replica is in the first.
+        if name.startswith("policy-") and engine.span > 1:
             needs.append(Need({**place, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
     remedy = "serve fewer models or replicas, or use larger nodes (ray.cpus on this machine)"
     check(run.config, f"serve {','.join(settings.models)}", needs, remedy)

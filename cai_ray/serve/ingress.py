@@ -184,7 +184,7 @@ class Ingress(OpenAiIngress):
             found = body.sampling(self.settings.max_tokens)
         except ValueError as e:
             raise HTTPException(400, str(e)) from e
-        # Left out, it is what the context has room for: vLLM's own way, up to the server's limit.
+        # Left out, it is what the context has room for, up to the server's limit, which the engine knows (policy.py).
         return found if body.tokens is None else found | {"max_tokens": body.tokens}
 
     async def _answered(self, ask: Callable[[], Awaitable[Response]]) -> Response:
@@ -230,7 +230,7 @@ class Ingress(OpenAiIngress):
 
     async def _explain(self, turns: list[dict[str, str]], text: str) -> dict[str, Any]:
         """Which principle is at stake in an answer. The answer is given whatever becomes of this."""
-        document = self._document()
+        document = await self._document()
         answered = [*turns, {"role": "assistant", "content": text}]
         try:
             found = await self._tried(lambda: self.critic.critique.remote(document, answered, None, 256))
@@ -262,8 +262,10 @@ class Ingress(OpenAiIngress):
         if self.scorer is None:
             raise HTTPException(404, "this run has no reward model; train one with `cai-ray rm`")
         self._log(request, body.conversation())
-        ask = self._tried(lambda: self.scorer.score.remote(body.conversation()))
-        return self._answer(await self._within_time(ask), await self._about(self._document()))
+        found = await self._within_time(self._tried(lambda: self.scorer.score.remote(body.conversation())))
+        if "fault" in found:
+            return _fault(found["fault"])
+        return JSONResponse({**found, **await self._about(await self._document())})
 
     async def _asked(
         self, body: CritiqueRequest | CompareRequest, request: Request, method: Any, *words: Any
@@ -327,7 +329,8 @@ class Ingress(OpenAiIngress):
             except (InputError, OSError):
                 logger.exception("the constitutions cannot be read; the server goes on with those it has")
 
-    def _document(self) -> Constitution:
+    async def _document(self) -> Constitution:
+        await self._look()
         return self.constitutions.current
 
     # What they share.
@@ -372,11 +375,6 @@ class Ingress(OpenAiIngress):
     async def _describe(self, part: str) -> dict[str, Any]:
         found: dict[str, Any] = await self.parts[part].describe.remote()
         return found
-
-    def _answer(self, found: dict[str, Any], about: dict[str, Any]) -> Response:
-        if "fault" in found:
-            return _fault(found["fault"], found.get("param"))
-        return JSONResponse({**found, **about})
 
     def _log(self, request: Request, text: Any) -> None:
         if self.settings.log_prompts:

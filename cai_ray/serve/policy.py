@@ -87,6 +87,8 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
     }
     if model is not None:
         engine = _engine(model, config)
+        # vLLM's limit of all answers, within what the context has room for.
+        engine["override_generation_config"] = {"max_new_tokens": settings.max_tokens}
         if adapters := adapters_of(role, settings):
             engine |= _lora(adapters)
     return LLMConfig(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 from cai_ray import constitution
+from cai_ray.serve.constitutions import LOOK_EVERY_S
 from cai_ray.storage import Run
 from tests.cluster.nodes import running, wait_until
 from tests.e2e.command import BIN, ask, cai_ray, environment, free_port, refused, succeed
@@ -20,7 +22,7 @@ def test_serve_deploy(served_run: Run, tmp_path: Path) -> None:
     user = succeed(*add, "user").stdout.strip()
     admin = succeed(*add, "ops", "--admin").stdout.strip()
     words = ("serve", served_run.root, "--token-file", keys, "--port", port, "--write-config", file)
-    succeed(*words, "--set", "requests_per_minute=40")
+    succeed(*words, "--set", "requests_per_minute=40", "--set", "max_tokens=8")
     assert user not in file.read_text() and admin not in file.read_text()
     address = f"http://127.0.0.1:{port}"
     with running("--num-cpus 16") as cluster:
@@ -39,8 +41,11 @@ def test_serve_deploy(served_run: Run, tmp_path: Path) -> None:
 
         status, answer = ask(f"{address}/v1/compare", PAIR, as_(user))
         assert status == 200 and answer["constitution"]["sha"] == constitution.load("errand-town").sha
-        chat = {"messages": ASKED, "max_tokens": 8}
-        assert ask(f"{address}/v1/chat/completions", chat, as_(user))[0] == 200
+        # The server's limit holds where a request names none.
+        chat = {"messages": ASKED, "temperature": 0}
+        status, answer = ask(f"{address}/v1/chat/completions", chat, as_(user))
+        assert status == 200 and answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] == 8
         assert ask(f"{address}/v1/models", headers=as_("wrong"))[0] == 401
         # A user's key asks; another constitution needs one that may.
         new = constitution.load("errand-town").model_copy(update={"version": "2"})
@@ -50,6 +55,11 @@ def test_serve_deploy(served_run: Run, tmp_path: Path) -> None:
         assert "may not change the constitution" in refused(denied)
         succeed(*update, env=environment(CAI_RAY_TOKEN=admin))
         assert ask(f"{address}/v1/compare", PAIR, as_(user))[1]["constitution"]["version"] == "2"
+        # And back, by the run's directory: an explanation sees it without any other request.
+        succeed("serve", served_run.root, "--update-constitution", "errand-town")
+        time.sleep(LOOK_EVERY_S + 0.5)
+        _, answer = ask(f"{address}/v1/chat/completions", chat | {"explain": True}, as_(admin))
+        assert answer["explanation"]["constitution"]["version"] == "1"
         statuses = [ask(f"{address}/v1/models", headers=as_(user))[0] for _ in range(60)]
         assert 429 in statuses and set(statuses) == {200, 429}
         assert ask(f"{address}/v1/models", headers=as_(admin))[0] == 200

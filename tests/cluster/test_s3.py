@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cai_ray import filesystems, storage
+from cai_ray import storage
 from cai_ray.generate.sources import read_prompts
 from cai_ray.storage import Run, open_run
 from cai_ray.town import BASE
@@ -31,11 +30,7 @@ def server() -> Iterator[S3]:
 @pytest.fixture
 def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, which this process and those that it starts take for S3."""
-    for name in [n for n in os.environ if n.startswith("AWS_") and n != "AWS_CA_BUNDLE"]:
-        monkeypatch.delenv(name)
-    for name, value in server.env.items():
-        monkeypatch.setenv(name, value)
-    filesystems._stores.clear()
+    server.stand_in(monkeypatch)
     return server
 
 

@@ -63,13 +63,12 @@ def _adapter(folder: Path) -> Path:
 
 def test_an_adapter_answers_by_its_name_and_changes_no_other_answer(server: tuple[str, Driver]) -> None:
     address, _ = server
-    header = {"Authorization": f"Bearer {TOKEN}"}
     cards = ask(f"{address}/v1/models")[1]["data"]
     assert [(c["id"], c.get("adapter_on")) for c in cards] == [("rl", None), ("odd", "rl")]
 
     def says(model: str) -> str:
         body = {"model": model, "messages": ASKED, "max_tokens": 30, "temperature": 0}
-        status, answer = ask(f"{address}/v1/chat/completions", body, header)
+        status, answer = ask(f"{address}/v1/chat/completions", body)
         assert status == 200 and answer["model"] == model, answer
         return str(answer["choices"][0]["message"]["content"])
 

@@ -37,11 +37,7 @@ def server() -> Iterator[S3]:
 
 @pytest.fixture
 def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    for name in [n for n in os.environ if n.startswith("AWS_") and n != "AWS_CA_BUNDLE"]:
-        monkeypatch.delenv(name)
-    for name, value in {**server.env, "AWS_EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(name, value)
-    filesystems._stores.clear()
+    server.stand_in(monkeypatch, AWS_EC2_METADATA_DISABLED="true")
     return server
 
 
