@@ -29,7 +29,6 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from benchmarks import label
@@ -132,24 +131,16 @@ def _served(run: Run, application: Callable[[], Any]) -> Iterator[str]:
 @contextmanager
 def _vllm(model: str) -> Iterator[tuple[str, str]]:
     port, args = free_port(), engine_args(model, label._config(model, "", "ours").engine, gpu=False)
-    del args["model"], args["distributed_executor_backend"], args["trust_remote_code"]
-    args["disable_log_stats"] = False
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-    ]
-    for key, value in args.items():
+    del args["distributed_executor_backend"], args["trust_remote_code"], args["disable_log_stats"]
+    # What `vllm serve` runs. The command itself looks for a distribution named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    for key, value in {**args, "port": port}.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             command += [f"--{flag}", str(value)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         while True:
             try:

@@ -53,11 +53,12 @@ class Fault:
 
 
 class Asked(NamedTuple):
-    """A request, and the status of its answer; 0 where it was cut."""
+    """A request, and the status of its answer; 0 where it was cut. The client's id is the same when it asks again."""
 
     method: str
     path: str
     status: int
+    id: str
 
 
 class Proxy:
@@ -94,10 +95,12 @@ class Proxy:
 
     @contextmanager
     def counting(self) -> Iterator[Counter[str]]:
-        """Requests of the meantime by method, when it is over."""
+        """Requests of the meantime by method, when it is over: those that were answered, each once, however often
+        the client had to ask."""
         start, found = len(self.asked), Counter[str]()
         yield found
-        found.update(a.method for a in self.asked[start:])
+        answered = {a.id: a.method for a in self.asked[start:] if 0 < a.status < 500}
+        found.update(answered.values())
 
     def fault_of(self, request: str) -> Fault | None:
         with self.lock:
@@ -174,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: Mapping[str, str], body: bytes, cut: bool = False) -> None:
         # Before the other side can go on: what it asks next is counted apart.
-        self.owner.asked.append(Asked(self.command, self.path, 0 if cut else status))
+        self._note(0 if cut else status)
         self.send_response(status)
         given = {k.lower(): v for k, v in headers.items()}
         # Of what a HEAD request is told the length is the object's.
@@ -192,8 +195,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _cut(self) -> None:
-        self.owner.asked.append(Asked(self.command, self.path, 0))
+        self._note(0)
         self._close()
+
+    def _note(self, status: int) -> None:
+        of = self.headers["amz-sdk-invocation-id"]
+        self.owner.asked.append(Asked(self.command, self.path, status, of))
 
     def _close(self) -> None:
         self.close_connection = True
