@@ -106,7 +106,8 @@ def look(config: RunConfig) -> Cluster:
     """The cluster that this process is connected to."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    # Ray's own order is by random ids.
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: _size(node["Resources"]))
     groups = [node["Labels"].get(_LABEL) for node in alive]
     kinds = _kinds(config)
     if kinds is None:

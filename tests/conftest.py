@@ -20,7 +20,10 @@ SHARED = {
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
     "tests/e2e/test_serve": "serve",
+    "tests/cluster/test_jobs.py": "run of a cluster",
     "tests/cluster/test_s3.py": "run of a cluster",
+    "tests/cluster/test_autoscaling.py": "nodes",
+    "tests/cluster/test_nodes.py": "nodes",
 }
 
 

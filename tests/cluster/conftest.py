@@ -1,7 +1,58 @@
-"""The small run of the end-to-end tests, for what is done with it on a cluster."""
+"""What the tests of clusters share: a run made by jobs, a run to serve, and rows that one engine makes alone."""
 
 from __future__ import annotations
 
-from tests.e2e.conftest import served_run, town_run
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-__all__ = ["served_run", "town_run"]
+import pytest
+
+from cai_ray.storage import open_run
+from tests.cluster.jobs import SETTINGS, Jobs
+from tests.cluster.nodes import ROWS, by_id, running, wait_until
+from tests.e2e.command import settings, succeed
+from tests.e2e.conftest import served_run
+
+__all__ = ["served_run"]
+
+
+@pytest.fixture(scope="session")
+def jobs() -> Iterator[Jobs]:
+    with running("--num-cpus 0 --num-gpus 0", workers=1, cpus=16) as cluster:
+        made = Jobs(cluster)
+        wait_until(lambda: made("list").returncode == 0, cluster.said)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def jobs_run(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage of a run by its own job; two of them are stopped half way, and submitted again as they were."""
+    out = tmp_path_factory.mktemp("jobs") / "run"
+    words = ("errand-town", "--out", out, *settings(SETTINGS))
+
+    def job(stage: str) -> tuple[object, ...]:
+        return ("python", f"jobs/{stage}.py", *words)
+
+    jobs.stop_when(lambda: len(list(out.glob("revise/journal/part/done-*"))) >= 4, *job("revise"))
+    assert not (out / "revise/manifest.json").exists()
+    said = jobs.submit(*job("revise"))
+    kept = re.search(r"revise: (\d+) of \d+ rows were finished before", said)
+    assert kept is not None and int(kept[1]) > 0, said
+    assert "revise: done in" in said
+
+    jobs.stop_when(lambda: bool(list(out.glob("sft/checkpoints/*/checkpoint_*.json"))), *job("sft"))
+    assert not (out / "sft/manifest.json").exists()
+    assert "sft: done in" in jobs.submit(*job("sft"))
+    for stage in ("compare", "label", "rm", "ppo", "evaluate", "report"):
+        assert f"{stage}: done in" in jobs.submit(*job(stage)), stage
+    return out
+
+
+@pytest.fixture(scope="session")
+def lone_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `revise` makes of the prompts on one engine, without a cluster."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    succeed("run", "errand-town", "--until", "revise", "--out", out, *settings(ROWS))
+    return by_id(open_run(str(out)).rows("revise"))

@@ -17,7 +17,10 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.e2e.command import BIN, environment, free_port
+from tests.e2e.command import BIN, SMALL, environment, free_port
+
+# A stage that several nodes have work with.
+ROWS = {**SMALL, "revise.limit": 256, "engine.max_num_seqs": 16}
 
 # The fake provider of Ray's autoscaler calls its nodes so, and its head.
 _FAKE_HEAD = "f" * 51 + "00000"

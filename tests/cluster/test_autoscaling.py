@@ -8,14 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cai_ray.storage import open_run
-from tests.cluster.nodes import Cluster, by_id, running, wait_until
-from tests.e2e.command import SMALL, cai_ray, refused, settings, succeed
+from tests.cluster.nodes import ROWS, Cluster, by_id, running, wait_until
+from tests.e2e.command import cai_ray, refused, settings, succeed
 
-SETTINGS = {**SMALL, "revise.limit": 96, "sft.epochs": 1, "engine.max_num_seqs": 16}
+SETTINGS = {**ROWS, "sft.epochs": 1}
 POOLS = {
     "generation": ({"CPU": 8, "generation": 1}, 2),
     "training": ({"CPU": 4, "training": 1}, 1),
@@ -34,7 +35,9 @@ def given(cluster: Cluster, **more: object) -> list[str]:
     return settings({**SETTINGS, **MARKS, **joined, **more})
 
 
-def test_pools_grow_from_zero_and_go_and_the_rows_are_the_same(cluster: Cluster, tmp_path: Path) -> None:
+def test_pools_grow_from_zero_and_go_and_the_rows_are_the_same(
+    cluster: Cluster, lone_rows: dict[str, Any], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     assert len(cluster.ids()) == 1
     engines = {"engine.cpus_per_actor": 8, "engine.min_actors": 2, "engine.max_actors": 2}
@@ -50,11 +53,9 @@ def test_pools_grow_from_zero_and_go_and_the_rows_are_the_same(cluster: Cluster,
         assert sum(n for n, kind in changes if kind == "generation") >= 2
         assert sum(n for n, kind in changes if kind == "training") >= 1
 
-    alone = tmp_path / "alone"
-    succeed("run", "errand-town", "--until", "revise", "--out", alone, *settings(SETTINGS))
     rows = open_run(str(out)).rows("revise")
     assert set(Counter(row["id"] for row in rows).values()) == {1}
-    assert by_id(rows) == by_id(open_run(str(alone)).rows("revise"))
+    assert by_id(rows) == lone_rows
 
 
 def test_what_the_autoscaler_could_never_place_is_refused_before_the_start(

@@ -11,25 +11,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cai_ray.storage import Run, open_run
-from tests.cluster.nodes import Cluster, by_id, running, wait_until
-from tests.e2e.command import ROOT, SMALL, environment, settings, succeed
+from tests.cluster.nodes import ROWS, Cluster, by_id, running, wait_until
+from tests.e2e.command import ROOT, environment
 from tests.ray import training
 
 # A node has room for one engine, the head for none. Small blocks are written often, so that a kill finds work done.
-SETTINGS = {
-    **SMALL,
-    "revise.limit": 256,
-    "engine.max_num_seqs": 16,
-    "engine.cpus_per_actor": 8,
-    "engine.min_actors": 3,
-    "engine.max_actors": 3,
-}
-ALONE = {"engine.cpus_per_actor": 1, "engine.min_actors": 1, "engine.max_actors": 1}
+SETTINGS = {**ROWS, "engine.cpus_per_actor": 8, "engine.min_actors": 3, "engine.max_actors": 3}
 # After so many rows a node waits until a fourth one has done a row: the stage cannot end before that.
 REVISE = """
 import asyncio, pathlib, sys
@@ -49,7 +42,7 @@ class Noted:
             f.write(f"{node} {row['id']}\\n")
         while True:
             lines = [line.split()[0] for line in file.read_text().splitlines()]
-            if len(set(lines)) > 3 or lines.count(node) < 40:
+            if len(set(lines)) > 3 or lines.count(node) < 24:
                 return done
             await asyncio.sleep(0.5)
 
@@ -83,7 +76,7 @@ def start(cluster: Cluster, log: Path, *words: object, **env: str) -> subprocess
 
 
 def test_three_nodes_share_a_stage_of_which_one_is_killed_and_another_comes(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, lone_rows: dict[str, Any], tmp_path: Path
 ) -> None:
     workers = [cluster.add_worker() for _ in range(3)]
     out, log, done = tmp_path / "run", tmp_path / "log", tmp_path / "run-done"
@@ -108,10 +101,7 @@ def test_three_nodes_share_a_stage_of_which_one_is_killed_and_another_comes(
     assert len(by_node()) == 4
     found = open_run(str(out)).rows("revise")
     assert set(Counter(row["id"] for row in found).values()) == {1}
-
-    alone = tmp_path / "alone"
-    succeed("run", "errand-town", "--until", "revise", "--out", alone, *settings({**SETTINGS, **ALONE}))
-    assert by_id(found) == by_id(open_run(str(alone)).rows("revise"))
+    assert by_id(found) == lone_rows
 
 
 # Which nodes a group's ranks began on, and from which step. The first start is so slow that it does not end by itself.

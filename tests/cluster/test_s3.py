@@ -16,7 +16,8 @@ from cai_ray import storage
 from cai_ray.generate.sources import read_prompts
 from cai_ray.storage import Run, open_run
 from cai_ray.town import BASE
-from tests.e2e.command import SMALL, Driver, settings, succeed
+from tests.cluster.jobs import SETTINGS
+from tests.e2e.command import Driver, settings, succeed
 from tests.s3 import S3, Fault
 
 
@@ -46,9 +47,9 @@ def bad_day() -> list[Fault]:
     ]
 
 
-def test_a_whole_run_on_a_bad_day(s3: S3, town_run: Path) -> None:
+def test_a_whole_run_on_a_bad_day(s3: S3, jobs_run: Path) -> None:
     """It ends as the same run does on a disk, to the last bit of the weights."""
-    out, words = "s3://bucket/whole", settings(SMALL)
+    out, words = "s3://bucket/whole", settings(SETTINGS)
     with s3.proxy.failing(*bad_day()) as faults, s3.proxy.counting() as asked:
         said = succeed("run", "errand-town", "--out", out, *words, timeout=1500)
         assert said.stdout.strip().endswith(out)
@@ -57,7 +58,7 @@ def test_a_whole_run_on_a_bad_day(s3: S3, town_run: Path) -> None:
     assert all(fault.done for fault in faults), faults
     assert asked.total() < 2500, asked
     assert {row["state"] for row in states} == {"done"} and len(states) == 8
-    there, here = open_run(out), open_run(str(town_run))
+    there, here = open_run(out), open_run(str(jobs_run))
     for stage in ("revise", "sft", "compare", "label", "evaluate"):
         assert _rows(there, stage) == _rows(here, stage), stage
     for stage in ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate"):
@@ -71,7 +72,7 @@ def test_a_whole_run_on_a_bad_day(s3: S3, town_run: Path) -> None:
         }
     for stage in ("sft", "rm", "ppo"):
         name = (stage, "model", "model.safetensors")
-        assert storage.read_bytes(there.path(*name)) == (town_run / Path(*name)).read_bytes()
+        assert storage.read_bytes(there.path(*name)) == (jobs_run / Path(*name)).read_bytes()
         assert storage.list_files(there.path(stage, "checkpoints"), recursive=True) == []
         assert storage.list_files(there.path(stage, "tensorboard")) != []
     assert b"<html" in storage.read_bytes(there.path("report", "index.html"))
@@ -91,12 +92,12 @@ def test_a_whole_run_on_a_bad_day(s3: S3, town_run: Path) -> None:
 SHOWN = {"revise", "sft", "compare", "label", "rm", "ppo", "evaluate"}
 
 
-def test_a_run_killed_in_the_middle_goes_on(s3: S3, town_run: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_goes_on(s3: S3, jobs_run: Path, tmp_path: Path) -> None:
     """As on a spot machine: while rows are written, and again while a checkpoint is half sent.
 
     Model and prompts are read from the bucket too.
     """
-    here = open_run(str(town_run))
+    here = open_run(str(jobs_run))
     storage.upload_folder(BASE, "s3://bucket/models/base")
     given = [
         {k: row[k] for k in ("messages", "kind", "family", "split")}
@@ -106,11 +107,10 @@ def test_a_run_killed_in_the_middle_goes_on(s3: S3, town_run: Path, tmp_path: Pa
     storage.write_bytes("s3://bucket/prompts.jsonl", lines.encode())
     out = "s3://bucket/killed"
     changes = {
-        **SMALL,
+        **SETTINGS,
         "model": "s3://bucket/models/base",
         "prompts": '[{path: "s3://bucket/prompts.jsonl"}]',
-        "engine.max_num_seqs": 8,  # blocks of two rows
-        "sft.checkpoint_every": 2,  # of eight steps
+        "sft.checkpoint_every": 2,
     }
     words = ("run", "errand-town", "--until", "sft", "--out", out, *settings(changes))
     first, second = Driver(tmp_path / "1", *words), None
@@ -150,7 +150,7 @@ def test_a_run_killed_in_the_middle_goes_on(s3: S3, town_run: Path, tmp_path: Pa
     manifest = there.manifest("sft")
     assert manifest and [json.loads(m)["step"] for m in metrics] == list(range(1, manifest["steps"] + 1))
     weights = storage.read_bytes(there.path("sft", "model", "model.safetensors"))
-    assert weights == (town_run / "sft" / "model" / "model.safetensors").read_bytes()
+    assert weights == (jobs_run / "sft" / "model" / "model.safetensors").read_bytes()
     left = [f for f in storage.list_files(out, recursive=True) if "/checkpoints/" in f or "/journal/" in f]
     assert left == []
 
