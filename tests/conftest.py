@@ -17,6 +17,7 @@ FOLDERS = {"ray", "e2e", "cluster", "gpu"}
 SHARED = {
     "tests/e2e/test_kill.py": "run",
     "tests/e2e/test_town.py": "run",
+    "tests/e2e/test_cost.py": "run",
     "tests/ray": "ray",
     "tests/e2e/test_any_model.py": "any model",
     "tests/e2e/test_serve": "serve",
