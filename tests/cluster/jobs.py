@@ -15,7 +15,7 @@ from tests.e2e.command import BIN, ROOT, SMALL
 # Small blocks are written often, and checkpoints too, so that a stop finds work done. The rest is as short as it gets.
 SETTINGS = {
     **SMALL,
-    "engine.max_num_seqs": 8,
+    "engine.max_num_seqs": 16,
     "sft.epochs": 6,
     "sft.checkpoint_every": 4,
     "compare.limit": 16,

@@ -10,7 +10,7 @@ import yaml
 
 from cai_ray.storage import open_run
 from tests.cluster.jobs import SETTINGS, Jobs
-from tests.e2e.command import ROOT, settings
+from tests.e2e.command import ROOT, settings, succeed
 
 
 def test_a_stopped_job_submitted_again_goes_on_and_loses_and_doubles_nothing(jobs_run: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_whole_run_as_one_job_finds_every_stage_done(jobs: Jobs, jobs_run: P
     assert said.count("done before") >= 7 and "done in" not in said
     assert before == {p: p.read_text() for p in jobs_run.glob("*/manifest.json")}
     assert (jobs_run / "report/index.html").exists()
-    said = jobs.submit("python", "-m", "cai_ray", "status", jobs_run)
+    said = succeed("status", jobs_run).stdout
     assert "missing" not in said and said.count(" done ") >= 8
 
 

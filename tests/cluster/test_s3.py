@@ -40,7 +40,7 @@ def bad_day() -> list[Fault]:
     return [
         Fault("500", every=9),
         Fault("503", every=13, match="GET|HEAD"),
-        Fault("slow", every=31, seconds=1.0),
+        Fault("slow", every=31, seconds=0.3),
         Fault("cut the request", every=17, match="PUT"),
         Fault("cut the answer", every=11, match="GET .*(parquet|safetensors|json)"),
         Fault("lose the answer", every=19, match="PUT|POST|DELETE"),

@@ -42,7 +42,9 @@ def test_a_stream_that_does_not_end_in_time_ends_with_an_error(ingress: Any) -> 
             ended = True
 
     async def read() -> list[str]:
-        return [str(event) async for event in ingress._streamed(StreamingResponse(slow()), None).body_iterator]
+        return [
+            str(event) async for event in ingress._streamed(StreamingResponse(slow()), None).body_iterator
+        ]
 
     first, last = asyncio.run(read())
     assert first == 'data: {"choices": []}\n\n'
