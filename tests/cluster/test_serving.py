@@ -152,11 +152,11 @@ def test_a_killed_replica_fails_no_request_that_it_had_not_begun(server: tuple[s
 def test_what_has_begun_is_ended_before_the_server_ends(server: tuple[str, Driver]) -> None:
     address, driver = server
     found: list[tuple[int, str]] = []
-    clients = [threading.Thread(target=lambda: found.append(_stream(address, 150, 16))) for _ in range(6)]
+    begun = [threading.Event() for _ in range(6)]
+    clients = [threading.Thread(target=lambda b=b: found.append(_stream(address, 150, 16, b))) for b in begun]
     for client in clients:
         client.start()
-    time.sleep(0.5)
-    assert not found
+    assert all(b.wait(60) for b in begun) and not found
     driver.process.send_signal(signal.SIGTERM)
     for client in clients:
         client.join()
@@ -165,7 +165,7 @@ def test_what_has_begun_is_ended_before_the_server_ends(server: tuple[str, Drive
     assert driver.leftovers() == []
 
 
-def _stream(address: str, tokens: int, n: int = 1) -> tuple[int, str]:
+def _stream(address: str, tokens: int, n: int = 1, begun: threading.Event | None = None) -> tuple[int, str]:
     """Status and how the stream ended: `done`, the code of an error, or `cut`."""
     body = {"model": "rl", "prompt": "how do i", "max_tokens": tokens, "n": n, "stream": True}
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
@@ -175,6 +175,8 @@ def _stream(address: str, tokens: int, n: int = 1) -> tuple[int, str]:
         with urllib.request.urlopen(request, timeout=120) as answer:
             status = answer.status
             for line in answer:
+                if begun:
+                    begun.set()
                 last = line.decode().strip() or last
     except urllib.error.HTTPError as e:
         return e.code, e.read().decode()[:200]
