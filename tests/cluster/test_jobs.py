@@ -17,7 +17,7 @@ def test_a_stopped_job_submitted_again_goes_on_and_loses_and_doubles_nothing(job
     manifest = json.loads((jobs_run / "revise/manifest.json").read_text())
     rows = open_run(str(jobs_run)).rows("revise")
     assert set(Counter(row["id"] for row in rows).values()) == {1}
-    assert len(rows) == manifest["rows_in"] == manifest["rows_out"] >= 64
+    assert len(rows) == manifest["rows_in"] == manifest["rows_out"] >= SETTINGS["revise.limit"]
     steps = [json.loads(line)["step"] for line in (jobs_run / "sft/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 4
 

@@ -40,7 +40,7 @@ def bad_day() -> list[Fault]:
     return [
         Fault("500", every=9),
         Fault("503", every=13, match="GET|HEAD"),
-        Fault("slow", every=31, seconds=0.3),
+        Fault("slow", every=31, seconds=1.0),
         Fault("cut the request", every=17, match="PUT"),
         Fault("cut the answer", every=11, match="GET .*(parquet|safetensors|json)"),
         Fault("lose the answer", every=19, match="PUT|POST|DELETE"),
@@ -50,13 +50,14 @@ def bad_day() -> list[Fault]:
 def test_a_whole_run_on_a_bad_day(s3: S3, jobs_run: Path) -> None:
     """It ends as the same run does on a disk, to the last bit of the weights."""
     out, words = "s3://bucket/whole", settings(SETTINGS)
-    with s3.proxy.failing(*bad_day()) as faults, s3.proxy.counting() as asked:
+    before = len(s3.proxy.asked)
+    with s3.proxy.failing(*bad_day()) as faults:
         said = succeed("run", "errand-town", "--out", out, *words, timeout=1500)
         assert said.stdout.strip().endswith(out)
         states = json.loads(succeed("status", out, "--json").stdout)
         exported = succeed("export", out, "--out", "s3://bucket/export").stdout
     assert all(fault.done for fault in faults), faults
-    assert asked.total() < 2500, asked
+    assert len(s3.proxy.asked) - before < 2500  # those that failed too
     assert {row["state"] for row in states} == {"done"} and len(states) == 8
     there, here = open_run(out), open_run(str(jobs_run))
     for stage in ("revise", "sft", "compare", "label", "evaluate"):
