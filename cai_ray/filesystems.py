@@ -10,13 +10,15 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from cai_ray.errors import InputError
 
@@ -24,6 +26,8 @@ T = TypeVar("T")
 
 COPY_BYTES = 32 << 20
 """Read and sent at a time."""
+_WHOLE_BYTES = 8 << 20
+"""Up to this size a Parquet file is read in one piece, which is one request."""
 # Waits of 0.05 s, 0.1 s, 0.2 s, … between attempts: 25 s in all; at the first look 0.75 s.
 _ATTEMPTS, _FIRST_ATTEMPTS = 10, 5
 _CONNECT_S, _ANSWER_S, _FIRST_ANSWER_S = 2.0, 20.0, 3.0
@@ -82,7 +86,7 @@ def copy_file(from_fs: pafs.FileSystem, source: str, fs: pafs.FileSystem, target
 
 
 def open_file(fs: pafs.FileSystem, path: str) -> pa.NativeFile:
-    """A file to be read from anywhere in it."""
+    """A file to be read from anywhere in it, by this thread: Parquet files have functions of their own."""
     f = fs.open_input_file(path)
     return f if is_local(fs) else pa.PythonFile(_Patient(f), mode="r")
 
@@ -125,14 +129,55 @@ class _Patient(io.RawIOBase):
 
 
 def _again(read: Callable[[], T]) -> T:
-    for attempt in range(_ATTEMPTS):
+    for attempt in count():
         try:
             return read()
         except OSError as e:
-            if "Failed to flush response stream" not in str(e):
-                raise
-            time.sleep(0.05 * 2**attempt)
-    return read()
+            _wait_after(e, attempt)
+    raise AssertionError
+
+
+def _wait_after(error: OSError, attempt: int) -> None:
+    if attempt == _ATTEMPTS or "Failed to flush response stream" not in str(error):
+        raise error
+    time.sleep(0.05 * 2**attempt)
+
+
+# Arrow's own threads read Parquet files, and must hold nothing of Python's (no `open_file`, no bytes): one that lets go
+# of it while the interpreter ends takes the process down with it.
+
+
+def read_parquet(
+    fs: pafs.FileSystem, path: str, columns: list[str] | None = None, group: int | None = None
+) -> pa.Table:
+    """A Parquet file, or one of its row groups."""
+
+    def read() -> pa.Table:
+        with fs.open_input_file(path) as f:
+            if group is not None:
+                return pq.ParquetFile(f, pre_buffer=True).read_row_group(group, columns=columns)
+            whole = not is_local(fs) and f.size() <= _WHOLE_BYTES
+            source = pa.BufferReader(f.read_buffer(f.size())) if whole else f
+            return pq.ParquetFile(source, pre_buffer=not whole).read(columns=columns)
+
+    return _again(read)
+
+
+def iter_parquet(
+    fs: pafs.FileSystem, path: str, rows: int, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """A Parquet file, so many rows at a time: it may be larger than memory."""
+    given = 0
+    for attempt in count():
+        try:
+            with fs.open_input_file(path) as f:
+                file = pq.ParquetFile(f, pre_buffer=not is_local(fs))
+                for batch in islice(file.iter_batches(rows, columns=columns), given, None):
+                    given += 1
+                    yield pa.Table.from_batches([batch])
+            return
+        except OSError as e:
+            _wait_after(e, attempt)
 
 
 def refusal(error: BaseException) -> str | None:

@@ -27,7 +27,15 @@ from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig, validate
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
-from cai_ray.filesystems import COPY_BYTES, copy_file, is_local, make_parent, open_file
+from cai_ray.filesystems import (
+    COPY_BYTES,
+    copy_file,
+    is_local,
+    iter_parquet,
+    make_parent,
+    open_file,
+    read_parquet,
+)
 from cai_ray.filesystems import resolve as resolve
 
 
@@ -109,10 +117,7 @@ def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = N
 def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "part") -> pa.Table:
     """All `name`-*.parquet of a folder as one table, in the order of their ids."""
     fs, _ = resolve(uri)
-    tables = []
-    for file in list_rows(uri, name):
-        with open_file(fs, file) as f:
-            tables.append(pq.ParquetFile(f, pre_buffer=True).read(columns=columns))
+    tables = [read_parquet(fs, file, columns) for file in list_rows(uri, name)]
     if not tables:
         raise InputError(f"{uri}: holds no rows ({name}-*.parquet)")
     table = pa.concat_tables(tables)
@@ -125,9 +130,7 @@ def iter_tables(
     """All `name`-*.parquet of a folder, some rows at a time: what a run has may be larger than memory."""
     fs, _ = resolve(uri)
     for file in list_rows(uri, name):
-        with open_file(fs, file) as f:
-            for batch in pq.ParquetFile(f, pre_buffer=not is_local(fs)).iter_batches(rows, columns=columns):
-                yield pa.Table.from_batches([batch])
+        yield from iter_parquet(fs, file, rows, columns)
 
 
 def list_rows(uri: str | Path, name: str = "part") -> list[str]:

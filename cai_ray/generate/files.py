@@ -18,11 +18,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cai_ray import storage
 from cai_ray.errors import InputError
-from cai_ray.filesystems import open_file
+from cai_ray.filesystems import iter_parquet, open_file
 
 JSONL = (".jsonl", ".jsonl.gz")
 CSV = (".csv", ".csv.gz")
@@ -95,13 +94,13 @@ def _listed(folder: str, recursive: bool = False) -> list[str]:
 
 def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
     fs, _ = storage.resolve(path)
-    if file.endswith((".parquet", ".arrow")):
+    if file.endswith(".parquet"):
+        for table in iter_parquet(fs, file, 1024):
+            yield from table.to_pylist()
+        return
+    if file.endswith(".arrow"):
         with open_file(fs, file) as f:
-            if file.endswith(".parquet"):
-                for batch in pq.ParquetFile(f).iter_batches(batch_size=1024):
-                    yield from batch.to_pylist()
-            else:
-                yield from _arrow(f)
+            yield from _arrow(f)
         return
     # Readers of lines ask for a few kilobytes at a time, each of which an object store would be asked for.
     with pa.BufferedInputStream(open_file(fs, file), _AHEAD_BYTES) as raw:

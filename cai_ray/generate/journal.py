@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cai_ray import storage
 from cai_ray.engine import Usage
-from cai_ray.filesystems import open_file
+from cai_ray.filesystems import read_parquet
 from cai_ray.generate import reuse
 from cai_ray.records import SCHEMAS, to_table
 from cai_ray.storage import Run
@@ -46,8 +45,7 @@ class Slice(NamedTuple):
 
     def read(self) -> list[dict[str, Any]]:
         fs, path = storage.resolve(self.path)
-        with open_file(fs, path) as f:
-            return pq.ParquetFile(f, pre_buffer=True).read_row_group(self.group).to_pylist()
+        return read_parquet(fs, path, group=self.group).to_pylist()
 
 
 class Published(NamedTuple):
@@ -122,17 +120,15 @@ class Journal:
         return pa.concat_tables([to_table([], self.schema).select(columns), *self._done(columns)])
 
     def _done(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """What is finished, file by file. They are small and many: each is read whole, and several at a time."""
+        """What is finished, file by file. They are small and many: several are read at a time."""
         fs, _ = storage.resolve(self.folder)
-
-        def read(path: str) -> pa.Table:
-            with open_file(fs, path) as f:
-                return pq.ParquetFile(pa.BufferReader(f.read())).read(columns=columns)
 
         files = storage.list_rows(self.folder, "done")
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(files), 4 * READERS):
-                yield from pool.map(read, files[start : start + 4 * READERS])
+                yield from pool.map(
+                    lambda path: read_parquet(fs, path, columns), files[start : start + 4 * READERS]
+                )
 
 
 class Keeper:

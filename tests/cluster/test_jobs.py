@@ -33,7 +33,8 @@ def test_the_whole_run_as_one_job_finds_every_stage_done(jobs: Jobs, jobs_run: P
 
 
 def test_dpo_as_a_job(jobs: Jobs, jobs_run: Path) -> None:
-    words = ("errand-town", "--out", jobs_run, *settings({**SETTINGS, "method": "dpo", "dpo.epochs": 1}))
+    few = {"method": "dpo", "dpo.epochs": 1, "dpo.human": SETTINGS["rm.human"]}
+    words = ("errand-town", "--out", jobs_run, *settings({**SETTINGS, **few}))
     assert "dpo: done in" in jobs.submit("python", "jobs/dpo.py", *words)
 
 

@@ -71,13 +71,50 @@ def test_what_fails_three_times_comes_through(place: str, s3: S3, kind: str, met
 
 
 @pytest.mark.parametrize("kind", ["500", "503"])
-def test_an_error_that_is_longer_than_what_was_asked_for(place: str, s3: S3, kind: str) -> None:
+def test_an_error_that_is_longer_than_what_was_asked_for(
+    place: str, s3: S3, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """S3's client cannot hold it, and does not try again by itself."""
     for size in (1, 10, 60, 200):
         storage.write_bytes(storage.join(place, f"small-{size}"), b"x" * size)
         with s3.proxy.failing(Fault(kind, match="GET .*small", times=3)) as (fault,):  # type: ignore[arg-type]
             assert storage.read_bytes(storage.join(place, f"small-{size}")) == b"x" * size
         assert fault.done == 3
+    rows = [{"id": "0"}, {"id": "1"}]
+    storage.write_table(storage.join(place, "part-0.parquet"), pa.Table.from_pylist(rows))
+    monkeypatch.setattr(filesystems, "_WHOLE_BYTES", 0)
+    slice = journal.Slice("part", storage.join(place, "part-0.parquet"), 0, 2)
+    for read, wanted in (
+        (lambda: storage.read_tables(place).to_pylist(), rows),
+        (lambda: [row for table in storage.iter_tables(place, rows=1) for row in table.to_pylist()], rows),
+        (slice.read, rows),
+    ):
+        # The footer is longer than an error; what is asked for after it is not.
+        with s3.proxy.failing(Fault(kind, match="GET .*parquet", every=2, times=1)) as (fault,):  # type: ignore[arg-type]
+            assert read() == wanted
+        assert fault.done == 1
+
+
+def test_no_thread_of_arrow_reads_by_python(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the process down, were it to let go of what it read while the interpreter ends."""
+    threads = set()
+    read = filesystems._Patient.read
+
+    def noted(self: filesystems._Patient, size: int | None = -1) -> bytes:
+        threads.add(threading.get_ident())
+        return read(self, size)
+
+    monkeypatch.setattr(filesystems._Patient, "read", noted)
+    rows = [{"id": f"{i}", "prompt": f"how do i read diary {i} ?"} for i in range(9)]
+    folder = storage.join(place, "rows")
+    storage.write_table(storage.join(folder, "part-0.parquet"), pa.Table.from_pylist(rows), row_group_rows=3)
+    for whole in (filesystems._WHOLE_BYTES, 0):
+        monkeypatch.setattr(filesystems, "_WHOLE_BYTES", whole)
+        assert storage.read_tables(folder).num_rows == 9
+        assert sum(table.num_rows for table in storage.iter_tables(folder)) == 9
+        assert len(list(files.iter_rows(folder))) == 9
+        assert len(journal.Slice("part", storage.join(folder, "part-0.parquet"), 0, 3).read()) == 3
+    assert threads <= {threading.get_ident()}
 
 
 def test_how_it_is_tried_again_travels(s3: S3, place: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cai_ray import storage
@@ -125,7 +126,7 @@ def test_other_inputs_begin_anew(run: Run, made: Journal) -> None:
 
 
 def files(made: Journal) -> list[int]:
-    return [len(journal.pq.read_table(f)) for f in storage.list_rows(made.folder, "done")]
+    return [len(pq.read_table(f)) for f in storage.list_rows(made.folder, "done")]
 
 
 def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journal) -> None:
