@@ -36,6 +36,8 @@ class Fault:
     every: int = 1
     match: str = ""
     """A regular expression, searched in "METHOD /bucket/key?query"."""
+    after: int = 0
+    """How many that match come through before."""
     times: float = float("inf")
     seconds: float = 1.0
     """How long a slow answer takes, or none comes."""
@@ -46,7 +48,7 @@ class Fault:
         if not re.search(self.match, request):
             return False
         self.seen += 1
-        if self.seen % self.every or self.done >= self.times:
+        if self.seen <= self.after or self.seen % self.every or self.done >= self.times:
             return False
         self.done += 1
         return True

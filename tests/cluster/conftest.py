@@ -1,21 +1,33 @@
-"""What the tests of clusters share: a run made by jobs, a run to serve, and rows that one engine makes alone."""
+"""What the tests of clusters share: a run made by jobs, a run that pools grew for, and a run to serve."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from cai_ray.storage import open_run
 from tests.cluster.jobs import SETTINGS, Jobs
-from tests.cluster.nodes import ROWS, by_id, running, wait_until
+from tests.cluster.nodes import ROWS, Cluster, running, wait_until
 from tests.e2e.command import settings, succeed
 from tests.e2e.conftest import served_run
 
 __all__ = ["served_run"]
+
+POOLS = {
+    "generation": ({"CPU": 8, "generation": 1}, 2),
+    "training": ({"CPU": 4, "training": 1}, 1),
+}
+
+
+class Grown(NamedTuple):
+    cluster: Cluster
+    given: dict[str, Any]
+    """Settings of the run."""
+    out: Path
+    said: str
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +63,21 @@ def jobs_run(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lone_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `revise` makes of the prompts on one engine, without a cluster."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    succeed("run", "errand-town", "--until", "revise", "--out", out, *settings(ROWS))
-    return by_id(open_run(str(out)).rows("revise"))
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grown]:
+    """Two stages of a run, on a cluster that is nothing but a head before."""
+    with running("--num-cpus 0", pools=POOLS) as cluster:
+        assert len(cluster.ids()) == 1
+        out = tmp_path_factory.mktemp("pools") / "run"
+        given = {
+            **ROWS,
+            "sft.epochs": 1,
+            "ray.training_nodes": "training",
+            "ray.generation_nodes": "generation",
+            "ray.address": cluster.address,
+            "ray.autoscaling_config": cluster.config,
+            "engine.cpus_per_actor": 8,
+            "engine.min_actors": 2,
+            "engine.max_actors": 2,
+        }
+        words = ("run", "errand-town", "--until", "sft", "--out", out, *settings(given))
+        yield Grown(cluster, given, out, succeed(*words, env=cluster.env).stderr)

@@ -44,19 +44,12 @@ def test_every_script_has_run(jobs_run: Path) -> None:
     assert {p.stem for p in (ROOT / "jobs").glob("*.py")} == done
 
 
-def test_a_job_with_a_wrong_setting_fails_with_one_line(jobs: Jobs, tmp_path: Path) -> None:
-    wrong = settings({"revise.round": 2})
-    out = jobs.submit("python", "jobs/run.py", "errand-town", "--out", tmp_path / "run", *wrong, fails=True)
-    assert "did you mean 'rounds'?" in out
-    assert "Traceback" not in out.split("did you mean")[0]
-
-
-def test_a_job_that_has_no_room_is_refused_with_what_the_cluster_has(jobs: Jobs, tmp_path: Path) -> None:
+def test_a_job_that_has_no_room_fails_with_what_the_cluster_has(jobs: Jobs, tmp_path: Path) -> None:
     large = settings({**SETTINGS, "engine.cpus_per_actor": 17})
     out = jobs.submit("python", "jobs/run.py", "errand-town", "--out", tmp_path / "run", *large, fails=True)
     assert "engine.min_actors=1: needs 1 x {CPU: 17}, each on one node, and there is room for 0" in out
     assert "1 node of {CPU: 16} and no autoscaler that adds more" in out
-    assert "revise:" not in out
+    assert "revise:" not in out and "Traceback" not in out.split("needs 1 x")[0]
 
 
 def test_a_driver_sees_the_environment_and_needs_no_gpu(jobs: Jobs) -> None:
@@ -70,3 +63,4 @@ def test_a_driver_sees_the_environment_and_needs_no_gpu(jobs: Jobs) -> None:
     given = yaml.safe_load((ROOT / "jobs/runtime-env.yaml").read_text())["env_vars"]
     assert f"waits {given['RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S']}" in said
     assert "cuda False" in said
+    jobs.cluster.end()  # its processes would work on beside the tests that follow

@@ -11,12 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from cai_ray.storage import Run, open_run
+from tests.cluster.conftest import Grown
 from tests.cluster.nodes import ROWS, Cluster, by_id, running, wait_until
 from tests.e2e.command import ROOT, environment
 from tests.ray import training
@@ -76,8 +76,9 @@ def start(cluster: Cluster, log: Path, *words: object, **env: str) -> subprocess
 
 
 def test_three_nodes_share_a_stage_of_which_one_is_killed_and_another_comes(
-    cluster: Cluster, lone_rows: dict[str, Any], tmp_path: Path
+    cluster: Cluster, grown: Grown, tmp_path: Path
 ) -> None:
+    """The rows are those that two nodes made, on which nothing went wrong."""
     workers = [cluster.add_worker() for _ in range(3)]
     out, log, done = tmp_path / "run", tmp_path / "log", tmp_path / "run-done"
     given = [f"{k}={v}" for k, v in {**SETTINGS, "ray.address": cluster.address}.items()]
@@ -101,7 +102,7 @@ def test_three_nodes_share_a_stage_of_which_one_is_killed_and_another_comes(
     assert len(by_node()) == 4
     found = open_run(str(out)).rows("revise")
     assert set(Counter(row["id"] for row in found).values()) == {1}
-    assert by_id(found) == lone_rows
+    assert by_id(found) == by_id(open_run(str(grown.out)).rows("revise"))
 
 
 # Which nodes a group's ranks began on, and from which step. The first start is so slow that it does not end by itself.
@@ -122,7 +123,7 @@ def loop(config):
             f.write(f"{ray.get_runtime_context().get_node_id()} {state['step'] if state else 0}\\n")
         if not state:
             step = fit.Trained.step
-            fit.Trained.step = lambda self: (time.sleep(0.1), step(self))[1]
+            fit.Trained.step = lambda self: (time.sleep(0.4), step(self))[1]
         return state
     fit.restore = noted
     return original(config)
@@ -154,7 +155,7 @@ def steps(run: Run) -> list[int]:
 def test_a_notice_of_a_spot_market_leads_to_a_checkpoint_in_time(cluster: Cluster, tmp_path: Path) -> None:
     """The run has no other checkpoint; when its node is gone it goes on from there on another node."""
     doomed = cluster.add_worker()
-    sections = {"epochs": 150, "checkpoint_every": 100_000, "cpus_per_worker": 8}
+    sections = {"epochs": 40, "checkpoint_every": 100_000, "cpus_per_worker": 8}
     run, log = sft_run(tmp_path, sections, ray={"address": cluster.address}), tmp_path / "log"
     driver = start(cluster, log, "-c", TRAIN, run.config.model_dump_json(), **QUICK)
     try:
@@ -175,7 +176,7 @@ def test_a_group_over_two_nodes_of_which_one_is_killed_comes_to_the_same_weights
     cluster: Cluster, tmp_path: Path
 ) -> None:
     doomed, _ = cluster.add_worker(), cluster.add_worker()
-    sections = {"epochs": 40, "checkpoint_every": 10, "cpus_per_worker": 8, "workers": 2}
+    sections = {"epochs": 15, "checkpoint_every": 5, "cpus_per_worker": 8, "workers": 2}
     run, log = sft_run(tmp_path, sections, ray={"address": cluster.address}), tmp_path / "log"
     driver = start(cluster, log, "-c", TRAIN, run.config.model_dump_json(), **QUICK)
     try:
@@ -187,12 +188,12 @@ def test_a_group_over_two_nodes_of_which_one_is_killed_comes_to_the_same_weights
         end(driver)
     starts = began(run)
     assert len({node for node, _ in starts[:2]}) == 2 and [step for _, step in starts[:2]] == [0, 0]
-    assert starts[-1][1] >= 10 and len({node for node, _ in starts}) == 3
+    assert starts[-1][1] >= 5 and len({node for node, _ in starts}) == 3
     assert steps(run) == list(range(1, len(steps(run)) + 1))
 
     alone = sft_run(tmp_path / "alone", {**sections, "cpus_per_worker": 1})
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN.replace("0.1", "0"), alone.config.model_dump_json()],
+        [sys.executable, "-c", TRAIN.replace("0.4", "0"), alone.config.model_dump_json()],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
