@@ -147,7 +147,8 @@ def killed_while(driver: Driver, s3: S3, hanging: Fault, *faults: Fault) -> None
 
 
 def _rows(run: Run, stage: str) -> list[dict[str, Any]]:
-    """In the order of their ids, all but what depends on what the engine's cache held, and the prompts' file."""
+    """In the order of their ids, all but what depends on what the engine's cache held, and where the model lies."""
     rows = run.rows(stage)
     assert len({row["id"] for row in rows}) == len(rows) > 0
-    return [{k: v for k, v in row.items() if k not in ("usage", "source")} for row in rows]
+    hidden = {"usage", "model"} if stage == "revise" else {"usage"}
+    return [{k: v for k, v in row.items() if k not in hidden} for row in rows]

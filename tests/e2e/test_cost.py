@@ -16,8 +16,8 @@ from cai_ray import cost
 from cai_ray.storage import open_run
 from tests.e2e.command import SMALL, Driver, cai_ray, settings, succeed
 
-# One row at a time, so that the engine's work takes longer than a look at the budget. Neither is an input of a stage.
-SLOW = {**SMALL, "engine.max_num_seqs": 1, "prices": "{cpu_hour: 0.04}"}
+# Few rows at a time, so that the engine's work takes longer than a look at the budget. Neither is an input of a stage.
+SLOW = {**SMALL, "engine.max_num_seqs": 3, "prices": "{cpu_hour: 0.04}"}
 SECONDS = 10
 """That a killed driver may leave uncounted, with a slow machine's own delays."""
 
