@@ -72,11 +72,13 @@ class Attempt(NamedTuple):
         storage.write_json(run.path(FOLDER, f"{self.name}.json"), {**about, **self.spent.as_dict()})
 
 
-def attempts(run: Run) -> list[Attempt]:
-    """All that this directory has seen, by stage."""
+def attempts(run: Run, stage: str = "") -> list[Attempt]:
+    """All that this directory has seen, by stage; or those at one stage."""
     found = []
     for path in storage.list_files(run.path(FOLDER), ".json"):
         name = path.rsplit("/", 1)[1].removesuffix(".json")
+        if not name.startswith(stage and f"{stage}-"):
+            continue
         said = storage.read_json(run.path(FOLDER, f"{name}.json"))
         about = {key: said[key] for key in ("stage", "inputs", "started", "made")}
         found.append(Attempt(name=name, **about, spent=Spent.of(said)))
@@ -85,14 +87,14 @@ def attempts(run: Run) -> list[Attempt]:
 
 def settle(run: Run, stage: str, inputs: str, made: str) -> None:
     """A manifest holds these attempts: later ones at the same stage are not added to them."""
-    for attempt in attempts(run):
-        if attempt.stage == stage and attempt.inputs == inputs and attempt.made is None:
+    for attempt in attempts(run, stage):
+        if attempt.inputs == inputs and attempt.made is None:
             attempt._replace(made=made).write(run)
 
 
 def resources(run: Run, stage: str, inputs: str) -> dict[str, Any]:
     """For the manifest of a stage that is done: the sum of the attempts that led to it, and how many there were."""
-    own = [a for a in attempts(run) if a.stage == stage and a.inputs == inputs and a.made is None]
+    own = [a for a in attempts(run, stage) if a.inputs == inputs and a.made is None]
     return {"attempts": len(own), **total(own).as_dict()}
 
 

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext, suppress
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -644,6 +645,13 @@ def _source_sha(path: str, settings: dict[str, Any]) -> str:
     fs, real = storage.resolve(path)
     files = data_files(path)
     if files == [real]:
-        return derive_id(settings, hashlib.sha256(storage.read_bytes(path)).hexdigest())
+        info = fs.get_file_info(real)
+        return derive_id(settings, _content_sha(path, real, info.size, info.mtime_ns))
     infos = fs.get_file_info(files)
     return derive_id(settings, [(i.base_name, i.size) for i in infos])
+
+
+@lru_cache
+def _content_sha(path: str, place: str, size: int, changed: int) -> str:
+    """Read once, however many stages ask: it may be large, and far away."""
+    return hashlib.sha256(storage.read_bytes(path)).hexdigest()

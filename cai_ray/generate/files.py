@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 
 from cai_ray import storage
 from cai_ray.errors import InputError
@@ -64,10 +65,11 @@ def data_files(path: str) -> list[str]:
         if not found:
             raise InputError(f"{path}: no such files; give {_wanted()}")
         return found
-    if not storage.exists(path):
-        raise InputError(f"{path}: no such file; give {_wanted()}")
     fs, real = storage.resolve(path)
-    if fs.get_file_info(real).is_file:
+    info = fs.get_file_info(real)
+    if info.type == pafs.FileType.NotFound:
+        raise InputError(f"{path}: no such file; give {_wanted()}")
+    if info.is_file:
         if not path.endswith((*FORMATS, ".json")):
             raise InputError(f"{path}: is of another format; give {_wanted()}")
         return [real]

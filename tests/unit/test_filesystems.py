@@ -415,6 +415,16 @@ def test_prompts_in_every_format(place: str, tmp_path: Path) -> None:
         list(files.iter_rows(storage.join(place, "none.jsonl")))
 
 
+def test_prompts_are_read_once_however_many_stages_ask_whether_they_changed(s3: S3, place: str) -> None:
+    uri = storage.join(place, "prompts.jsonl")
+    storage.write_bytes(uri, b'{"prompt": "a"}\n')
+    with s3.proxy.counting() as asked:
+        (same,) = {pipeline._source_sha(uri, {}) for _ in range(5)}
+    assert asked["GET"] == 1
+    storage.write_bytes(uri, b'{"prompt": "ab"}\n')
+    assert pipeline._source_sha(uri, {}) != same
+
+
 def test_rows_of_a_stage_in_their_order(place: str) -> None:
     run = Run(town_config(out=place))
     for part in (1, 0):
