@@ -643,15 +643,13 @@ def _source_sha(path: str, settings: dict[str, Any]) -> str:
     if path.startswith("town:"):
         return derive_id(path, settings)
     fs, real = storage.resolve(path)
-    files = data_files(path)
-    if files == [real]:
-        info = fs.get_file_info(real)
-        return derive_id(settings, _content_sha(path, real, info.size, info.mtime_ns))
-    infos = fs.get_file_info(files)
+    infos = fs.get_file_info(data_files(path))
+    if [i.path for i in infos] == [real]:
+        return derive_id(settings, _content_sha(path, infos[0].size, infos[0].mtime_ns))
     return derive_id(settings, [(i.base_name, i.size) for i in infos])
 
 
 @lru_cache
-def _content_sha(path: str, place: str, size: int, changed: int) -> str:
+def _content_sha(path: str, size: int, changed: int) -> str:
     """Read once, however many stages ask: it may be large, and far away."""
     return hashlib.sha256(storage.read_bytes(path)).hexdigest()

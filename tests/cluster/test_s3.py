@@ -62,7 +62,7 @@ def test_a_whole_run_on_a_bad_day_killed_twice(s3: S3, jobs_run: Path, tmp_path:
         if second:
             second.end()
     kept = re.search(r"revise: (\d+) of (\d+) rows were finished before", second.said())
-    assert kept and 0 < int(kept[1]) < int(kept[2])
+    assert kept and 10 <= int(kept[1]) < int(kept[2])
     assert storage.exists(f"{out}/revise/manifest.json") and not storage.exists(f"{out}/sft/manifest.json")
     begun = sorted(
         {m[1] for a in s3.proxy.asked if (m := re.search(r"whole/.*/(checkpoint_\d[^/]*)/.", a.path))}
@@ -77,7 +77,8 @@ def test_a_whole_run_on_a_bad_day_killed_twice(s3: S3, jobs_run: Path, tmp_path:
         states = json.loads(succeed("status", out, "--json").stdout)
         exported = succeed("export", out, "--out", "s3://bucket/export").stdout
     assert all(fault.done for fault in faults), faults
-    assert len(s3.proxy.asked) - before < 3500  # of three attempts, those that failed too
+    # Those that failed too: of the attempt that ends, and of all three.
+    assert len(s3.proxy.asked) - third < 2500 and len(s3.proxy.asked) - before < 3500
     assert "revise: done before" in said.stderr and said.stdout.strip().endswith(out)
     read = [a.path for a in s3.proxy.asked[third:] if a.method == "GET" and "loop-0.pt" in a.path]
     assert read and all(begun[-2] in path for path in read), read  # it went on from the one before
