@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pytest
 
@@ -54,13 +54,15 @@ class Fault:
         return True
 
 
-class Asked(NamedTuple):
-    """A request, and the status of its answer; 0 where it was cut. The client's id is the same when it asks again."""
+@dataclass
+class Asked:
+    """A request, from when it came. The client's id is the same when it asks again."""
 
     method: str
     path: str
-    status: int
     id: str
+    status: int = 0
+    """Of its answer; 0 while there is none, and where it was cut."""
 
 
 class Proxy:
@@ -97,8 +99,8 @@ class Proxy:
 
     @contextmanager
     def counting(self) -> Iterator[Counter[str]]:
-        """Requests of the meantime by method, when it is over: those that were answered, each once, however often
-        the client had to ask."""
+        """Requests that came in the meantime, by method, when it is over: those that were answered, each once,
+        however often the client had to ask."""
         start, found = len(self.asked), Counter[str]()
         yield found
         answered = {a.id: a.method for a in self.asked[start:] if 0 < a.status < 500}
@@ -122,18 +124,21 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def _forward(self) -> None:
+        # Noted as it comes: an answer may be slower than the client's patience, and fall into another test's count.
+        self.asked = Asked(self.command, self.path, self.headers["amz-sdk-invocation-id"])
+        self.owner.asked.append(self.asked)
         fault = self.owner.fault_of(f"{self.command} {self.path}")
         kind = fault.kind if fault else ""
         if kind == "cut the request":
             if {*self.headers} & {"Content-Length", "Transfer-Encoding"}:
                 self.rfile.read(1)
-            self._cut()
+            self._close()
             return
         body = self._body()
         if fault and kind in ("slow", "hang"):
             time.sleep(fault.seconds)
         if kind == "hang":
-            self._cut()
+            self._close()
             return
         if self.owner.guarded and "Authorization" not in self.headers:
             kind = "403"
@@ -146,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         status, headers, answer = self._ask(body)
         if kind == "lose the answer":
-            self._cut()
+            self._close()
         else:
             self._answer(status, headers, answer, cut=kind == "cut the answer")
 
@@ -179,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: Mapping[str, str], body: bytes, cut: bool = False) -> None:
         # Before the other side can go on: what it asks next is counted apart.
-        self._note(0 if cut else status)
+        self.asked.status = 0 if cut else status
         self.send_response(status)
         given = {k.lower(): v for k, v in headers.items()}
         # Of what a HEAD request is told the length is the object's.
@@ -195,14 +200,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def _cut(self) -> None:
-        self._note(0)
-        self._close()
-
-    def _note(self, status: int) -> None:
-        of = self.headers["amz-sdk-invocation-id"]
-        self.owner.asked.append(Asked(self.command, self.path, status, of))
 
     def _close(self) -> None:
         self.close_connection = True

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -291,6 +292,20 @@ def test_what_files_cost(s3: S3, place: str) -> None:
         assert sum(1 for _ in files.iter_rows(storage.join(place, "prompts.jsonl"))) == 200_000
     assert read["GET"] <= 3
     assert [k for k in keys(place) if k.endswith("/")] == []
+
+
+def test_a_request_counts_where_it_came(s3: S3, place: str) -> None:
+    """Of a client that did not wait, the answer may be given while another test counts."""
+    uri = storage.join(place, "file")
+    storage.write_bytes(uri, b"here")
+    with s3.proxy.failing(Fault("slow", seconds=0.5)) as (fault,):
+        asking = threading.Thread(target=storage.exists, args=(uri,))
+        asking.start()
+        while not fault.done:
+            time.sleep(0.01)
+    with s3.proxy.counting() as asked:
+        asking.join()
+    assert (s3.proxy.asked[-1].status, asked) == (200, {})
 
 
 def test_what_a_journal_costs(s3: S3, place: str) -> None:
