@@ -189,6 +189,13 @@ def refusal(error: BaseException) -> str | None:
     return f"gs: {told[1]} ({told[2]})" if told else None
 
 
+def damage(error: OSError | pa.ArrowInvalid) -> str | None:
+    """What is wrong with a Parquet file, in one line; None where it is the system or the store that failed."""
+    if isinstance(error, OSError) and (error.errno or refusal(error)):
+        return None
+    return " ".join(str(error).split())
+
+
 def _has_objects(fs: pafs.FileSystem) -> bool:
     return fs.type_name in ("s3", "gcs")
 

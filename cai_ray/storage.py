@@ -30,6 +30,7 @@ from cai_ray.errors import InputError
 from cai_ray.filesystems import (
     COPY_BYTES,
     copy_file,
+    damage,
     is_local,
     iter_parquet,
     make_parent,
@@ -117,7 +118,7 @@ def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = N
 def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "part") -> pa.Table:
     """All `name`-*.parquet of a folder as one table, in the order of their ids."""
     fs, _ = resolve(uri)
-    tables = [read_parquet(fs, file, columns) for file in list_rows(uri, name)]
+    tables = [read_rows(fs, file, columns) for file in list_rows(uri, name)]
     if not tables:
         raise InputError(f"{uri}: holds no rows ({name}-*.parquet)")
     table = pa.concat_tables(tables)
@@ -130,7 +131,32 @@ def iter_tables(
     """All `name`-*.parquet of a folder, some rows at a time: what a run has may be larger than memory."""
     fs, _ = resolve(uri)
     for file in list_rows(uri, name):
-        yield from iter_parquet(fs, file, rows, columns)
+        with _mendable(file):
+            yield from iter_parquet(fs, file, rows, columns)
+
+
+def read_rows(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
+    """A file of rows that a run wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    with _mendable(path):
+        return read_parquet(fs, path, columns)
+
+
+@contextmanager
+def _mendable(path: str) -> Iterator[None]:
+    """What a stage wrote it writes again: all of it once it is done, until then what its journal lacks."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as e:
+        if (told := damage(e)) is None:
+            raise
+        raise InputError(
+            f"{path}: is damaged ({told}); delete it, and its stage's manifest.json if there is one, and run the "
+            "stage again"
+        ) from e
 
 
 def list_rows(uri: str | Path, name: str = "part") -> list[str]:

@@ -127,7 +127,7 @@ class Journal:
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(files), 4 * READERS):
                 yield from pool.map(
-                    lambda path: read_parquet(fs, path, columns), files[start : start + 4 * READERS]
+                    lambda path: storage.read_rows(fs, path, columns), files[start : start + 4 * READERS]
                 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from cai_ray import config, storage
 from cai_ray.cli import main
 from cai_ray.errors import InputError
+from cai_ray.generate.journal import Journal
+from cai_ray.records import to_table
 from cai_ray.storage import Run, open_run
 
 FOLDER = None
@@ -60,6 +64,34 @@ def test_a_damaged_manifest(
     err = capsys.readouterr().err
     assert err.startswith(f"cai-ray: {tmp_path}/ppo/manifest.json: ") and err.count("\n") == 1
     assert f"delete {tmp_path}/ppo and run the stage again" in err
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "of something else": lambda data: b"junk\n",
+    "half": lambda data: data[: len(data) // 2],
+    "with a hole": lambda data: data[:100] + bytes(200) + data[300:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_of_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
+) -> None:
+    run = make(tmp_path)
+    rows = [{"id": f"{i:016x}", "prompt": f"how do i bake {i} cakes ?"} for i in range(200)]
+    run.write_rows("revise", to_table(rows, "revisions"))
+    path = tmp_path / "revise" / "part-00000.parquet"
+    path.write_bytes(damage(path.read_bytes()))
+    line = re.escape(f"{path}: is damaged (") + r"[^\n]+\); delete it, and its stage's manifest\.json[^\n]+"
+    assert main(["explain", str(tmp_path), rows[0]["id"]]) == 2
+    assert re.fullmatch(f"cai-ray: {line}\n", capsys.readouterr().err)
+    with pytest.raises(InputError, match=line):
+        list(run.each_row("revise"))
+    journal = Journal(run, "revise", "revisions", "part")
+    storage.copy(path, storage.join(journal.folder, "done-0.parquet"))
+    with pytest.raises(InputError, match=r"journal/part/done-0\.parquet: is damaged"):
+        journal.finished()
 
 
 @pytest.mark.parametrize("out", ["{", "}", "{}", "{nme}", "runs/{name}/{0}", "{name!r}", "", " "])
