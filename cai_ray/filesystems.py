@@ -155,10 +155,10 @@ def read_parquet(
     def read() -> pa.Table:
         with fs.open_input_file(path) as f:
             if group is not None:
-                return pq.ParquetFile(f, pre_buffer=True).read_row_group(group, columns=columns)
+                return _parquet(f, pre_buffer=True).read_row_group(group, columns=columns)
             whole = not is_local(fs) and f.size() <= _WHOLE_BYTES
             source = pa.BufferReader(f.read_buffer(f.size())) if whole else f
-            return pq.ParquetFile(source, pre_buffer=not whole).read(columns=columns)
+            return _parquet(source, pre_buffer=not whole).read(columns=columns)
 
     return _again(read)
 
@@ -171,13 +171,17 @@ def iter_parquet(
     for attempt in count():
         try:
             with fs.open_input_file(path) as f:
-                file = pq.ParquetFile(f, pre_buffer=not is_local(fs))
+                file = _parquet(f, pre_buffer=not is_local(fs))
                 for batch in islice(file.iter_batches(rows, columns=columns), given, None):
                     given += 1
                     yield pa.Table.from_batches([batch])
             return
         except OSError as e:
             _wait_after(e, attempt)
+
+
+def _parquet(source: pa.NativeFile, pre_buffer: bool) -> pq.ParquetFile:
+    return pq.ParquetFile(source, pre_buffer=pre_buffer, page_checksum_verification=True)
 
 
 def refusal(error: BaseException) -> str | None:

@@ -111,7 +111,8 @@ def write_json(uri: str | Path, value: Any) -> None:
 
 def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = None) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows)
+    # Without checksums most flipped bits are read as other data.
+    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows, write_page_checksum=True)
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 

@@ -71,6 +71,7 @@ DAMAGES = {
     "of something else": lambda data: b"junk\n",
     "half": lambda data: data[: len(data) // 2],
     "with a hole": lambda data: data[:100] + bytes(200) + data[300:],
+    "with a flipped bit": lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:],
 }
 
 
