@@ -12,7 +12,6 @@ import json
 import statistics
 from typing import Any
 
-from cai_ray.report.stage import read_metrics
 from cai_ray.storage import open_run
 
 
@@ -21,7 +20,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="run directory whose ppo stage is done")
-    steps = read_metrics(open_run(parser.parse_args().run), "ppo")
+    steps = open_run(parser.parse_args().run).metrics("ppo")
     if not steps:
         parser.exit(2, "this run has no metrics of ppo; run `cai-ray ppo` first\n")
     print(

@@ -101,8 +101,8 @@ def export(run: Run, out: str) -> Exported:
         run.config,
         constitutions.parse(yaml.safe_load(document), path),
         manifests,
-        report=storage.read_json(run.path("report", "report.json")) if "report" in manifests else None,
-        certificate=_certificate(run) if "label" in manifests else None,
+        report=run.facts("report", "report.json") if "report" in manifests else None,
+        certificate=run.facts("label", "certificate.json") if "label" in manifests else None,
         example=plain_messages(templates.answer_messages([{"role": "user", "content": "…"}])),
     )
     storage.write_bytes(storage.join(out, "constitution.yaml"), document)
@@ -166,11 +166,6 @@ def _check_empty(out: str) -> None:
         raise InputError(f"{out}: holds something already; name another folder with --out, or delete it")
 
 
-def _certificate(run: Run) -> dict[str, Any] | None:
-    path = run.path("label", "certificate.json")
-    return storage.read_json(path) if storage.exists(path) else None
-
-
 def _model(run: Run, facts: cards.Facts, role: str, templates: TemplateSet, out: str) -> None:
     source = run.path(MODELS[run.config.method][role], "model")
     storage.upload_folder(source, out)
@@ -179,7 +174,7 @@ def _model(run: Run, facts: cards.Facts, role: str, templates: TemplateSet, out:
     end, scale = "", None
     if role == "rm":
         end = _end_token(source, templates)
-        scale = storage.read_json(storage.join(source, "reward_head.json"))
+        scale = run.facts("rm", "model/reward_head.json")
     card = cards.model_card(role, facts, end, scale)
     storage.write_bytes(storage.join(out, "README.md"), card.encode())
 

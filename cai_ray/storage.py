@@ -301,7 +301,36 @@ class Run:
             InputError: it is damaged.
         """
         folder = self.path(stage)
-        return _read_object(join(folder, "manifest.json"), f"delete {folder} and run the stage again")
+        return read_object(join(folder, "manifest.json"), f"delete {folder} and run the stage again")
+
+    def facts(self, stage: str, name: str) -> dict[str, Any]:
+        """What a finished stage keeps beside its rows, such as `certificate.json`.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        uri, remedy = self.path(stage, name), f"make it again with {_again(stage)}"
+        found = read_object(uri, remedy)
+        if found is None:
+            raise InputError(f"{uri}: is missing; {remedy}")
+        return found
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """A stage's metrics.jsonl; nothing where there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        uri = self.path(stage, "metrics.jsonl")
+        if not exists(uri):
+            return []
+        try:
+            rows = [json.loads(line) for line in read_bytes(uri).splitlines() if line.strip()]
+            if all(isinstance(row, dict) for row in rows):
+                return rows
+        except ValueError as e:
+            raise InputError(f"{uri}: is damaged ({e}); make it again with {_again(stage)}") from e
+        raise InputError(f"{uri}: an object is needed in each line; make it again with {_again(stage)}")
 
     def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
         """A stage's rows, in the order of their ids."""
@@ -348,20 +377,25 @@ class Run:
         write_bytes(self.path(stage, "metrics.jsonl"), text.encode())
 
 
-def _read_object(uri: str, remedy: str) -> dict[str, Any] | None:
-    """A JSON object that a run keeps about itself; None where there is no such file.
+def _again(stage: str) -> str:
+    return f"`cai-ray {stage} CONFIG --overwrite`"
+
+
+def read_object(uri: str | Path, remedy: str) -> dict[str, Any] | None:
+    """A JSON object that was written by a run; None where there is no such file.
 
     Raises:
         InputError: something else is there.
     """
     fs, path = resolve(uri)
-    kind = fs.get_file_info(path).type
-    if kind == pafs.FileType.NotFound:
-        return None
-    if kind != pafs.FileType.File:
-        raise InputError(f"{uri}: is no file; {remedy}")
-    try:
+    try:  # and not looked for first: an object store would be asked twice
         value = read_json(uri)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        if is_local(fs) and os.path.isdir(path):
+            raise InputError(f"{uri}: is no file; {remedy}") from e
+        raise
     except (ValueError, RecursionError) as e:
         raise InputError(f"{uri}: is no JSON ({e}); {remedy}") from e
     if not isinstance(value, dict) or not value:
@@ -381,7 +415,7 @@ def open_run(uri: str) -> Run:
     path = join(uri, "run.json")
     remedy = f"delete it and run `cai-ray run CONFIG --out {uri}` again, which keeps what is done"
     try:
-        value = _read_object(path, remedy)
+        value = read_object(path, remedy)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e}); {give}") from e
     if value is None:

@@ -21,7 +21,6 @@ from cai_ray.evaluate.stage import POLICIES
 from cai_ray.generate.label import gold_rows
 from cai_ray.generate.sources import read_comparisons
 from cai_ray.report import tables
-from cai_ray.report.stage import read_metrics
 from cai_ray.report.text import columns, duration, price
 from cai_ray.storage import Run
 
@@ -176,7 +175,7 @@ def _preference(run: Run, sample: Run, name: str, made: dict[str, Any], spent: S
 
 def _trained(run: Run, sample: Run, name: str, made: dict[str, Any], spent: Spent, rows: int) -> Stage:
     config, few = (getattr(r.config, name) for r in (run, sample))
-    steps = read_metrics(sample, name)
+    steps = sample.metrics(name)
     speed, each = rate(steps), made["tokens"]["trained"] / few.epochs / made["rows_out"]
     # A pass forward is a third of a step: DPO has one over all rows for the reference before its first.
     passes, few_passes = (c.epochs + (1 / 3 if name == "dpo" else 0) for c in (config, few))
@@ -189,7 +188,7 @@ def _trained(run: Run, sample: Run, name: str, made: dict[str, Any], spent: Spen
 
 def _ppo(run: Run, sample: Run, name: str, made: dict[str, Any], spent: Spent) -> Stage:
     config, few = run.config.ppo, sample.config.ppo
-    steps = read_metrics(sample, "ppo")
+    steps = sample.metrics("ppo")
     work, alone, both = ppo_seconds(steps, few.value_warmup_steps)
     whole = alone * config.value_warmup_steps + both * config.steps
     total = config.value_warmup_steps + config.steps

@@ -199,7 +199,7 @@ def _by_gold(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     document, rounds = run.config.document, run.config.revise.rounds
     harm, selective = gold.revision_harm(run.each_row("revise"), rounds)
-    proof = storage.read_json(run.path("label", "certificate.json"))
+    proof = run.facts("label", "certificate.json")
     scale = (proof["gold"] or {}).get("scale")
     return {
         "snapshots": gold.snapshots(run.rows("ppo", name="snapshot") if run.config.watched else []),

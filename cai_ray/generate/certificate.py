@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from cai_ray import storage
 from cai_ray.config import LabelGates
-from cai_ray.errors import InputError, Stopped
+from cai_ray.errors import Stopped
 from cai_ray.evaluate.stats import brier, expected_calibration_error, fit_scale, reliability, rightness
 from cai_ray.generate.votes import logit, preference, survives_swap
 from cai_ray.storage import Run
@@ -230,14 +229,12 @@ def _calibration(p: Sequence[float], outcomes: Sequence[bool]) -> dict[str, Any]
 
 
 def check_gates(run: Run) -> None:
-    """Raises Stopped where the certificate does not pass a gate, InputError where it is not there."""
+    """Raises Stopped where the certificate does not pass a gate, InputError where it is missing or damaged."""
     gates = run.config.label.gates
     path = run.path("label", "certificate.json")
     if gates == LabelGates():
         return
-    if not storage.exists(path):
-        raise InputError(f"{path}: is missing; make the labels again with `cai-ray label CONFIG --overwrite`")
-    if faults := failed(storage.read_json(path), gates):
+    if faults := failed(run.facts("label", "certificate.json"), gates):
         raise Stopped(
             f"{'; '.join(faults)}; see {path}. The labels are kept: another bound needs no new ones"
         )

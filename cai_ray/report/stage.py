@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -39,11 +38,11 @@ def build(run: Run) -> dict[str, Any]:
     malformed, principle_named, each {value, low, high, n}; a value is None where nothing was judged.
     """
     constitution = run.constitution()
-    measured = storage.read_json(run.path("evaluate", "metrics.json"))
+    measured = run.facts("evaluate", "metrics.json")
     opened = storage.read_json(run.path("run.json"))
     models = measured["models"]
     # A directory may hold what another method left: it is no part of this run.
-    steps = {m: read_metrics(run, m) if m == run.config.method else [] for m in ("ppo", "dpo")}
+    steps = {m: run.metrics(m) if m == run.config.method else [] for m in ("ppo", "dpo")}
     found = _finite(
         {
             "name": run.config.name,
@@ -54,7 +53,7 @@ def build(run: Run) -> dict[str, Any]:
             "revision_harm": measured.get("revision_harm") or [],
             "revision_harm_selective": measured.get("revision_harm_selective") or [],
             "label": measured.get("label") or {},
-            "certificate": _certificate(run),
+            "certificate": run.facts("label", "certificate.json") if run.manifest("label") else None,
             "method": run.config.method,
             "rm": {**_reward_model(run), **(measured.get("rm") or {})},
             **{method: {"steps": rows} for method, rows in steps.items()},
@@ -129,18 +128,6 @@ def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
                 if key in manifest:
                     found[name][key] = manifest[key]
     return found
-
-
-def read_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
-    uri = run.path(stage, "metrics.jsonl")
-    if not storage.exists(uri):
-        return []
-    return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines() if line.strip()]
-
-
-def _certificate(run: Run) -> dict[str, Any] | None:
-    path = run.path("label", "certificate.json")
-    return storage.read_json(path) if storage.exists(path) else None
 
 
 def _reward_model(run: Run) -> dict[str, Any]:

@@ -140,10 +140,11 @@ def load_value_model(path: str, cfg: TrainConfig, from_reward: bool) -> nn.Modul
 
 def reward_scale(path: str) -> RewardScale:
     """Mean and standard deviation that a reward model's scores are normalised with; 0 and 1 by default."""
-    file = Path(path) / "reward_head.json"
-    if not file.exists():
+    data = storage.read_object(
+        Path(path) / "reward_head.json", "train the reward model again, or copy it again"
+    )
+    if data is None:
         return RewardScale(0.0, 1.0)
-    data = storage.read_json(file)
     return RewardScale(float(data["mean"]), max(float(data["std"]), 1e-6))
 
 

@@ -18,6 +18,7 @@ from cai_ray.config import RunConfig
 from cai_ray.constitution import load
 from cai_ray.errors import InputError
 from cai_ray.export import MODELS, SCHEMAS, export
+from cai_ray.generate import certificate
 from cai_ray.records import to_table
 from cai_ray.report import markdown
 from cai_ray.storage import Run
@@ -105,6 +106,8 @@ def run(tmp_path: Path) -> Run:
         label(3, 0.5, response_b=f"a {EVIL}"),
     ]
     run.write_rows("label", to_table(labels, "labels"))
+    proof = certificate.certificate(certificate.read(to_table(labels, "labels")))
+    storage.write_json(run.path("label", "certificate.json"), proof)
     for stage in MODELS["ppo"].values():
         tiny.save_model(Path(run.path(stage, "model")), "qwen2")
     storage.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0, "n": 4})

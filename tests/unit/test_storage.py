@@ -95,6 +95,29 @@ def test_a_damaged_file_of_rows(
         journal.finished()
 
 
+@pytest.mark.parametrize("content", NO_OBJECT)
+def test_what_a_stage_keeps_beside_its_rows_is_damaged(tmp_path: Path, content: bytes | None) -> None:
+    run = make(tmp_path)
+    path = tmp_path / "label" / "certificate.json"
+    remedy = "make it again with `cai-ray label CONFIG --overwrite`"
+    with pytest.raises(InputError, match=re.escape(f"{path}: is missing; {remedy}")):
+        run.facts("label", path.name)
+    put(path, content)
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}: .+; {remedy}"):
+        run.facts("label", path.name)
+
+
+def test_damaged_metrics(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert run.metrics("ppo") == []
+    run.write_metrics("ppo", [{"step": 1}, {"step": 2}])
+    assert [row["step"] for row in run.metrics("ppo")] == [1, 2]
+    for content in (b'{"step": 1}\n{"ste', b"[1]\n", b"\xff\xfe"):
+        put(tmp_path / "ppo" / "metrics.jsonl", content)
+        with pytest.raises(InputError, match=r"metrics\.jsonl: .+; make it again with `cai-ray ppo CONFIG"):
+            run.metrics("ppo")
+
+
 @pytest.mark.parametrize("out", ["{", "}", "{}", "{nme}", "runs/{name}/{0}", "{name!r}", "", " "])
 def test_an_out_that_is_no_directory_is_refused(out: str) -> None:
     with pytest.raises(InputError, match=r"^out") as e:
