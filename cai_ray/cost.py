@@ -73,13 +73,20 @@ class Attempt(NamedTuple):
 
 
 def attempts(run: Run, stage: str = "") -> list[Attempt]:
-    """All that this directory has seen, by stage; or those at one stage."""
+    """All that this directory has seen, by stage; or those at one stage.
+
+    Raises:
+        InputError: the record of one is damaged.
+    """
     found = []
     for path in storage.list_files(run.path(FOLDER), ".json"):
         name = path.rsplit("/", 1)[1].removesuffix(".json")
         if not name.startswith(stage and f"{stage}-"):
             continue
-        said = storage.read_json(run.path(FOLDER, f"{name}.json"))
+        remedy = "delete it; what that attempt cost is then not counted"
+        said = storage.read_object(run.path(FOLDER, f"{name}.json"), remedy)
+        if said is None:
+            continue
         about = {key: said[key] for key in ("stage", "inputs", "started", "made")}
         found.append(Attempt(name=name, **about, spent=Spent.of(said)))
     return found

@@ -69,6 +69,17 @@ def test_attempts_add_up_to_the_stage_that_they_led_to(tmp_path: Path) -> None:
     assert cost.total(cost.attempts(run)).wall_seconds == 235.0
 
 
+def test_a_damaged_record_of_an_attempt_is_named(tmp_path: Path) -> None:
+    run = Run(load(tmp_path))
+    attempt("revise-1", "revise", wall_seconds=10.0).write(run)
+    (record,) = tmp_path.glob("spent/*.json")
+    record.write_bytes(record.read_bytes()[:9])
+    with pytest.raises(
+        InputError, match=r"spent/revise-1\.json: is no JSON .*; delete it; what that attempt cost"
+    ):
+        cost.attempts(run)
+
+
 @pytest.mark.parametrize(
     ("limit", "says"),
     [
