@@ -406,7 +406,6 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             read_key(engine)
     given = {m for m in named if m not in _ROLES}
     for model in () if model_elsewhere else {"base", *given}:
-        _check_model(run.locate(model))
         renderer = Renderer(run.model(model), templates.chat_template)
         if feedback.kind == "openai":
             continue
@@ -414,7 +413,6 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
         if config.label.mode == "score":
             renderer.option_ids(templates.scores or ())
     for model in _models(config.ppo) if "ppo" in stages and not model_elsewhere else ():
-        _check_model(run.locate(model))
         Renderer(run.model(model), templates.chat_template)
     gold_rows(run)
     if "redteam" in stages:
@@ -471,19 +469,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _check_model(model: str) -> None:
-    """A causal language model with a configuration and weights, where it is a folder."""
-    if not storage.exists(model):
-        return
-    files = {f.rsplit("/", 1)[-1] for f in storage.list_files(model)}
-    if "config.json" not in files:
-        raise InputError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
-    if not any(f.endswith(".safetensors") for f in files):
-        raise InputError(
-            f"model {model}: the folder has no .safetensors weights; save them with save_pretrained()"
-        )
 
 
 def _check_requests(rows: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from cai_ray import constitution as constitutions
 from cai_ray.config import RunConfig, validate
@@ -237,14 +238,40 @@ def local_model(uri: str) -> str:
     library resolves and caches.
 
     Raises:
-        InputError: nothing is at a URI.
+        InputError: nothing is at a URI; a folder has no configuration, or no weights, or some that are not whole.
     """
     if "://" not in uri and not exists(uri):
         return uri
     try:
-        return local_folder(uri)
+        folder = local_folder(uri)
     except InputError as e:
         raise InputError(f"model {e}; give a Hugging Face folder or id") from e
+    _check_model(uri, folder)
+    return folder
+
+
+def _check_model(uri: str, folder: str) -> None:
+    """Before an engine is started with it; of the weights only the headers are read."""
+    names = sorted(os.listdir(folder))
+    if "config.json" not in names:
+        raise InputError(f"model {uri}: the folder has no config.json; give a Hugging Face model folder")
+    weights = {name for name in names if name.endswith(".safetensors")}
+    if not weights:
+        raise InputError(
+            f"model {uri}: the folder has no .safetensors weights; save them with save_pretrained()"
+        )
+    again = "copy or make it again"
+    index = read_object(os.path.join(folder, "model.safetensors.index.json"), again) or {}
+    if missing := sorted({*index.get("weight_map", {}).values()} - weights):
+        raise InputError(f"model {uri}: {missing[0]} is missing, which its index names; {again}")
+    for name in sorted(weights):
+        try:
+            with safe_open(os.path.join(folder, name), "np"):
+                pass
+        except (SafetensorError, OSError) as e:
+            raise InputError(
+                f"model {uri}: {name} is not whole ({e}); {again}, or `git lfs pull` where it is a pointer to the file"
+            ) from e
 
 
 def folder_sha(uri: str | Path) -> str:

@@ -15,6 +15,7 @@ from cai_ray.errors import InputError
 from cai_ray.generate.journal import Journal
 from cai_ray.records import to_table
 from cai_ray.storage import Run, open_run
+from tests import tiny
 
 FOLDER = None
 NO_OBJECT = [b"{", b"", b"[]", b"{}", b"null", b"\x93NUMPY\x00\xff", b"[" * 100_000, FOLDER]
@@ -116,6 +117,33 @@ def test_damaged_metrics(tmp_path: Path) -> None:
         put(tmp_path / "ppo" / "metrics.jsonl", content)
         with pytest.raises(InputError, match=r"metrics\.jsonl: .+; make it again with `cai-ray ppo CONFIG"):
             run.metrics("ppo")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("damage", [*list(DAMAGES.values())[:3], lambda _: POINTER])
+def test_weights_that_are_not_whole(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    """Of a download that broke off, or a clone without git-lfs: said before an engine or a trainer is started."""
+    model = tmp_path / "model"
+    tiny.save_model(model, "qwen2")
+    assert storage.local_model(str(model)) == str(model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(
+        InputError, match=rf"model {model}: model\.safetensors is not whole \(.+\); copy or make it"
+    ):
+        storage.local_model(str(model))
+
+
+def test_a_shard_is_missing(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, "qwen2")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    storage.write_json(tmp_path / "model.safetensors.index.json", index)
+    with pytest.raises(
+        InputError, match=r"model-00002-of-00002\.safetensors is missing, which its index names"
+    ):
+        storage.local_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("out", ["{", "}", "{}", "{nme}", "runs/{name}/{0}", "{name!r}", "", " "])
