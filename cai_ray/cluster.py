@@ -94,13 +94,18 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except RayError as e:
-        told = re.search(r"^cai_ray\.errors\.InputError: (.+)$", str(e), re.MULTILINE)
-        if told is not None:
-            raise InputError(told[1]) from e
+        if at_fault := input_error(str(e)):
+            raise at_fault from e
         told = re.search(r"^\w+: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?$", str(e), re.MULTILINE)
         if told is not None:
             raise OSError(int(told[1]), told[2], told[3]) from e
         raise
+
+
+def input_error(traceback: str) -> InputError | None:
+    """The one that a worker's traceback ends with."""
+    told = re.search(r"^cai_ray\.errors\.InputError: (.+)$", traceback, re.MULTILINE)
+    return InputError(told[1]) if told else None
 
 
 # Ray's own key-value store carries short texts between a driver and its workers: no actor, no port, no shared disk.

@@ -398,6 +398,11 @@ class Run:
         """`locate`, on this node: where it is remote, a copy of it."""
         return local_model(self.locate(which)) if self.config.engine.kind != "openai" else self.locate(which)
 
+    def check_model(self, which: str) -> None:
+        """Raises what `model` does, of a model that is here: none is fetched for it."""
+        if self.config.engine.kind != "openai" and is_local(resolve(self.locate(which))[0]):
+            self.model(which)
+
     def write_metrics(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
         """Replaces a stage's metrics.jsonl (object stores cannot append)."""
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)

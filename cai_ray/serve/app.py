@@ -28,7 +28,7 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     """Serves a run until interrupted; then what has begun is ended first.
 
     Raises:
-        InputError: the run has no policy, or the address is taken.
+        InputError: the run has no policy, one of its models is damaged, or the address is taken.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # here; the replicas' environment is their own
     run = open_run(settings.run)
@@ -47,7 +47,13 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     try:
         options = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 60}
         ray_serve.start(http_options=options)
-        ray_serve.run(build(run, settings), name=APPLICATION, route_prefix="/")
+        try:
+            ray_serve.run(build(run, settings), name=APPLICATION, route_prefix="/")
+        except RuntimeError as e:
+            # Ray names the deployments that did not start; why is in what their replicas said.
+            found = ray_serve.status().applications.get(APPLICATION)
+            said = [d.message for d in found.deployments.values()] if found else []
+            raise cluster.input_error("\n".join(said)) or RuntimeError("\n".join([str(e), *said])) from e
         names = ", ".join([*settings.models, *settings.adapters])
         print(f"serving {run.config.name} ({names}) at http://{host}:{port}/v1", file=sys.stderr, flush=True)
         stop.wait()
@@ -70,10 +76,9 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
     """Settings with the models and keys that they leave open, checked against the run.
 
     Raises:
-        InputError: a model is not trained yet, an adapter is none, or there is no key.
+        InputError: a model is not trained yet or damaged, an adapter is none, or there is no key.
     """
     from cai_ray.serve.keys import read_file
-    from cai_ray.serve.policy import adapter_rank
 
     models = settings.models or (_furthest(run),)
     for role in models:
@@ -82,8 +87,13 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
             raise InputError(
                 f"{run.root}: no {role} policy is trained yet; run `cai-ray run` up to {stage} first"
             )
-    for path in settings.adapters.values():
-        adapter_rank(path)
+    for model in (*models, run.config.label.model, *(["rm"] if run.manifest("rm") else [])):
+        run.check_model(model)
+    if settings.adapters:
+        from cai_ray.serve.policy import adapter_rank
+
+        for path in settings.adapters.values():
+            adapter_rank(path)
     keys = settings.keys
     if settings.token_file:
         keys += read_file(settings.token_file)

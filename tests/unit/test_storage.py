@@ -136,6 +136,18 @@ def test_weights_that_are_not_whole(tmp_path: Path, damage: Callable[[bytes], by
         storage.local_model(str(model))
 
 
+def test_damaged_weights_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray Serve would start each replica three times, and then name the deployment alone."""
+    run = make(tmp_path)
+    storage.write_json(run.path("sft", "manifest.json"), {"id": "sft"})
+    tiny.save_model(tmp_path / "sft" / "model", "qwen2")
+    (tmp_path / "sft" / "model" / "model.safetensors").write_bytes(POINTER)
+    assert main(["serve", str(tmp_path), "--models", "sl", "--no-auth"]) == 2
+    assert re.search(
+        r"^cai-ray: model .+/sft/model: model\.safetensors is not whole", capsys.readouterr().err, re.M
+    )
+
+
 def test_a_shard_is_missing(tmp_path: Path) -> None:
     tiny.save_model(tmp_path, "qwen2")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
