@@ -252,7 +252,7 @@ def local_model(uri: str) -> str:
 
 def _check_model(uri: str, folder: str) -> None:
     """Before an engine is started with it; of the weights only the headers are read."""
-    names = sorted(os.listdir(folder))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     if "config.json" not in names:
         raise InputError(f"model {uri}: the folder has no config.json; give a Hugging Face model folder")
     weights = {name for name in names if name.endswith(".safetensors")}

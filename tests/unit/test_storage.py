@@ -129,6 +129,8 @@ def test_weights_that_are_not_whole(tmp_path: Path, damage: Callable[[bytes], by
     tiny.save_model(model, "qwen2")
     assert storage.local_model(str(model)) == str(model)
     weights = model / "model.safetensors"
+    with pytest.raises(InputError, match=f"model {weights}: the folder has no config.json"):
+        storage.local_model(str(weights))
     weights.write_bytes(damage(weights.read_bytes()))
     with pytest.raises(
         InputError, match=rf"model {model}: model\.safetensors is not whole \(.+\); copy or make it"
