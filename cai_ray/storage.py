@@ -348,16 +348,16 @@ class Run:
         Raises:
             InputError: it is damaged.
         """
-        uri = self.path(stage, "metrics.jsonl")
-        if not exists(uri):
-            return []
+        uri, remedy = self.path(stage, "metrics.jsonl"), f"make it again with {_again(stage)}"
         try:
             rows = [json.loads(line) for line in read_bytes(uri).splitlines() if line.strip()]
-            if all(isinstance(row, dict) for row in rows):
-                return rows
+        except FileNotFoundError:
+            return []
         except ValueError as e:
-            raise InputError(f"{uri}: is damaged ({e}); make it again with {_again(stage)}") from e
-        raise InputError(f"{uri}: an object is needed in each line; make it again with {_again(stage)}")
+            raise InputError(f"{uri}: is damaged ({e}); {remedy}") from e
+        if not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{uri}: an object is needed in each line; {remedy}")
+        return rows
 
     def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
         """A stage's rows, in the order of their ids."""
