@@ -14,11 +14,12 @@ import os
 import time
 from typing import Any
 
-from cai_ray import cluster, storage
+from cai_ray.cluster.connect import disconnect
 from cai_ray.pipeline import versions
 from cai_ray.report.combine import combine
 from cai_ray.report.text import columns, interval, percent
-from cai_ray.town import demo
+from cai_ray.storage import files
+from cai_ray.studies import demo
 
 # A model that has never revised without a critique fails at many rows: a finding, and no reason to stop.
 NO_CRITIQUE = {"revise": {"critique": False}, "max_error_rate": 1.0}
@@ -60,15 +61,15 @@ def main() -> None:
     reports, rows = [], []
     try:
         for seed in range(args.seeds):
-            done, report, judged = demo.run_seed(storage.join(args.out, args.split), seed, overrides)
+            done, report, judged = demo.run_seed(files.join(args.out, args.split), seed, overrides)
             for name in args.only:
                 folder, policy = name.removesuffix("_sl"), "sl" if name.endswith("_sl") else "rl"
-                where = storage.join(done.root, "ablations", folder)
+                where = files.join(done.root, "ablations", folder)
                 demo.add(done, report, judged, name, VARIANTS[name][1], out=where, policy=policy)
             reports.append(report)
             rows.append(judged)
     finally:
-        cluster.disconnect()
+        disconnect()
     report = combine(reports, rows)
     titles = FULL | {name: VARIANTS[name][0] for name in args.only}
     table = [["percent", *RATES.values()]]

@@ -30,7 +30,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.kill import kill, wait_until_gone
 from benchmarks.watch import MARK
-from cai_ray import pipeline, storage
+from cai_ray import pipeline
+from cai_ray.storage.models import folder_sha
+from cai_ray.storage.run import open_run
 
 # A small run of the packaged configuration, as the tests have it.
 SMALL = {
@@ -121,7 +123,7 @@ def both(folder: Path, stage: str, kills: int, seed: int) -> tuple[Pass, Pass, b
     """The undisturbed pass, the one under fire, and whether their weights are the same."""
     checkpoints = 2 * kills + 2
     steps = checkpoints * STEPS_PER_CHECKPOINT[stage]
-    made = storage.open_run(str(folder / "made"))
+    made = open_run(str(folder / "made"))
     per_epoch = -(-len(made.rows("sft")) // made.config.sft.batch_size)
     settings: dict[str, Any] = {f"{stage}.checkpoint_every": STEPS_PER_CHECKPOINT[stage]}
     if stage == "sft":
@@ -137,7 +139,7 @@ def both(folder: Path, stage: str, kills: int, seed: int) -> tuple[Pass, Pass, b
         Fault(drawn.choice(VICTIMS[stage]), moment, drawn.random(), drawn.random()) for moment in moments
     ]
     killed = under_fire(fresh(folder, stage, "killed"), stage, settings, faults, interval)
-    shas = [storage.folder_sha(folder / f"{stage}-{name}" / stage / "model") for name in ("alone", "killed")]
+    shas = [folder_sha(folder / f"{stage}-{name}" / stage / "model") for name in ("alone", "killed")]
     return alone, killed, shas[0] == shas[1]
 
 

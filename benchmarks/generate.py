@@ -30,16 +30,20 @@ from typing import Any
 
 from benchmarks.turns import Found, Turns, median_of, note, worked
 from cai_ray import constitution as constitutions
-from cai_ray.cluster import connect
-from cai_ray.config import RunConfig
-from cai_ray.engine import Completion, Sampling, Usage, make_engine
+from cai_ray.cluster.connect import connect
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.run import RunConfig
+from cai_ray.engine.make import make_engine
+from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.engine.vllm import engine_args
 from cai_ray.generate.draw import draw
 from cai_ray.generate.revise import Revise
 from cai_ray.generate.rows import map_rows
-from cai_ray.prompts import Renderer, load_templates, plain_messages
-from cai_ray.records import derive_seed
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import plain_messages
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.records import derive_seed
+from cai_ray.storage.run import Run
 
 KINDS = {"ours": 4, "steps": 4, "coroutines": 4, "ours_once": 1, "ray_data_llm": 1}
 """Rounds by kind."""
@@ -260,9 +264,6 @@ class Spread:
         return Completion(done.text or "x", True, done.usage)
 
     async def choose(self, messages: Any, options: Any) -> tuple[list[float], Usage]:
-        raise NotImplementedError
-
-    async def sample(self, ids: Any, sampling: Sampling) -> Any:
         raise NotImplementedError
 
     async def close(self) -> None:

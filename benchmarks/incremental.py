@@ -20,8 +20,9 @@ import tempfile
 from pathlib import Path
 
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline, storage
+from cai_ray import pipeline
 from cai_ray.constitution import Constitution
+from cai_ray.storage import files
 
 PRINCIPLES = 16
 KEEP = "revise,sft,compare"
@@ -49,7 +50,7 @@ def main() -> int:
         found, predicted = {}, {}
         for name, principles in edits.items():
             after, out = first.model_copy(update={"principles": tuple(principles)}), Path(folder) / name
-            storage.upload_folder(whole, str(out))
+            files.upload_folder(whole, str(out))
             predicted[name] = forecast(out, after) / (each * len(principles))
             run(after, out, args.prompts, "--overwrite", "--keep", KEEP)
             found[name] = label_calls(out) / (each * len(principles))
@@ -111,7 +112,7 @@ def forecast(out: Path, after: Constitution) -> int:
 
 
 def label_calls(out: Path) -> int:
-    return int(storage.read_json(out / "label" / "manifest.json")["calls"])
+    return int(files.read_json(out / "label" / "manifest.json")["calls"])
 
 
 def write(constitution: Constitution, out: Path) -> Path:

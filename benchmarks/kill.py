@@ -30,11 +30,11 @@ from typing import Any
 import psutil
 
 from benchmarks.watch import MARK
-from cai_ray import config as configs
 from cai_ray import pipeline
+from cai_ray.config.load import load_config
 from cai_ray.generate import rows as generate
 from cai_ray.generate.journal import Journal
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 
 # By what a process is called: the driver is known by its id.
 ACTOR, ENGINE = "ray::MapWorker", "VLLM::EngineCor"
@@ -141,12 +141,12 @@ class Counted:
 
 def drive(run: Run) -> None:
     """The stage as the pipeline runs it, with its chain counted, up to where its rows are written."""
-    from cai_ray import cluster
+    from cai_ray.cluster.connect import connect
     from cai_ray.generate.revise import make_chain
 
     folder = Path(run.path("begun"))
     folder.mkdir(parents=True, exist_ok=True)
-    cluster.connect(run.config)
+    connect(run.config)
     counted = Counted(make_chain(run), str(folder))
     generate.map_rows(run, "revise", _rows(run), counted, model="base", schema="revisions")
 
@@ -154,7 +154,7 @@ def drive(run: Run) -> None:
 def _run(out: str, rows: int) -> Run:
     sources = ", ".join(f"{{path: 'town:{name}'}}" for name in ("revise", "compare", "ppo"))
     given = [f"prompts=[{sources}]", f"revise.limit={rows}", "revise.helpful_samples=1"]
-    return Run(configs.load("errand-town", given, out=out))
+    return Run(load_config("errand-town", given, out=out))
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:

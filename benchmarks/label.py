@@ -24,13 +24,13 @@ from typing import Any
 
 from benchmarks.turns import Found, Timed, Turns, median_of, worked
 from cai_ray import constitution as constitutions
-from cai_ray.cluster import connect
-from cai_ray.config import RunConfig
-from cai_ray.engine import make_engine
+from cai_ray.cluster.connect import connect
+from cai_ray.config.run import RunConfig
+from cai_ray.engine.make import make_engine
 from cai_ray.generate.label import Label
 from cai_ray.generate.rows import _in_flight, map_rows
-from cai_ray.prompts import load_templates
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage.run import Run
 
 KINDS = ("ours", "engine", "unshared")
 

@@ -35,8 +35,8 @@ from typing import Any
 import psutil
 
 from benchmarks import label
-from cai_ray import storage
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 from tests import tiny
 from tests.e2e.command import free_port
 
@@ -65,9 +65,9 @@ def _server(folder: str) -> Iterator[tuple[str, psutil.Process]]:
     run = Run(label._config(str(model), folder, "ours"))
     cfg = run.config
     shutil.copytree(model, run.path("ppo", "model"))
-    storage.write_json(run.path("ppo", "manifest.json"), {"stage": "ppo", "id": "benchmark"})
-    storage.write_json(run.path("run.json"), {"config": cfg.model_dump(mode="json")})
-    storage.write_bytes(run.path("constitution.yaml"), cfg.document.to_yaml().encode())
+    files.write_json(run.path("ppo", "manifest.json"), {"stage": "ppo", "id": "benchmark"})
+    files.write_json(run.path("run.json"), {"config": cfg.model_dump(mode="json")})
+    files.write_bytes(run.path("constitution.yaml"), cfg.document.to_yaml().encode())
     port = free_port()
     words = ["serve", folder, "--port", str(port), "--set", "policy.min=2", "--set", "policy.max=2"]
     log = Path(folder) / "log"

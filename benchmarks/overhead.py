@@ -26,15 +26,17 @@ from typing import Any
 from benchmarks.watch import measure
 from cai_ray import constitution as constitutions
 from cai_ray import pipeline
-from cai_ray.cluster import connect
-from cai_ray.config import RunConfig
+from cai_ray.cluster.connect import connect
+from cai_ray.config.run import RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.generate.journal import Journal
 from cai_ray.generate.label import Label
 from cai_ray.generate.revise import Revise
 from cai_ray.generate.rows import Chain, map_rows
-from cai_ray.prompts import Messages, Renderer, load_templates
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import Messages
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.run import Run
 
 WORDS = [
     "the",

@@ -137,15 +137,15 @@ def models(folder: Path, kind: str) -> dict[str, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from cai_ray import storage
-    from cai_ray.config import TrainConfig
+    from cai_ray.config.training import TrainConfig
+    from cai_ray.storage import files
     from cai_ray.town import BASE
     from cai_ray.train.models import load_reward_model, save_folder
 
     torch.manual_seed(0)
     reward = str(folder / "rm" / "model")
     save_folder(load_reward_model(BASE, TrainConfig()), BASE, reward)
-    storage.write_json(storage.join(reward, "reward_head.json"), {"mean": 0.0, "std": 1.0})
+    files.write_json(files.join(reward, "reward_head.json"), {"mean": 0.0, "std": 1.0})
     policy = AutoModelForCausalLM.from_pretrained(BASE)
     with torch.no_grad():
         policy.model.norm.weight /= KINDS[kind]["flatter"]  # what the head is given
@@ -159,10 +159,10 @@ def models(folder: Path, kind: str) -> dict[str, str]:
 
 
 def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
-    from cai_ray import cluster
-    from cai_ray.config import RunConfig
-    from cai_ray.storage import Run
-    from cai_ray.train import ppo
+    from cai_ray.cluster.connect import connect, disconnect
+    from cai_ray.config.run import RunConfig
+    from cai_ray.storage.run import Run
+    from cai_ray.train.ppo import loop
 
     tokens = KINDS[kind]["tokens"]
     with tempfile.TemporaryDirectory(prefix="cai-ray-ppo-") as folder:
@@ -193,14 +193,14 @@ def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
         )
         run = Run(config)
         if kind == "even":
-            never_ends(ppo)
+            never_ends(loop)
         if way == "turns":
-            ppo.loop = in_turns
-        cluster.connect(config)
+            loop.loop = in_turns
+        connect(config)
         try:
-            ppo.run(run)
+            loop.run(run)
         finally:
-            cluster.disconnect()
+            disconnect()
         lines = Path(run.path("ppo", "metrics.jsonl")).read_text().splitlines()
     rows = [json.loads(line) for line in lines][WARM:]
 
@@ -228,8 +228,8 @@ def never_ends(stage: Any) -> None:
 
 def in_turns(args: dict[str, Any]) -> dict[str, Any]:
     """The stage's loop, on a training worker, with engines that begin a step when it is asked for."""
-    from cai_ray.train import ppo
-    from cai_ray.train.sampling import Sampler
+    from cai_ray.train.ppo import loop
+    from cai_ray.train.ppo.sampling import Sampler
 
     start, take = Sampler.start, Sampler.take
 
@@ -238,7 +238,7 @@ def in_turns(args: dict[str, Any]) -> dict[str, Any]:
         return take(self, step)
 
     Sampler.start, Sampler.take = lambda *_: None, taking  # type: ignore[method-assign]
-    return ppo.loop(args)
+    return loop.loop(args)
 
 
 # --------------------------------------------------------------------------------------------------------------- TRL
@@ -255,9 +255,10 @@ def by_trl(kind: str, steps: int) -> dict[str, Any]:
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from cai_ray.config import PromptSource
-    from cai_ray.generate.sources import read_prompts
-    from cai_ray.prompts import Renderer, load_templates
+    from cai_ray.config.sources import PromptSource
+    from cai_ray.data.sources import read_prompts
+    from cai_ray.prompts.load import load_templates
+    from cai_ray.prompts.renderer import Renderer
     from cai_ray.town import BASE
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

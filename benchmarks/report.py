@@ -20,17 +20,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cai_ray import config as configs
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline, storage
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray import pipeline
+from cai_ray.config.load import load_config
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 
 PART = 8192
 MAKE = """
 import json, resource, sys
 from cai_ray.report import stage
-from cai_ray.storage import open_run
+from cai_ray.storage.run import open_run
 stage.run(open_run(sys.argv[1]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
@@ -73,7 +74,7 @@ def main() -> int:
 
 def made(folder: str, rows: int, words: int) -> Run:
     """A run directory as the stages leave it."""
-    run = Run(configs.load("errand-town", ["constitution=harmless", "evaluate.judge=model"], out=folder))
+    run = Run(load_config("errand-town", ["constitution=harmless", "evaluate.judge=model"], out=folder))
     document = constitutions.load("harmless")
     ids = [p.id for p in document.principles]
     rng = random.Random(0)
@@ -133,16 +134,16 @@ def made(folder: str, rows: int, words: int) -> Run:
             run.write_rows(stage, table, part)
     for stage in ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate"):
         tokens = {"prompt": 1000, "cached": 0, "generated": 1000}
-        storage.write_json(
+        files.write_json(
             run.path(stage, "manifest.json"), {"seconds": 1.0, "tokens": tokens, "rows_in": rows}
         )
     none = {"value": None, "low": None, "high": None, "n": 0}
     rates = dict.fromkeys(("harm", "helpful", "over_refusal", "malformed", "principle_named"), none)
     models = {m: {**rates, "harm_by_family": {}} for m in ("base", "sl", "rl")}
-    storage.write_json(run.path("evaluate", "metrics.json"), {"models": models})
-    storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
+    files.write_json(run.path("evaluate", "metrics.json"), {"models": models})
+    files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     opened = {"config": run.config.model_dump(mode="json"), "versions": {}, "constitution_sha": document.sha}
-    storage.write_json(run.path("run.json"), opened)
+    files.write_json(run.path("run.json"), opened)
     return run
 
 

@@ -35,7 +35,7 @@ from benchmarks.training import (
     words_of,
 )
 from benchmarks.turns import Found, Turns, median_of
-from cai_ray.config import TrainConfig
+from cai_ray.config.training import TrainConfig
 from cai_ray.train.batches import Example
 
 BATCH = 32
@@ -89,8 +89,8 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     from cai_ray.train import rm
     from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
-    from cai_ray.train.fit import distribute
     from cai_ray.train.models import load_reward_model
+    from cai_ray.train.runtime.fit import distribute
 
     join(folder)
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, schedule="constant")

@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.training import join, skewed, words_of
 from benchmarks.turns import Found, Turns, median_of
-from cai_ray.config import PpoConfig, TrainConfig
+from cai_ray.config.ppo import PpoConfig
+from cai_ray.config.training import TrainConfig
 from cai_ray.train.batches import Example, for_rank
 
 KINDS, STAGES, GROUPS = ("sft", "ppo"), (1, 2, 3), ("together", "apart")
@@ -112,8 +113,8 @@ def meet(folder: str, rank: int) -> None:
 def sft_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     from cai_ray.train import sft
     from cai_ray.train.dialogues import pack
-    from cai_ray.train.fit import distribute
     from cai_ray.train.models import load_policy
+    from cai_ray.train.runtime.fit import distribute
 
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, zero_stage=stage, schedule="constant")  # type: ignore[arg-type]
     policy, packed = distribute(load_policy(model, cfg), cfg, 1000), pack(data)
@@ -121,9 +122,10 @@ def sft_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
 
 
 def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
-    from cai_ray.train import models, ppo
-    from cai_ray.train.experience import Batch, Targets, minibatches
-    from cai_ray.train.fit import distribute, rank, world_size
+    from cai_ray.train import models
+    from cai_ray.train.ppo import loop
+    from cai_ray.train.ppo.experience import Batch, Targets, minibatches
+    from cai_ray.train.runtime.fit import distribute, rank, world_size
 
     count = len(data)
     cfg = PpoConfig(
@@ -132,7 +134,7 @@ def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     )  # fmt: skip
     policy = distribute(models.load_policy(model, cfg), cfg, 1000)
     value = distribute(models.load_value_model(model, cfg, False), cfg, 1000)
-    ppo.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
+    loop.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     g = torch.Generator().manual_seed(2)
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row.mask, dtype=torch.float32) for row in data], True
@@ -144,8 +146,8 @@ def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     plan = minibatches(batch.lengths, cfg, 0, 0, 0, rank(), world_size())
 
     def step() -> None:
-        ppo.update_policy(policy, batch, targets, plan, cfg, 0)
-        ppo.update_value(value, batch, targets, plan, cfg, 0, cfg.value_clip)
+        loop.update_policy(policy, batch, targets, plan, cfg, 0)
+        loop.update_value(value, batch, targets, plan, cfg, 0, cfg.value_clip)
 
     return step
 

@@ -33,16 +33,17 @@ from typing import Any
 
 from benchmarks import label
 from benchmarks.turns import Found, Turns, note, worked
-from cai_ray import storage
-from cai_ray.cluster import connect, disconnect
-from cai_ray.engine import make_engine
+from cai_ray.cluster.connect import connect, disconnect
+from cai_ray.engine.make import make_engine
 from cai_ray.engine.vllm import engine_args
-from cai_ray.prompts import load_templates, plain_messages
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import plain_messages
 from cai_ray.serve.app import build, complete
 from cai_ray.serve.keys import Key, hash_token
 from cai_ray.serve.policy import describe_policy
 from cai_ray.serve.settings import ServeSettings
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 from tests.e2e.command import free_port
 
 WAYS = ("ours", "stock", "vllm", "engine")
@@ -162,7 +163,7 @@ def _run(model: str) -> Iterator[Run]:
     with tempfile.TemporaryDirectory(prefix="cai-ray-benchmark-run-") as folder:
         run = Run(label._config(model, folder, "ours"))
         shutil.copytree(model, run.path("sft", "model"))
-        storage.write_json(run.path("sft", "manifest.json"), {"stage": "sft", "id": "benchmark"})
+        files.write_json(run.path("sft", "manifest.json"), {"stage": "sft", "id": "benchmark"})
         yield run
 
 

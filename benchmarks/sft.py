@@ -38,7 +38,7 @@ from benchmarks.training import (
     words_of,
 )
 from benchmarks.turns import Found, Turns, median_of
-from cai_ray.config import TrainConfig
+from cai_ray.config.training import TrainConfig
 from cai_ray.train.batches import Example, micro_batches
 
 BATCH = 32
@@ -80,8 +80,8 @@ def ours(model: str, data: list[Example], folder: str) -> tuple[int, float, dict
     """Tokens that counted, and their seconds."""
     from cai_ray.train import sft
     from cai_ray.train.dialogues import pack
-    from cai_ray.train.fit import distribute
     from cai_ray.train.models import load_policy
+    from cai_ray.train.runtime.fit import distribute
 
     join(folder)
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, schedule="constant")

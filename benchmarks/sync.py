@@ -12,7 +12,7 @@ import json
 import statistics
 from typing import Any
 
-from cai_ray.storage import open_run
+from cai_ray.storage.run import open_run
 
 
 def main() -> None:

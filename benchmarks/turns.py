@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_ray import pipeline
-from cai_ray.cluster import WORKER_ENV
+from cai_ray.cluster.connect import WORKER_ENV
 from tests import tiny
 
 Found = dict[str, list[dict[str, Any]]]

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
-from cai_ray import cluster
-from cai_ray.engine import Engine, Sampling, make_engine
+from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.data.formats import clean
+from cai_ray.engine.make import make_engine
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.files import clean
-from cai_ray.prompts import load_templates
-from cai_ray.records import derive_seed
+from cai_ray.prompts.load import load_templates
 from cai_ray.report.text import name_of, visible
-from cai_ray.storage import Run
+from cai_ray.storage.records import derive_seed
+from cai_ray.storage.run import Run
 
 
 def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
@@ -29,12 +30,10 @@ def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
             f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
         )
     # Between question and answer, a terminal is no place for an engine's warnings.
-    for key, value in {**cluster.worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+    for key, value in {**worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(key, value)
     config = run.config
-    engine = make_engine(
-        run.model(which), load_templates(config.templates), config.engine, cluster.uses_gpu(config)
-    )
+    engine = make_engine(run.model(which), load_templates(config.templates), config.engine, uses_gpu(config))
     try:
         talk(engine, run, which)
     except KeyboardInterrupt:

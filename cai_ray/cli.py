@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         refused = _find(e, _refused_by_system)
         if refused is None:
-            from cai_ray import filesystems
+            from cai_ray.storage import filesystems
 
             if (told := _find(e, filesystems.refusal)) is None:
                 raise
@@ -309,9 +309,9 @@ def _with_estimate(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from cai_ray import config
+    from cai_ray.config.load import load_config
 
-    return config.load(args.config, args.set, out=args.out)
+    return load_config(args.config, args.set, out=args.out)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -326,13 +326,13 @@ def _stage(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     if args.other is None:
         return _stage(args)
-    from cai_ray import storage
     from cai_ray.report import compare
-    from cai_ray.storage import open_run
+    from cai_ray.storage import files
+    from cai_ray.storage.run import open_run
 
     found = compare.compare(open_run(args.config), open_run(args.other))
     if args.out:
-        storage.write_bytes(storage.join(args.out, "index.html"), compare.page(found).encode())
+        files.write_bytes(files.join(args.out, "index.html"), compare.page(found).encode())
     for line in [json.dumps(found)] if args.json else compare.lines(found):
         print(line)
     return EXIT_DONE
@@ -340,7 +340,8 @@ def _report(args: argparse.Namespace) -> int:
 
 def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) -> int:
     """Without names: those of the configuration's method, up to `--until`."""
-    from cai_ray import cluster, pipeline
+    from cai_ray import pipeline
+    from cai_ray.cluster.connect import disconnect
 
     config, keep = _load(args), getattr(args, "keep", [])
     if names is None:
@@ -351,8 +352,8 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
             )
         names = names[: names.index(args.until) + 1] if args.until else names
     if args.check:
-        from cai_ray import memory
-        from cai_ray.storage import Run
+        from cai_ray.estimate import memory
+        from cai_ray.storage.run import Run
 
         for line in memory.report(config):
             print(line)
@@ -368,13 +369,13 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
     try:
         run = pipeline.run_stages(config, names, overwrite=args.overwrite, force=force, keep=keep)
     finally:
-        cluster.disconnect()
+        disconnect()
     print(run.root)
     return EXIT_DONE
 
 
 def _estimate(args: argparse.Namespace, config: Any, names: list[str]) -> int:
-    from cai_ray import cluster
+    from cai_ray.cluster.connect import disconnect
     from cai_ray.estimate import estimate, lines
 
     def say(line: str) -> None:
@@ -383,14 +384,14 @@ def _estimate(args: argparse.Namespace, config: Any, names: list[str]) -> int:
     try:
         found = estimate(config, names, args.estimate, say)
     finally:
-        cluster.disconnect()
+        disconnect()
     for line in [json.dumps(found)] if args.json else lines(found):
         print(line)
     return EXIT_DONE
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cai_ray.town import demo
+    from cai_ray.studies import demo
 
     report = demo.run(args.out, args.seeds, args.controls, args.set, args.overwrite)
     if args.json:
@@ -399,7 +400,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from cai_ray import ablate, cluster
+    from cai_ray.cluster.connect import disconnect
+    from cai_ray.studies import ablate
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -407,7 +409,7 @@ def _ablate(args: argparse.Namespace) -> int:
     try:
         found = ablate.ablate(_load(args), args.without, args.seeds, overwrite=args.overwrite, say=say)
     finally:
-        cluster.disconnect()
+        disconnect()
     for line in [json.dumps(found)] if args.json else ablate.lines(found):
         print(line)
     return EXIT_DONE
@@ -416,7 +418,7 @@ def _ablate(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from cai_ray import pipeline
     from cai_ray.report import text
-    from cai_ray.storage import open_run
+    from cai_ray.storage.run import open_run
 
     run = open_run(args.run)
     rows = pipeline.status(run)
@@ -443,8 +445,8 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from cai_ray.export import export
-    from cai_ray.storage import open_run
+    from cai_ray.export.folders import export
+    from cai_ray.storage.run import open_run
 
     run = open_run(args.run)
     out = run.path("export") if args.out is None else args.out
@@ -457,7 +459,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     from cai_ray.report.explain import explain, lines
-    from cai_ray.storage import open_run
+    from cai_ray.storage.run import open_run
 
     run = open_run(args.run)
     told = explain(run, run.constitution(), args.id)
@@ -467,8 +469,8 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _contested(args: argparse.Namespace) -> int:
-    from cai_ray.evaluate.contested import export
-    from cai_ray.storage import open_run
+    from cai_ray.storage.run import open_run
+    from cai_ray.studies.contested import export
 
     run = open_run(args.run)
     found = export(run, run.constitution(), args.out, args.limit)
@@ -481,7 +483,7 @@ def _contested(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from cai_ray import chat
-    from cai_ray.storage import open_run
+    from cai_ray.storage.run import open_run
 
     return chat.run(open_run(args.run), args.model)
 
@@ -573,20 +575,22 @@ def _contradictions(args: argparse.Namespace) -> dict[str, list[Any]]:
     """Of each file, by the engine of a configuration; its rows are of no use to anybody afterwards."""
     import tempfile
 
-    from cai_ray import cluster, config, constitution
-    from cai_ray.evaluate.contradictions import contradictions
-    from cai_ray.storage import Run
+    from cai_ray import constitution
+    from cai_ray.cluster.connect import connect, disconnect
+    from cai_ray.config.load import load_config
+    from cai_ray.storage.run import Run
+    from cai_ray.studies.contradictions import contradictions
 
     found = {}
     with tempfile.TemporaryDirectory(prefix="cai-ray-lint-") as folder:
-        settings = config.load(args.config, args.set)
+        settings = load_config(args.config, args.set)
         try:
-            cluster.connect(settings)
+            connect(settings)
             for number, file in enumerate(args.files):
                 run = Run(settings.model_copy(update={"out": f"{folder}/{number}"}))
                 found[file] = contradictions(run, constitution.load(file))
         finally:
-            cluster.disconnect()
+            disconnect()
     return found
 
 
@@ -602,9 +606,9 @@ def _constitution_diff(args: argparse.Namespace) -> int:
         "changes": [c._asdict() for c in changes],
     }
     if args.run:
-        from cai_ray import edit_cost
         from cai_ray.report.text import columns
-        from cai_ray.storage import open_run
+        from cai_ray.storage.run import open_run
+        from cai_ray.studies import edit_cost
 
         run = open_run(args.run)
         found["cost"] = edit_cost.cost(run, after)
@@ -622,28 +626,29 @@ def _constitution_diff(args: argparse.Namespace) -> int:
 
 
 def _constitution_import(args: argparse.Namespace) -> int:
-    from cai_ray import storage
-    from cai_ray.constitution.votes import draft
+    from cai_ray.constitution.polis import draft
+    from cai_ray.storage import files
 
     document = draft(args.comments, args.votes, args.name, args.least, args.most)
-    storage.write_bytes(args.out, document.to_yaml().encode())
+    files.write_bytes(args.out, document.to_yaml().encode())
     print(f"{len(document.principles)} principles; look at them with: cai-ray constitution lint {args.out}")
     return EXIT_DONE
 
 
 def _constitution_test(args: argparse.Namespace) -> int:
-    from cai_ray import cluster, constitution
-    from cai_ray.evaluate import examples
+    from cai_ray import constitution
+    from cai_ray.cluster.connect import connect, disconnect
     from cai_ray.report.text import columns, interval, percent
-    from cai_ray.storage import Run
+    from cai_ray.storage.run import Run
+    from cai_ray.studies import examples
 
     config = _load(args)
     document = constitution.load(args.constitution or config.constitution)
     try:
-        cluster.connect(config)
+        connect(config)
         found = examples.run(Run(config), document)
     finally:
-        cluster.disconnect()
+        disconnect()
     if args.json:
         print(json.dumps(found))
         return EXIT_DONE
@@ -671,14 +676,15 @@ def _constitution_schema(args: argparse.Namespace) -> int:
 
 
 def _town_build(args: argparse.Namespace) -> int:
-    from cai_ray.town import base
+    from cai_ray.studies import train_base
 
-    print(json.dumps(base.build(args.out, seed=args.seed)))
+    print(json.dumps(train_base.build(args.out, seed=args.seed)))
     return EXIT_DONE
 
 
 def _town_check(args: argparse.Namespace) -> int:
-    from cai_ray.town import BASE, check
+    from cai_ray.studies import check_base as check
+    from cai_ray.town import BASE
 
     print(json.dumps(check.check(str(BASE) if args.model == "town" else args.model)))
     return EXIT_DONE

@@ -23,15 +23,19 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from cai_ray import cost, storage
-from cai_ray.config import LABELS, RunConfig, TrainConfig
+from cai_ray.cluster import cost
+from cai_ray.cluster.meter import Meter
+from cai_ray.config.ppo import LABELS
+from cai_ray.config.run import RunConfig
+from cai_ray.config.training import TrainConfig
+from cai_ray.data.formats import data_files
 from cai_ray.errors import InputError, OverBudget
-from cai_ray.filesystems import open_file, refusal
-from cai_ray.generate.files import data_files
-from cai_ray.meter import Meter
-from cai_ray.prompts import load_templates
-from cai_ray.records import derive_id
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage import files
+from cai_ray.storage.filesystems import open_file, refusal, resolve
+from cai_ray.storage.models import model_sha
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run, open_run
 
 
 class Stage(NamedTuple):
@@ -52,7 +56,7 @@ STAGES: dict[str, Stage] = {
     "compare": Stage("cai_ray.generate.compare", ("sft",), ("compare", "prompts", "templates", "thinking")),
     "label": Stage("cai_ray.generate.label", ("compare",), ("label", "model", "templates", "constitution")),
     "rm": Stage("cai_ray.train.rm", ("sft", "label"), ("rm", "model", "templates")),
-    "ppo": Stage("cai_ray.train.ppo", ("sft", "rm"), ("ppo", "prompts", "templates")),
+    "ppo": Stage("cai_ray.train.ppo.loop", ("sft", "rm"), ("ppo", "prompts", "templates")),
     "dpo": Stage("cai_ray.train.dpo", ("sft", "label"), ("dpo", "templates")),
     "evaluate": Stage(
         "cai_ray.evaluate.stage",
@@ -178,7 +182,7 @@ def run_stage(
             before the stage or while it runs.
     """
     from cai_ray.generate import journal, reuse
-    from cai_ray.generate.certificate import check_gates
+    from cai_ray.judging.certificate import check_gates
 
     stage = _stage(name)
     wanted = inputs(run, name)
@@ -196,15 +200,15 @@ def run_stage(
     if done and not (overwrite or force):
         raise InputError(_changed(run, name, done["inputs"], wanted))
     if stage.uses_ray:  # before anything is deleted: it may not be there, or be too small
-        from cai_ray import cluster
+        from cai_ray.cluster.connect import connect
 
         if run.config.budget.given and (over := cost.over_budget(run.config, cost.attempts(run))):
             raise OverBudget(f"before {name}: {over}")
-        cluster.connect(run.config)
+        connect(run.config)
         _check_cluster(run, name)
     before = reuse.content(run, name) if done and name in reuse.STAGES else None
     if done and ((force and done["inputs"] == wanted) or name not in reuse.STAGES):
-        storage.delete(run.path(name))  # asked for anew, or with nothing in it that could be reused
+        files.delete(run.path(name))  # asked for anew, or with nothing in it that could be reused
     elif done:
         reuse.set_aside(run, name)
     if name not in _TRAINED:  # trainers find what a killed attempt left by themselves
@@ -235,7 +239,7 @@ def run_stage(
         k: changed for k in takewhile(lambda k: k != name, STAGES) if (changed := _kept(run, k, keep))
     }:
         manifest["kept"] = kept
-    storage.write_json(run.path(name, "manifest.json"), manifest)
+    files.write_json(run.path(name, "manifest.json"), manifest)
     cost.settle(run, name, identity, manifest["id"])
     _clear(run, name)
     rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
@@ -259,7 +263,7 @@ def _clear(run: Run, name: str) -> None:
     from cai_ray.generate import reuse
 
     for folder in ("checkpoints", "journal", reuse.FOLDER):
-        storage.delete(run.path(name, folder))
+        files.delete(run.path(name, folder))
 
 
 def inputs(run: Run, name: str) -> dict[str, str]:
@@ -271,18 +275,18 @@ def inputs(run: Run, name: str) -> dict[str, str]:
         if section == "constitution":
             found[section] = config.document.sha
         elif section == "model":
-            found[section] = storage.model_sha(run.model("base"))
+            found[section] = model_sha(run.model("base"))
         elif section == "templates":
             found[section] = load_templates(value).sha
         elif section == "prompts":
             found[section] = derive_id([_source_sha(s.path, s.model_dump()) for s in value])
         elif hasattr(value, "model_dump"):
             settings = _settings(value)
-            files = [s.path for key in ("prompts", "human", "sets") for s in getattr(value, key, ())]
-            files += [s.path for s in getattr(getattr(value, "watch", None), "prompts", ())]
-            files += [p for p in [getattr(value, "gold", None)] if p]
-            models = [storage.model_sha(run.model(m)) for m in _models(value)]
-            files_sha = [_source_sha(p, {}) for p in files]
+            paths = [s.path for key in ("prompts", "human", "sets") for s in getattr(value, key, ())]
+            paths += [s.path for s in getattr(getattr(value, "watch", None), "prompts", ())]
+            paths += [p for p in [getattr(value, "gold", None)] if p]
+            models = [model_sha(run.model(m)) for m in _models(value)]
+            files_sha = [_source_sha(p, {}) for p in paths]
             if folder := getattr(getattr(value, "harness", None), "include_path", None):
                 files_sha.append(_folder_sha(folder))
             found[section] = derive_id(settings, files_sha, models)
@@ -313,13 +317,13 @@ def fork(run: Run, config: RunConfig, stages: Iterable[str]) -> Run:
             raise InputError(f"{run.root}: {name} is not complete; run `cai-ray {name}` first")
         if present and present["id"] == manifest["id"]:
             continue
-        storage.delete(new.path(name))
-        _, source = storage.resolve(run.path(name))
-        for path in storage.list_files(run.path(name), recursive=True):
+        files.delete(new.path(name))
+        _, source = resolve(run.path(name))
+        for path in files.list_files(run.path(name), recursive=True):
             inside = path[len(source) :].strip("/")
             if inside != "manifest.json" and not inside.startswith(("checkpoints/", "journal/", "before/")):
-                storage.copy(run.path(name, inside), new.path(name, inside))
-        storage.write_json(new.path(name, "manifest.json"), manifest)
+                files.copy(run.path(name, inside), new.path(name, inside))
+        files.write_json(new.path(name, "manifest.json"), manifest)
     return new
 
 
@@ -345,14 +349,15 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
             endpoint's key is not in the environment, a package that a setting needs is not installed, an evaluation
             prompt is also a training prompt, the output cannot be written.
     """
-    from cai_ray.cluster import uses_gpu
+    from cai_ray.cluster.connect import uses_gpu
+    from cai_ray.data.sources import check_disjoint, read_comparisons, read_prompts
     from cai_ray.engine.openai import check_options, read_key
     from cai_ray.evaluate import harness, sets
     from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows
-    from cai_ray.generate.sources import check_disjoint, read_comparisons, read_prompts
-    from cai_ray.prompts import Renderer, check_direct, check_mode
-    from cai_ray.train import sinks
+    from cai_ray.prompts.check import check_direct, check_mode
+    from cai_ray.prompts.renderer import Renderer
+    from cai_ray.train.runtime import sinks
 
     sinks.check(config.sinks)
     if "evaluate" in stages:  # reading the library's tasks takes seconds
@@ -453,7 +458,7 @@ def status(run: Run) -> list[dict[str, Any]]:
             keep = ("seconds", "rows_out", "errors", "finished")
             rows.append({"stage": name, "state": "done", **{k: manifest[k] for k in keep if k in manifest}})
         else:
-            rows.append({"stage": name, "state": "partial" if storage.exists(run.path(name)) else "missing"})
+            rows.append({"stage": name, "state": "partial" if files.exists(run.path(name)) else "missing"})
         if name in spent:
             held = spent[name]
             rows[-1] |= {key: getattr(held, key) for key in ("wall_seconds", "cpu_seconds", "gpu_seconds")}
@@ -483,15 +488,15 @@ def _check_requests(rows: list[dict[str, Any]]) -> None:
 
 
 def _check_cluster(run: Run, name: str) -> None:
-    from cai_ray.cluster import uses_gpu
+    from cai_ray.cluster.connect import uses_gpu
 
     section = getattr(run.config, name)
     if isinstance(section, TrainConfig):
-        from cai_ray.train.fit import check_resources
+        from cai_ray.train.runtime.fit import check_resources
 
         check_resources(run, section)
         if name == "ppo":
-            from cai_ray.train import feedback, rollout
+            from cai_ray.train.ppo import feedback, rollout
 
             gpu = uses_gpu(run.config)
             rollout.check_room(run.config, gpu, feedback.needed(run, gpu))
@@ -505,8 +510,8 @@ def _check_cluster(run: Run, name: str) -> None:
 def _check_writable(run: Run) -> None:
     probe = run.path(f".probe-{uuid.uuid4().hex[:8]}")
     try:
-        storage.write_bytes(probe, b"")
-        storage.delete(probe)
+        files.write_bytes(probe, b"")
+        files.delete(probe)
         with suppress(OSError):  # what was not empty stays, and what is no local folder
             os.rmdir(run.root)
     except OSError as e:
@@ -518,8 +523,8 @@ def _check_writable(run: Run) -> None:
 def _open(run: Run) -> None:
     """Writes run.json and the constitution beside the results."""
     document = run.config.document
-    storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
-    storage.write_json(
+    files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
+    files.write_json(
         run.path("run.json"),
         {
             "config": run.config.model_dump(mode="json"),
@@ -568,7 +573,7 @@ def _changed(run: Run, name: str, old: dict[str, str], new: dict[str, str]) -> s
     what = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     settings = ""
     with suppress(InputError):  # of a damaged run.json: what changed is then said by section alone
-        before = storage.open_run(run.root).config.model_dump(mode="json")
+        before = open_run(run.root).config.model_dump(mode="json")
         after = run.config.model_dump(mode="json")
         sections = [*what, "without"] if "constitution" in what else what
         keys = [
@@ -615,19 +620,19 @@ def _models(section: BaseModel) -> list[str]:
 
 def _folder_sha(path: str) -> str:
     """A content hash of all files of a folder."""
-    fs, root = storage.resolve(path)
-    files = {}
-    for file in storage.list_files(path, recursive=True):
+    fs, root = resolve(path)
+    paths = {}
+    for file in files.list_files(path, recursive=True):
         with open_file(fs, file) as f:
-            files[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
-    return derive_id(files)
+            paths[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
+    return derive_id(paths)
 
 
 def _source_sha(path: str, settings: dict[str, Any]) -> str:
     """A prompt file's content hash; of several files, of their names and sizes."""
     if path.startswith("town:"):
         return derive_id(path, settings)
-    fs, real = storage.resolve(path)
+    fs, real = resolve(path)
     infos = fs.get_file_info(data_files(path))
     if [i.path for i in infos] == [real]:
         return derive_id(settings, _content_sha(path, infos[0].size, infos[0].mtime_ns))
@@ -637,4 +642,4 @@ def _source_sha(path: str, settings: dict[str, Any]) -> str:
 @lru_cache
 def _content_sha(path: str, size: int, changed: int) -> str:
     """Read once, however many stages ask: it may be large, and far away."""
-    return hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    return hashlib.sha256(files.read_bytes(path)).hexdigest()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from cai_ray import storage
+from cai_ray.storage import files
+from cai_ray.storage.filesystems import resolve
 
 
 def scalars(folder: str) -> list[dict[str, Any]]:
@@ -13,10 +14,10 @@ def scalars(folder: str) -> list[dict[str, Any]]:
     from tensorboardX.proto.event_pb2 import Event
 
     rows: list[dict[str, Any]] = []
-    if not storage.exists(folder):  # listing may meet its creation half-way
+    if not files.exists(folder):  # listing may meet its creation half-way
         return rows
-    fs, _ = storage.resolve(folder)
-    for path in storage.list_files(folder):
+    fs, _ = resolve(folder)
+    for path in files.list_files(folder):
         with fs.open_input_stream(path) as f:
             data = f.read()
         while data:

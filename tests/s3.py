@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import pytest
 
-from cai_ray import filesystems
+from cai_ray.storage import filesystems
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret"}
 """Any are good while the server does not look (`S3.guarded`)."""

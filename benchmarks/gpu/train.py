@@ -168,7 +168,7 @@ class Data(NamedTuple):
 
 def make_data(words: int) -> Data:
     from cai_ray.train.batches import Example
-    from cai_ray.train.experience import Targets
+    from cai_ray.train.ppo.experience import Targets
 
     g = torch.Generator().manual_seed(1)
     drawn = (MEDIAN * torch.exp(SPREAD * torch.randn(BATCH, generator=g))).long().clamp(16, LONGEST).tolist()
@@ -224,13 +224,15 @@ def _wait() -> None:
 
 
 def ours(stage: str, model: str, data: Data, change: str) -> Any:
-    from cai_ray.config import PpoConfig, TrainConfig
-    from cai_ray.train import batches, models, ppo, rm, sft
+    from cai_ray.config.ppo import PpoConfig
+    from cai_ray.config.training import TrainConfig
+    from cai_ray.train import batches, models, rm, sft
     from cai_ray.train.batches import rank_micro_batches
     from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
-    from cai_ray.train.experience import Batch, Minibatch
-    from cai_ray.train.fit import distribute
+    from cai_ray.train.ppo import loop
+    from cai_ray.train.ppo.experience import Batch, Minibatch
+    from cai_ray.train.runtime.fit import distribute
 
     _one_rank()
     settings: dict[str, Any] = {
@@ -266,16 +268,16 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     ppo_cfg = PpoConfig(**settings, epochs=1, rollout_batch=BATCH, minibatch=BATCH)
     policy = distribute(prepared(models.load_policy(model, ppo_cfg)), ppo_cfg, 1000)
     value = distribute(prepared(models.load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000)
-    ppo.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
+    loop.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     mask = _mask(data)
     batch = Batch(data.rows, torch.zeros(BATCH, dtype=torch.bool), mask, torch.zeros_like(mask))
     groups = rank_micro_batches(data.lengths, TOKENS, 0, 1)
     plan = [Minibatch(list(range(BATCH)), groups)]
 
     def step() -> float:
-        ppo.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
+        loop.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
         clip = ppo_cfg.value_clip
-        return ppo.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
+        return loop.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
 
     return step
 

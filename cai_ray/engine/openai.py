@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cai_ray import meter
-from cai_ray.config import EngineConfig
-from cai_ray.engine import Completion, Sample, Sampling, Usage
+from cai_ray.cluster import meter
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.engine import EngineConfig
+from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.prompts import Messages, plain_messages
+from cai_ray.prompts.messages import Messages, plain_messages
 
 T = TypeVar("T")
 
@@ -78,9 +79,6 @@ class OpenaiEngine:
             logprobs=True,
             top_logprobs=self.config.top_logprobs,
         )
-
-    async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
-        raise InputError("engine.kind=openai: an endpoint takes no token ids, which PPO needs; use kind=vllm")
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cai_ray.engine import Completion, Sample, Sampling, Usage
-from cai_ray.prompts import Messages, plain_messages
+from cai_ray.cluster.usage import Usage
+from cai_ray.engine.protocol import Completion, Sampling
+from cai_ray.prompts.messages import Messages, plain_messages
 
 
 class ScriptedEngine:
@@ -27,9 +28,6 @@ class ScriptedEngine:
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
         return self.weigh(plain_messages(messages), options), Usage(len(messages), 0, 1, 1)
-
-    async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
-        return Sample(list(ids), [0.0] * len(ids), True)
 
     async def close(self) -> None:
         pass

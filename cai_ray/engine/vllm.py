@@ -12,10 +12,13 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from cai_ray.config import EngineConfig
-from cai_ray.engine import Completion, Sample, Sampling, Usage
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.engine import EngineConfig
+from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts import Messages, Renderer, TemplateSet
+from cai_ray.prompts.messages import Messages
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
 
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
@@ -151,12 +154,6 @@ class VllmEngine:
         )
         logprobs = output.outputs[0].logprobs[0]
         return [logprobs[i].logprob for i in ids], _usage(output)
-
-    async def sample(self, ids: Sequence[int], sampling: Sampling) -> Sample:
-        output, finished = await self._generate(list(ids), sampling, logprobs=0)
-        out = output.outputs[0]
-        logprobs = [step[i].logprob for step, i in zip(out.logprobs, out.token_ids, strict=True)]
-        return Sample(list(out.token_ids), logprobs, finished)
 
     async def close(self) -> None:
         self.llm.shutdown()

@@ -9,20 +9,23 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from cai_ray import cost, pipeline, storage
-from cai_ray.config import PricesConfig, RunConfig
-from cai_ray.cost import Spent
-from cai_ray.engine import Usage
+from cai_ray import pipeline
+from cai_ray.cluster import cost
+from cai_ray.cluster.cost import Spent
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.cost import PricesConfig
+from cai_ray.config.run import RunConfig
+from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.estimate.sample import prompts_of, rows_by_kind, sampled
 from cai_ray.estimate.scale import Stage, Totals, ppo_seconds, rate, scaled, whole_usage
 from cai_ray.evaluate import formats
 from cai_ray.evaluate.stage import POLICIES
 from cai_ray.generate.label import gold_rows
-from cai_ray.generate.sources import read_comparisons
 from cai_ray.report import tables
 from cai_ray.report.text import columns, duration, price
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 
 MODELS = ("sft", "rm")
 """Stages whose model the sample takes from the run, where the run has it."""
@@ -43,7 +46,7 @@ def estimate(
     run = Run(config)
     todo = [name for name in stages if name != "report" and not _done(run, name)]
     folder, own = posixpath.split(run.root)
-    place = storage.join(folder, f".{own}-estimate-{uuid.uuid4().hex[:8]}")
+    place = files.join(folder, f".{own}-estimate-{uuid.uuid4().hex[:8]}")
     made: list[Stage] = []
     shares: dict[str, str] = {}
     try:
@@ -57,7 +60,7 @@ def estimate(
         made = [_stage(run, sample, name, "sft" in kept) for name in todo]
     finally:
         with suppress(OSError):
-            storage.delete(place)
+            files.delete(place)
     rows = [_row(stage, config.prices) for stage in made]
     return {
         "sample": {"prompts": count, "of": shares, "models": kept},

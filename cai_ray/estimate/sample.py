@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import RunConfig, validate
+from cai_ray.config.load import validate
+from cai_ray.config.run import RunConfig
+from cai_ray.data.sources import read_comparisons, read_prompts
 from cai_ray.generate import compare, revise
-from cai_ray.generate.sources import read_comparisons, read_prompts
-from cai_ray.records import derive_id
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
 
 STEPS = 4
 """Of training on rows, at least: the first is slower than those that count."""
@@ -56,12 +57,12 @@ def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
             continue
         chosen = choose(prompts, count, config.seed)
         rows[stage] = len(chosen)
-        path = storage.join(folder, f"{stage}.jsonl")
+        path = files.join(folder, f"{stage}.jsonl")
         keep = ("messages", "kind", "family", "split", "source")
         text = "".join(json.dumps({key: row[key] for key in keep}) + "\n" for row in chosen)
-        storage.write_bytes(path, text.encode())
+        files.write_bytes(path, text.encode())
         (data if stage == "revise" else data[stage])["prompts"] = [{"path": path}]
-    data |= {"out": storage.join(folder, "run"), "budget": {}, "sinks": [], "max_error_rate": 1.0}
+    data |= {"out": files.join(folder, "run"), "budget": {}, "sinks": [], "max_error_rate": 1.0}
     for section in ("revise", "compare", "evaluate"):
         data[section]["limit"] = None
     for engine in (data["engine"], data["label"]["engine"]):

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from cai_ray.cost import Spent
-from cai_ray.engine import Usage
+from cai_ray.cluster.cost import Spent
+from cai_ray.cluster.usage import Usage
 
 Totals = Mapping[str, tuple[int, Usage]]
 """Of each kind of rows, how many and what they used."""

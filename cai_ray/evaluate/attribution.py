@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray import storage
 from cai_ray.constitution import Constitution
-from cai_ray.generate.certificate import TIE
-from cai_ray.storage import Run
+from cai_ray.judging.certificate import TIE
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import iter_tables
 
 SHUFFLES = 20
 _EPSILON = 1e-9
@@ -68,7 +68,7 @@ def attribution(run: Run, constitution: Constitution) -> dict[str, Any]:
 
 
 def _tables(run: Run, stage: str, columns: list[str], name: str = "part") -> Any:
-    return storage.iter_tables(run.path(stage), columns, name)
+    return iter_tables(run.path(stage), columns, name)
 
 
 def _revisions(run: Run, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:

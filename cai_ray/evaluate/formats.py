@@ -24,12 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import Comparisons, EvalSet
+from cai_ray.config.evaluation import EvalSet
+from cai_ray.config.sources import Comparisons
+from cai_ray.data.formats import clean
+from cai_ray.data.sources import iter_rows, read_comparisons
 from cai_ray.errors import InputError
-from cai_ray.generate.files import clean
-from cai_ray.generate.sources import iter_rows, read_comparisons
-from cai_ray.records import derive_id
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id
 
 _PROMPTS = ("prompt", "question", "goal", "instruction", "behavior", "forbidden_prompt")
 
@@ -174,10 +175,10 @@ def _rows(given: EvalSet, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _task(path: str) -> Iterator[dict[str, Any]] | None:
     """The examples of a BIG-bench task file, which is one JSON object over many lines; None for any other file."""
-    if not path.endswith(".json") or "*" in path or not storage.exists(path):
+    if not path.endswith(".json") or "*" in path or not files.exists(path):
         return None
     try:
-        task = json.loads(storage.read_bytes(path))
+        task = json.loads(files.read_bytes(path))
     except (
         OSError,
         ValueError,

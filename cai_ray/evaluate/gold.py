@@ -13,9 +13,9 @@ from typing import Any
 from cai_ray.constitution import Constitution
 from cai_ray.evaluate.outcomes import rates
 from cai_ray.evaluate.ranking import AXES, Meeting
-from cai_ray.evaluate.stats import rate
-from cai_ray.generate.certificate import quality
-from cai_ray.generate.votes import survives_swap
+from cai_ray.judging.certificate import quality
+from cai_ray.judging.statistics import rate
+from cai_ray.judging.votes import survives_swap
 from cai_ray.town import judge
 
 

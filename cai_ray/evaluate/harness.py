@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from cai_ray import meter, storage
-from cai_ray.cluster import uses_gpu
-from cai_ray.config import HarnessConfig
+from cai_ray.cluster import meter
+from cai_ray.cluster.connect import uses_gpu
+from cai_ray.config.evaluation import HarnessConfig
 from cai_ray.errors import InputError
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 
 
 def check(config: HarnessConfig | None) -> None:
@@ -30,7 +31,7 @@ def check(config: HarnessConfig | None) -> None:
             "evaluate.harness: lm-evaluation-harness is not installed; pip install 'cai_ray[lm-eval]', or leave "
             "`harness` out"
         )
-    if config.include_path and not storage.list_files(config.include_path, ".yaml", recursive=True):
+    if config.include_path and not files.list_files(config.include_path, ".yaml", recursive=True):
         raise InputError(
             f"evaluate.harness.include_path={config.include_path}: holds no task files (.yaml); name their folder"
         )
@@ -110,4 +111,4 @@ def _tasks(config: HarnessConfig) -> Any:
     from lm_eval.tasks import TaskManager
 
     folder = config.include_path
-    return TaskManager(include_path=storage.local_folder(folder) if folder else None)
+    return TaskManager(include_path=files.local_folder(folder) if folder else None)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from cai_ray.evaluate.stats import rate
+from cai_ray.judging.statistics import rate
 
 FAMILY = "harm_by_family."
 METRICS = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cai_ray import meter
-from cai_ray.cluster import uses_gpu
-from cai_ray.storage import Run
+from cai_ray.cluster import meter
+from cai_ray.cluster.connect import uses_gpu
+from cai_ray.storage.run import Run
 
 
 def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
@@ -29,7 +29,8 @@ def _held(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | Non
 def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
     import torch
 
-    from cai_ray.prompts import Renderer, load_templates
+    from cai_ray.prompts.load import load_templates
+    from cai_ray.prompts.renderer import Renderer
     from cai_ray.train.batches import micro_batches, pad
     from cai_ray.train.dialogues import render
     from cai_ray.train.models import load_reward_model, reward_scale, score_last, sequence_values

@@ -12,17 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import EvalSet
-from cai_ray.engine import Engine, Usage
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.evaluation import EvalSet
+from cai_ray.engine.protocol import Engine
 from cai_ray.errors import InputError, RowError
 from cai_ray.evaluate import formats, score
-from cai_ray.evaluate.stats import rate
-from cai_ray.generate.quality import is_refusal, run_templates
 from cai_ray.generate.rows import Chain, Rows, map_sets
-from cai_ray.prompts import Renderer, TemplateSet, load_templates
-from cai_ray.records import derive_id, to_table
-from cai_ray.storage import Run
+from cai_ray.judging.quality import is_refusal, run_templates
+from cai_ray.judging.statistics import rate
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import write_table
 
 REWARD_MODEL = "reward_model"
 
@@ -127,7 +130,7 @@ def evaluate(run: Run, policies: Sequence[str], answer: Chain) -> tuple[dict[str
     if pairs and run.config.method == "ppo":  # else there is no reward model
         _reward(run, pairs)
         path = run.path("evaluate", f"sets-{REWARD_MODEL}-00000.parquet")
-        storage.write_table(path, to_table(pairs, "sets"))
+        write_table(path, to_table(pairs, "sets"))
         done += pairs
     return measure(sets.values(), done, policies), made
 

@@ -13,25 +13,27 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import EvaluateConfig
+from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.constitution import Principle
-from cai_ray.engine import Engine, Sampling
+from cai_ray.data.sources import read_prompts
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError
 from cai_ray.evaluate import harness, score, sets, transcripts
 from cai_ray.evaluate.outcomes import rates
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
-from cai_ray.evaluate.stats import rate
-from cai_ray.evaluate.wording import seen, wording
-from cai_ray.generate import certificate
-from cai_ray.generate.certificate import is_tie
 from cai_ray.generate.label import Label
-from cai_ray.generate.quality import run_templates, without_thinking
 from cai_ray.generate.rows import Rows, map_rows, map_sets
-from cai_ray.generate.sources import read_prompts
-from cai_ray.prompts import TemplateSet, load_templates
-from cai_ray.records import derive_id, derive_seed, to_table
-from cai_ray.storage import Run
+from cai_ray.judging import certificate
+from cai_ray.judging.certificate import is_tie
+from cai_ray.judging.quality import run_templates, without_thinking
+from cai_ray.judging.statistics import rate
+from cai_ray.judging.wording import seen, wording
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id, derive_seed, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import delete_rows, read_tables, write_table
 
 POLICIES = ("base", "sl", "rl")
 MARGINS = 2000
@@ -101,7 +103,7 @@ def run(run: Run) -> dict[str, Any]:
         for row, reward in zip(answered, score.rewards(run, answered), strict=True):
             row["reward"] = reward
             row["error"] = None if reward is not None else "the reward model cannot encode it"
-        storage.write_table(run.path("evaluate", "margins-00000.parquet"), to_table(_margins(run), "margins"))
+        write_table(run.path("evaluate", "margins-00000.parquet"), to_table(_margins(run), "margins"))
     failed = [r for r in rows + greedy + shown if r["error"] is not None]
     rows, greedy, shown = ([r for r in kept if r["error"] is None] for kept in (rows, greedy, shown))
     rows = _best(rows, f"best_of_{best_of}")
@@ -124,12 +126,12 @@ def run(run: Run) -> dict[str, Any]:
         metrics["models"][model]["preferred_to_base"] = rate_of
     run.write_rows("evaluate", to_table(rows, "judgements"))
     for name, kept in (("greedy", greedy), ("transcripts", shown), ("failed", failed)):
-        storage.write_table(run.path("evaluate", f"{name}-00000.parquet"), to_table(kept, "judgements"))
+        write_table(run.path("evaluate", f"{name}-00000.parquet"), to_table(kept, "judgements"))
     for policy in POLICIES:  # all of its answers are in the three files now
-        storage.delete_rows(run.path("evaluate"), policy)
+        delete_rows(run.path("evaluate"), policy)
     metrics["sets"], more = sets.evaluate(run, POLICIES, chain)
     metrics["harness"] = harness.evaluate(run, POLICIES)
-    storage.write_json(run.path("evaluate", "metrics.json"), metrics)
+    files.write_json(run.path("evaluate", "metrics.json"), metrics)
     return {
         "rows_in": sum(m["rows_in"] for m in made + more),
         "rows_out": len(rows) + sum(m["rows_out"] - m["errors"] for m in more),
@@ -251,7 +253,7 @@ def _by_feedback(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     model = config.label.model
     map_rows(run.feedback(), "evaluate", pairs, chain, model=model, schema="labels", name="preference")
     votes = [r for r in run.rows("evaluate", name="preference") if r["error"] is None]
-    table = storage.read_tables(run.path("evaluate"), certificate.COLUMNS, "preference")
+    table = read_tables(run.path("evaluate"), certificate.COLUMNS, "preference")
     met = []
     for vote in votes:
         a, b = vote["model"].split()

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from cai_ray.config import CompareConfig
-from cai_ray.engine import Engine, Sampling
-from cai_ray.generate.quality import run_templates, without_thinking
+from cai_ray.config.generation import CompareConfig
+from cai_ray.data.sources import read_prompts
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.generate.rows import map_rows
-from cai_ray.generate.sources import read_prompts
-from cai_ray.prompts import TemplateSet
-from cai_ray.records import derive_id, derive_seed
-from cai_ray.storage import Run
+from cai_ray.judging.quality import run_templates, without_thinking
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import derive_id, derive_seed
+from cai_ray.storage.run import Run
 
 
 @dataclass(frozen=True)

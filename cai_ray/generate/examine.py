@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cai_ray.config import RunConfig
+from cai_ray.config.run import RunConfig
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.engine import Engine, Sampling
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.generate.label import Label
-from cai_ray.generate.quality import run_templates, without_prefix, without_thinking
-from cai_ray.prompts import Message, TemplateSet
-from cai_ray.records import derive_id, derive_seed
+from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
+from cai_ray.prompts.messages import Message
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import derive_id, derive_seed
 
 # A principle is at stake when the feedback model prefers the revision by it to the response this clearly.
 AT_STAKE = 0.6

@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray import storage
-from cai_ray.engine import Usage
-from cai_ray.filesystems import read_parquet
+from cai_ray.cluster.usage import Usage
 from cai_ray.generate import reuse
-from cai_ray.records import SCHEMAS, to_table
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.filesystems import read_parquet, resolve
+from cai_ray.storage.records import SCHEMAS, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import list_rows, read_rows, write_table
 
 FOLDER = "journal"
 TODO_ROWS = 4096
@@ -44,7 +45,7 @@ class Slice(NamedTuple):
     rows: int
 
     def read(self) -> list[dict[str, Any]]:
-        fs, path = storage.resolve(self.path)
+        fs, path = resolve(self.path)
         return read_parquet(fs, path, group=self.group).to_pylist()
 
 
@@ -62,7 +63,7 @@ class Journal:
 
     def __init__(self, run: Run, stage: str, schema: str, name: str):
         self.target, self.schema, self.name = run.path(stage), schema, name
-        self.folder = storage.join(self.target, FOLDER, name)
+        self.folder = files.join(self.target, FOLDER, name)
 
     def plan(self, rows: Iterable[dict[str, Any]], slice_rows: int = SLICE_ROWS) -> list[Slice]:
         """Writes the rows to walk and says where they are; never more than a file of them is in memory."""
@@ -72,8 +73,8 @@ class Journal:
             some = list(itertools.islice(rows, TODO_ROWS))
             if not some:
                 return slices
-            path = storage.join(self.folder, f"todo-{number:05d}.parquet")
-            storage.write_table(path, _as_table(some), slice_rows)
+            path = files.join(self.folder, f"todo-{number:05d}.parquet")
+            write_table(path, _as_table(some), slice_rows)
             for group, start in enumerate(range(0, len(some), slice_rows)):
                 slices.append(Slice(self.name, path, group, min(slice_rows, len(some) - start)))
         raise AssertionError
@@ -85,8 +86,8 @@ class Journal:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Keeps finished rows, all or none of them."""
-        path = storage.join(self.folder, f"done-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet")
-        storage.write_table(path, to_table(rows, self.schema))
+        path = files.join(self.folder, f"done-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet")
+        write_table(path, to_table(rows, self.schema))
 
     def publish(self) -> Published:
         """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows. What an attempt wrote that was killed
@@ -101,8 +102,8 @@ class Journal:
 
         def write(table: pa.Table) -> None:
             nonlocal errors
-            path = storage.join(self.target, f"{self.name}-{next(parts):05d}.parquet")
-            storage.write_table(path, table.combine_chunks())
+            path = files.join(self.target, f"{self.name}-{next(parts):05d}.parquet")
+            write_table(path, table.combine_chunks())
             errors += table.num_rows - table["error"].null_count
             for name in usage:
                 usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
@@ -121,13 +122,13 @@ class Journal:
 
     def _done(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What is finished, file by file. They are small and many: several are read at a time."""
-        fs, _ = storage.resolve(self.folder)
+        fs, _ = resolve(self.folder)
 
-        files = storage.list_rows(self.folder, "done")
+        paths = list_rows(self.folder, "done")
         with ThreadPoolExecutor(READERS) as pool:
-            for start in range(0, len(files), 4 * READERS):
+            for start in range(0, len(paths), 4 * READERS):
                 yield from pool.map(
-                    lambda path: storage.read_rows(fs, path, columns), files[start : start + 4 * READERS]
+                    lambda path: read_rows(fs, path, columns), paths[start : start + 4 * READERS]
                 )
 
 
@@ -185,12 +186,12 @@ def begin(run: Run, stage: str, inputs: dict[str, str]) -> None:
     """Clears the stage's folder of what a killed attempt left, unless that had the same inputs (reuse.py)."""
     note = run.path(stage, FOLDER, "inputs.json")
     try:
-        same = storage.read_json(note) == inputs
+        same = files.read_json(note) == inputs
     except (OSError, ValueError):  # there is none, or it is damaged
         same = False
     if not same:
         reuse.set_aside(run, stage)
-        storage.write_json(note, inputs)
+        files.write_json(note, inputs)
 
 
 def _first_of_each(rows: pa.Table) -> np.ndarray:

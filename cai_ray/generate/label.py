@@ -19,20 +19,25 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import LabelConfig
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.generation import LabelConfig
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.engine import Engine, Sampling, Usage
+from cai_ray.data.formats import clean
+from cai_ray.data.sources import iter_rows, to_messages
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate import certificate, reuse
+from cai_ray.generate import reuse
 from cai_ray.generate.draw import draw
-from cai_ray.generate.files import clean
 from cai_ray.generate.rows import Rows, map_sets
-from cai_ray.generate.sources import iter_rows, to_messages
-from cai_ray.generate.votes import combine, expected_score, preference, slot_bias
-from cai_ray.prompts import Message, TemplateSet, load_templates
-from cai_ray.records import derive_id, derive_seed
-from cai_ray.storage import Run
+from cai_ray.judging import certificate
+from cai_ray.judging.votes import combine, expected_score, preference, slot_bias
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import Message
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id, derive_seed
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import read_tables
 
 
 @dataclass(frozen=True)
@@ -267,9 +272,9 @@ def run(run: Run) -> dict[str, Any]:
     proof = certificate.certificate(_labels(run, "part"), gold, _labels(run, "gold") if gold else {})
     proof |= {"mode": config.label.mode, "feedback_model": model}
     proof |= {"constitution_sha": chain.constitution.sha}
-    storage.write_json(run.path("label", "certificate.json"), proof)
+    files.write_json(run.path("label", "certificate.json"), proof)
     return done
 
 
 def _labels(run: Run, name: str) -> dict[str, certificate.Labelled | None]:
-    return certificate.read(storage.read_tables(run.path("label"), certificate.COLUMNS, name))
+    return certificate.read(read_tables(run.path("label"), certificate.COLUMNS, name))

@@ -13,17 +13,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import RedTeamConfig
-from cai_ray.engine import Engine, Sampling
+from cai_ray.config.generation import RedTeamConfig
+from cai_ray.data.near_duplicates import NearDuplicates
+from cai_ray.data.sources import normalised, read_prompts
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.near import NearDuplicates
-from cai_ray.generate.quality import run_templates, without_thinking
 from cai_ray.generate.rows import map_rows
-from cai_ray.generate.sources import normalised, read_prompts
-from cai_ray.prompts import TemplateSet
-from cai_ray.records import derive_id, derive_seed, to_table
-from cai_ray.storage import Run
+from cai_ray.judging.quality import run_templates, without_thinking
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import derive_id, derive_seed, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import write_table
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run(run: Run) -> dict[str, Any]:
         else:
             by_family[family] += 1
             kept.append(row)
-    storage.write_table(run.path("redteam", "prompts", "part-00000.parquet"), to_table(kept, "prompts"))
+    write_table(run.path("redteam", "prompts", "part-00000.parquet"), to_table(kept, "prompts"))
     return {
         **made,
         "asked": made["rows_in"],

@@ -18,11 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray import storage
-from cai_ray.config import EngineConfig
-from cai_ray.filesystems import make_parent
-from cai_ray.records import derive_id
-from cai_ray.storage import Run
+from cai_ray.config.engine import EngineConfig
+from cai_ray.storage import files
+from cai_ray.storage.filesystems import make_parent, resolve
+from cai_ray.storage.models import model_sha
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import has_rows, iter_tables
 
 STAGES = ("revise", "label")
 """Those whose rows carry keys."""
@@ -34,7 +36,7 @@ _COLUMNS = {"revise": ["id", "key", "response", "truncated", "steps"], "label": 
 
 def context(run: Run, model: str, engine: EngineConfig, *settings: object) -> str:
     """The part of a key that all rows of a stage share: who answers, and how it is asked."""
-    who = storage.model_sha(model) if engine.kind != "openai" else model
+    who = model_sha(model) if engine.kind != "openai" else model
     return derive_id(who, engine.answers_by, *settings, run.config.seed)
 
 
@@ -42,13 +44,13 @@ def set_aside(run: Run, stage: str) -> None:
     """Clears a stage's folder. Rows that carry keys are kept apart: those of the stage, and of an attempt at it."""
     folder = run.path(stage)
     if stage not in STAGES:
-        storage.delete(folder)
+        files.delete(folder)
         return
-    fs, root = storage.resolve(folder)
+    fs, root = resolve(folder)
     # First: without it the stage is not complete, wherever this is interrupted.
-    storage.delete(storage.join(folder, "manifest.json"))
-    rows = {path: path.rsplit("/", 1)[1].split("-")[0] for path in storage.list_files(folder, ".parquet")}
-    for path in storage.list_files(storage.join(folder, "journal"), ".parquet", recursive=True):
+    files.delete(files.join(folder, "manifest.json"))
+    rows = {path: path.rsplit("/", 1)[1].split("-")[0] for path in files.list_files(folder, ".parquet")}
+    for path in files.list_files(files.join(folder, "journal"), ".parquet", recursive=True):
         name, file = path.split("/")[-2:]
         if file.startswith("done-"):
             rows[path] = name
@@ -56,18 +58,18 @@ def set_aside(run: Run, stage: str) -> None:
         target = f"{root}/{FOLDER}/{name}-{uuid.uuid4().hex[:12]}.parquet"
         make_parent(fs, target)
         fs.move(path, target)
-    storage.delete(storage.join(folder, "journal"))
-    for path in storage.list_files(folder):
+    files.delete(files.join(folder, "journal"))
+    for path in files.list_files(folder):
         fs.delete_file(path)
 
 
 def borrow(run: Run, other: Run, stage: str) -> None:
     """Puts another run's rows where a stage that is not made yet finds them."""
-    if run.manifest(stage) or storage.has_rows(run.path(stage, FOLDER)):
+    if run.manifest(stage) or has_rows(run.path(stage, FOLDER)):
         return
-    for path in storage.list_files(other.path(stage), ".parquet"):
+    for path in files.list_files(other.path(stage), ".parquet"):
         file = path.rsplit("/", 1)[1]
-        storage.copy(storage.join(other.path(stage), file), run.path(stage, FOLDER, file))
+        files.copy(files.join(other.path(stage), file), run.path(stage, FOLDER, file))
 
 
 def with_before(
@@ -75,7 +77,7 @@ def with_before(
 ) -> Iterator[dict[str, Any]]:
     """Rows with their predecessors in `before`, as JSON: a chain reads them by `known`."""
     folder = run.path(stage, FOLDER)
-    if not storage.has_rows(folder, name):
+    if not has_rows(folder, name):
         yield from rows
         return
     rows = iter(rows)
@@ -88,7 +90,7 @@ def with_before(
 def _predecessors(folder: str, stage: str, name: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     wanted = pa.array(ids, pa.string())
-    for table in storage.iter_tables(folder, _COLUMNS[stage], name):
+    for table in iter_tables(folder, _COLUMNS[stage], name):
         for row in table.filter(pc.is_in(table["id"], wanted)).to_pylist():
             found[row["id"]].append(row)
     return found

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cai_ray.config import ReviseConfig
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.generation import ReviseConfig
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.engine import Completion, Engine, Sampling, Usage
+from cai_ray.data.sources import read_prompts
 from cai_ray.engine.openai import OpenaiEngine
+from cai_ray.engine.protocol import Completion, Engine, Sampling
 from cai_ray.errors import RowError
 from cai_ray.generate import reuse
 from cai_ray.generate.draw import draw
-from cai_ray.generate.quality import run_templates, without_prefix, without_thinking
 from cai_ray.generate.rows import map_rows
-from cai_ray.generate.sources import read_prompts
-from cai_ray.prompts import TemplateSet
-from cai_ray.records import derive_id, derive_seed
-from cai_ray.storage import Run
+from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import derive_id, derive_seed
+from cai_ray.storage.run import Run
 
 
 @dataclass(frozen=True)

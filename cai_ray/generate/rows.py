@@ -22,16 +22,20 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray import meter, storage
-from cai_ray.cluster import uses_gpu, worker_env, worker_errors
-from cai_ray.config import EngineConfig, RunConfig
-from cai_ray.engine import Engine, make_engine
+from cai_ray.cluster import meter
+from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.interrupt import interruptible
+from cai_ray.cluster.placement import Need, bundle, check, marks
+from cai_ray.cluster.worker_errors import worker_errors
+from cai_ray.config.engine import EngineConfig
+from cai_ray.config.run import RunConfig
+from cai_ray.engine.make import make_engine
+from cai_ray.engine.protocol import Engine
 from cai_ray.errors import InputError, OverBudget, RowError
 from cai_ray.generate.journal import SLICE_ROWS, Journal, Keeper, Published, Slice
-from cai_ray.interrupt import interruptible
-from cai_ray.placement import Need, bundle, check, marks
-from cai_ray.prompts import load_templates
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage.models import model_sha
+from cai_ray.storage.run import Run
 
 # So many first rows that fail are no accident.
 _ALL_FAIL = 64
@@ -60,7 +64,7 @@ def map_rows(
     Args:
         rows: rows with an `id` of their own, plain data.
         model: the engine's model, by role, folder or id (`Run.model`).
-        schema: the schema of what the chain returns (cai_ray.records).
+        schema: the schema of what the chain returns (cai_ray.storage.records).
 
     Returns:
         For the manifest: rows in and out, errors, tokens, calls of engines, engine seconds, engine kind and model.
@@ -290,7 +294,7 @@ def _summary(run: Run, made: Published, total: int, model: str, seconds: float) 
         "engine": {
             "kind": run.config.engine.kind,
             "model": model,
-            "model_sha": storage.model_sha(run.model(model)),
+            "model_sha": model_sha(run.model(model)),
         },
     }
 

@@ -15,7 +15,7 @@ from cai_ray.report import costs, tables
 from cai_ray.report.combine import bootstrap
 from cai_ray.report.html import document
 from cai_ray.report.text import METRICS, columns, in_order, interval, name_of, percent, safe
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 
 DRAWS = 2000
 COUNTS = ("drawn", "changed", "decisive", "overruled")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cai_ray import cost
-from cai_ray.cost import Spent
-from cai_ray.generate.certificate import is_tie
+from cai_ray.cluster import cost
+from cai_ray.cluster.cost import Spent
+from cai_ray.judging.certificate import is_tie
 from cai_ray.report import tables
 from cai_ray.report.text import duration, price
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 
 ACCEPTED = {
     "label": "An accepted label (no error, so that a principle at least has voted, and no tie)",

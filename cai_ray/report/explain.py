@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray import storage
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 from cai_ray.report import text
 from cai_ray.report.transcripts import assemble
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import has_rows, read_tables
 
 ROWS = (
     ("revise", "part"),
@@ -147,7 +147,7 @@ def _table(run: Run, stage: str, name: str, columns: list[str]) -> list[dict[str
 def _columns(run: Run, stage: str, name: str, columns: list[str] | None) -> pa.Table | None:
     """A stage's rows, or None where it wrote none."""
     folder = run.path(stage)
-    return storage.read_tables(folder, columns, name) if storage.has_rows(folder, name) else None
+    return read_tables(folder, columns, name) if has_rows(folder, name) else None
 
 
 def _comparison(row: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cai_ray import storage
 from cai_ray.constitution import Constitution
 from cai_ray.report.text import in_order
 from cai_ray.report.transcripts import assemble, by_prompt
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import iter_tables
 
 ROWS = 240
 """Of either kind, at most."""
@@ -61,7 +61,7 @@ def read(run: Run, constitution: Constitution) -> dict[str, Any]:
 def _sample(run: Run, stage: str, column: str, kind: str | None) -> tuple[set[str], int]:
     """The smallest ids of each family, about as many of each; and how many different ones there are."""
     found: dict[str, set[str]] = defaultdict(set)
-    for table in storage.iter_tables(run.path(stage), [column, "kind", "family", "error"]):
+    for table in iter_tables(run.path(stage), [column, "kind", "family", "error"]):
         keep = pc.is_null(table["error"])
         table = table.filter(keep if kind is None else pc.and_(keep, pc.equal(table["kind"], kind)))
         for row_id, family in zip(table[column].to_pylist(), table["family"].to_pylist(), strict=True):

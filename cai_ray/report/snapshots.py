@@ -12,7 +12,7 @@ from typing import Any
 
 from cai_ray.report import charts, tables
 from cai_ray.report.text import percent
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 
 GOLD = ("harm", "helpful", "over_refusal")
 

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from cai_ray import constitution as constitutions
-from cai_ray import storage
+from cai_ray.data.sources import read_comparisons
 from cai_ray.evaluate.attribution import attribution
-from cai_ray.generate.sources import read_comparisons
 from cai_ray.report import costs, explorer, html, snapshots, text, transcripts
 from cai_ray.report.tables import STAGES, of_method
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 
 BOILERPLATE = 0.3
 """Rise over SL-CAI's of the share of answers that have one phrase in common: more is an alarm."""
@@ -27,8 +27,8 @@ def run(run: Run) -> dict[str, Any]:
 
 def write(folder: str, report: dict[str, Any]) -> None:
     """Writes report.json and index.html into a folder (any URI)."""
-    storage.write_json(storage.join(folder, "report.json"), report)
-    storage.write_bytes(storage.join(folder, "index.html"), html.page(report).encode())
+    files.write_json(files.join(folder, "report.json"), report)
+    files.write_bytes(files.join(folder, "index.html"), html.page(report).encode())
 
 
 def build(run: Run) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def build(run: Run) -> dict[str, Any]:
     """
     constitution = run.constitution()
     measured = run.facts("evaluate", "metrics.json")
-    opened = storage.read_json(run.path("run.json"))
+    opened = files.read_json(run.path("run.json"))
     models = measured["models"]
     # A directory may hold what another method left: it is no part of this run.
     steps = {m: run.metrics(m) if m == run.config.method else [] for m in ("ppo", "dpo")}

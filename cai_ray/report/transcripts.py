@@ -9,7 +9,7 @@ from typing import Any
 
 from cai_ray.constitution import Constitution
 from cai_ray.evaluate.transcripts import choose
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 
 
 def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any]]:

@@ -14,12 +14,14 @@ from typing import Any
 
 import yaml
 
-from cai_ray import cluster, storage
 from cai_ray import constitution as constitutions
+from cai_ray.cluster.connect import connect, disconnect, joined, uses_gpu, worker_env
+from cai_ray.cluster.placement import Need, check
+from cai_ray.cluster.worker_errors import input_error
 from cai_ray.errors import InputError
-from cai_ray.placement import Need, check
 from cai_ray.serve.settings import ServeSettings, load
-from cai_ray.storage import Run, open_run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run, open_run
 
 APPLICATION = "cai-ray"
 
@@ -34,7 +36,7 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     run = open_run(settings.run)
     settings = complete(run, settings)
     _check_free(host, port)
-    cluster.connect(run.config, metrics_port)
+    connect(run.config, metrics_port)
     _check_room(run, settings)
     from ray import serve as ray_serve
 
@@ -53,16 +55,16 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
             # Ray names the deployments that did not start; why is in what their replicas said.
             found = ray_serve.status().applications.get(APPLICATION)
             said = [d.message for d in found.deployments.values()] if found else []
-            raise cluster.input_error("\n".join(said)) or RuntimeError("\n".join([str(e), *said])) from e
+            raise input_error("\n".join(said)) or RuntimeError("\n".join([str(e), *said])) from e
         names = ", ".join([*settings.models, *settings.adapters])
         print(f"serving {run.config.name} ({names}) at http://{host}:{port}/v1", file=sys.stderr, flush=True)
         stop.wait()
         print("ending what has begun", file=sys.stderr, flush=True)
         ray_serve.delete(APPLICATION)  # which waits for requests, while the proxies still carry their answers
     finally:
-        if cluster.joined(run.config):  # one that was started here ends with all that is on it
+        if joined(run.config):  # one that was started here ends with all that is on it
             ray_serve.shutdown()
-        cluster.disconnect()
+        disconnect()
 
 
 def application(args: dict[str, Any]) -> Any:
@@ -160,13 +162,13 @@ def build(run: Run, settings: ServeSettings) -> Any:
 
 def _places(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
     """What one replica of each deployment takes of the cluster."""
-    gpu, feedback = cluster.uses_gpu(run.config), run.feedback().config
+    gpu, feedback = uses_gpu(run.config), run.feedback().config
     engine = run.config.engine
     # Beside its engine a replica of Ray Serve LLM has a CPU of its own.
     policy = {"CPU": 1 + engine.cpus_per_actor} | ({"GPU": 1.0} if gpu else {})
     places: dict[str, dict[str, float]] = {f"policy-{role}": policy for role in settings.models}
     places["critic"] = {"CPU": feedback.engine.cpus_per_actor}
-    if cluster.uses_gpu(feedback):
+    if uses_gpu(feedback):
         places["critic"]["GPU"] = feedback.engine.span
     if run.manifest("rm") is not None:
         places["scorer"] = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
@@ -196,7 +198,7 @@ def write_config(settings: ServeSettings, host: str, port: int, path: str) -> No
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": f"{application.__module__}:{application.__name__}",
-        "runtime_env": {"env_vars": cluster.worker_env(run.config)},
+        "runtime_env": {"env_vars": worker_env(run.config)},
         "args": settings.model_dump(mode="json", exclude_defaults=True),
     }
     document = {
@@ -205,7 +207,7 @@ def write_config(settings: ServeSettings, host: str, port: int, path: str) -> No
         "applications": [deployed],
     }
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
-    storage.write_bytes(path, text.encode())
+    files.write_bytes(path, text.encode())
 
 
 def update_constitution(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from cai_ray import storage
 from cai_ray.constitution import Constitution, parse
 from cai_ray.errors import InputError
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 
 # So many are kept: the current one, and the last ones to compare it with.
 KEPT = 4
@@ -30,7 +30,7 @@ def put(run: Run, document: Constitution) -> None:
         raise InputError(f"constitution {document.name}: no principle is enabled; enable one")
     before = [d for d in read(run) if d.sha != document.sha]
     kept = [document, *before][:KEPT]
-    storage.write_json(_path(run), [d.model_dump(mode="json") for d in kept])
+    files.write_json(_path(run), [d.model_dump(mode="json") for d in kept])
 
 
 def read(run: Run) -> list[Constitution]:
@@ -40,10 +40,10 @@ def read(run: Run) -> list[Constitution]:
         InputError: the file is damaged.
     """
     path = _path(run)
-    if not storage.exists(path):
+    if not files.exists(path):
         return [run.constitution()]
     try:
-        data = storage.read_json(path)
+        data = files.read_json(path)
     except ValueError as e:
         raise InputError(f"{path}: is no JSON ({e}); delete it") from e
     if not isinstance(data, list) or not data:

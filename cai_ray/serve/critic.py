@@ -11,17 +11,20 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from cai_ray.cluster import uses_gpu
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.engine import Engine, make_engine
+from cai_ray.engine.make import make_engine
+from cai_ray.engine.protocol import Engine
 from cai_ray.errors import RowError
 from cai_ray.generate.draw import draw
 from cai_ray.generate.examine import Examine, comparison, judge_by, make_examine
-from cai_ray.generate.quality import run_templates
-from cai_ray.prompts import Message, load_templates
-from cai_ray.records import derive_id
+from cai_ray.judging.quality import run_templates
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import Message
 from cai_ray.serve.constitutions import KEPT
-from cai_ray.storage import Run, model_sha
+from cai_ray.storage.models import model_sha
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
 
 
 class Critic:
@@ -170,7 +173,7 @@ class Scorer:
     def __init__(self, run: Run):
         import torch
 
-        from cai_ray.prompts import Renderer
+        from cai_ray.prompts.renderer import Renderer
         from cai_ray.train.models import load_reward_model, reward_scale
 
         torch.set_num_threads(1)

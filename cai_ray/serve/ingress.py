@@ -28,7 +28,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from cai_ray import __version__
 from cai_ray.constitution import Constitution, parse
 from cai_ray.errors import InputError
-from cai_ray.prompts import load_templates, plain_messages
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import plain_messages
 from cai_ray.serve import answers, constitutions, docs, metrics, page
 from cai_ray.serve.constitutions import Constitutions, named
 from cai_ray.serve.guard import OPEN_PATHS, Guard, error_body
@@ -43,7 +44,7 @@ from cai_ray.serve.schemas import (
     ScoreRequest,
 )
 from cai_ray.serve.settings import ServeSettings
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cai_ray.config import Section
+from cai_ray.config.section import Section
 from cai_ray.errors import InputError
 
 TOKEN_VARIABLE = "CAI_RAY_TOKEN"

@@ -10,13 +10,16 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
-from cai_ray import cluster, storage
-from cai_ray.config import RunConfig
+from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.config.run import RunConfig
 from cai_ray.engine.vllm import UNIPROC, engine_args, engine_from_fork_server, import_for_engine
 from cai_ray.errors import InputError
-from cai_ray.prompts import load_templates, load_tokenizer
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.tokenizers import load_tokenizer
 from cai_ray.serve.settings import ServeSettings
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.models import model_sha
+from cai_ray.storage.run import Run
 
 # What vLLM (0.29) makes room for; an adapter of another rank takes the next.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -48,12 +51,12 @@ class Policy(LLMServer):
     async def __init__(  # type: ignore[misc]  # as its base class
         self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings
     ) -> None:
-        if not cluster.uses_gpu(run.config):
+        if not uses_gpu(run.config):
             import_for_engine()
         model = await asyncio.to_thread(run.model, role)
         tokens = load_tokenizer(model).added_tokens_decoder.values()
         self.identity = {
-            "sha": await asyncio.to_thread(storage.model_sha, model),
+            "sha": await asyncio.to_thread(model_sha, model),
             "control": sorted({t.content for t in tokens if t.special}),
         }
         # The driver's description lacks what only the model's files tell.
@@ -79,7 +82,7 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
         model: a local folder or an id, where the policy runs; None on the machine that places it.
     """
     config = run.config
-    gpu = cluster.uses_gpu(config)
+    gpu = uses_gpu(config)
     bundle = {"CPU": config.engine.cpus_per_actor, **({"GPU": 1} if gpu else {})}
     engine: dict[str, Any] = {
         "tensor_parallel_size": config.engine.tensor_parallel,
@@ -106,15 +109,15 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
 
 
 def environment(config: RunConfig, settings: ServeSettings) -> dict[str, str]:
-    env = cluster.worker_env(config) | {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": str(int(settings.log_prompts))}
-    if not cluster.uses_gpu(config):
+    env = worker_env(config) | {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": str(int(settings.log_prompts))}
+    if not uses_gpu(config):
         # vLLM's log-probabilities would be compiled at the first request that asks for them: half a minute on CPU.
         env["TORCH_COMPILE_DISABLE"] = "1"
     return env
 
 
 def _engine(model: str, config: RunConfig) -> dict[str, Any]:
-    args = engine_args(model, config.engine, cluster.uses_gpu(config))
+    args = engine_args(model, config.engine, uses_gpu(config))
     del args["model"]
     args.pop("distributed_executor_backend", None)  # Ray Serve LLM chooses it
     args["disable_log_stats"] = False  # they are the engine's part of the metrics
@@ -125,7 +128,7 @@ def _engine(model: str, config: RunConfig) -> dict[str, Any]:
 def _lora(adapters: dict[str, str]) -> dict[str, Any]:
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
-    folders = {name: storage.local_folder(path) for name, path in adapters.items()}
+    folders = {name: files.local_folder(path) for name, path in adapters.items()}
     return {
         "enable_lora": True,
         # One more than there are: with all slots filled, vLLM's CPU kernels (0.29) give rows without an adapter the
@@ -142,13 +145,13 @@ def adapter_rank(folder: str) -> int:
     Raises:
         InputError: the folder holds no LoRA adapter in safetensors.
     """
-    config = storage.join(folder, "adapter_config.json")
-    if not storage.exists(config):
+    config = files.join(folder, "adapter_config.json")
+    if not files.exists(config):
         raise InputError(f"adapter {folder}: has no adapter_config.json; give a folder as PEFT saves it")
-    if not storage.exists(storage.join(folder, "adapter_model.safetensors")):
+    if not files.exists(files.join(folder, "adapter_model.safetensors")):
         raise InputError(f"adapter {folder}: has no adapter_model.safetensors; save it as safetensors")
     try:
-        rank = int(storage.read_json(config)["r"])
+        rank = int(files.read_json(config)["r"])
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"adapter {folder}: adapter_config.json names no rank `r`; is it of LoRA?") from e
     if not 1 <= rank <= _RANKS[-1]:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cai_ray.config import Section, override, validate_as
+from cai_ray.config.load import set_value, validate_as
+from cai_ray.config.section import Section
 from cai_ray.serve.keys import Key
 
 
@@ -80,5 +81,5 @@ def load(data: dict[str, Any], overrides: list[str] | None = None) -> ServeSetti
         InputError: a key is unknown or a value out of range.
     """
     for item in overrides or []:
-        override(data, item)
+        set_value(data, item)
     return validate_as(ServeSettings, data, "serve")

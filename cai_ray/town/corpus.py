@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 from cai_ray.constitution import Constitution
 from cai_ray.constitution import load as load_constitution
-from cai_ray.prompts import Renderer, TemplateSet, load_templates
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
 from cai_ray.town import grammar
 from cai_ray.town.answers import polite, respond
 from cai_ray.town.grammar import DEEDS, FAMILY_OF, PRINCIPLES, Request

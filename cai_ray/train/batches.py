@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cai_ray.errors import InputError
-from cai_ray.train.ranks import device
+from cai_ray.train.runtime.ranks import device
 
 PADDING = {"cpu": 0.05, "cuda": 1.0}
 """Most of it, as a share of the tokens of a batch. A GPU's padding is what the first price makes it: with a limit of

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_ray.config import PreferenceConfig, TrainConfig
+from cai_ray.config.training import PreferenceConfig, TrainConfig
+from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
-from cai_ray.generate.sources import read_comparisons
-from cai_ray.prompts import Renderer, load_templates
-from cai_ray.records import derive_id, derive_seed
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.records import derive_id, derive_seed
+from cai_ray.storage.run import Run
 from cai_ray.train.batches import cut_alike, deal, longest_first, pad, take
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
 
@@ -166,7 +167,7 @@ class Pairs:
 
     def micro_batches(self, batch: list[int], cfg: TrainConfig) -> list[MicroBatch]:
         """This rank's, of at most `cfg.micro_batch_tokens` with their padding; as many passes on every rank."""
-        from cai_ray.train import fit
+        from cai_ray.train.runtime import fit
 
         most = cfg.micro_batch_tokens
         sizes = [self._lengths[2 * i] + self._lengths[2 * i + 1] for i in batch]
@@ -206,7 +207,7 @@ class Pairs:
         Args:
             read: gives a number for each row of padded inputs (`batches.pad`).
         """
-        from cai_ray.train import fit
+        from cai_ray.train.runtime import fit
 
         passes = [pad([self.responses[i] for i in rows], self.pad_id) for rows in micro_batch.passes]
         found = [read(fit.to_device(inputs)) for inputs in passes]

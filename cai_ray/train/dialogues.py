@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts import Message, Renderer, TemplateSet
-from cai_ray.records import derive_seed
+from cai_ray.prompts.messages import Message
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import derive_seed
 from cai_ray.train.batches import Example
 
 

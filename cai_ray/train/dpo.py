@@ -14,35 +14,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cai_ray import storage
-from cai_ray.config import DpoConfig, TrainConfig
-from cai_ray.storage import Run
+from cai_ray.config.training import DpoConfig, TrainConfig
+from cai_ray.storage.models import folder_sha, model_sha
+from cai_ray.storage.run import Run
 from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import direct_preference, masked, preference_metrics
 
 if TYPE_CHECKING:
-    from cai_ray.train.fit import Trained
+    from cai_ray.train.runtime.fit import Trained
 
 
 def run(run: Run) -> dict[str, Any]:
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     source = run.model("sl")
     data = read(run, "dpo", source)
     result = fit.fit(run, "dpo", loop, run.config.dpo, data.shared())
     return {
         **data.counts,
-        "init_sha": storage.model_sha(source),
-        "model_sha": storage.folder_sha(run.path("dpo", "model")),
+        "init_sha": model_sha(source),
+        "model_sha": folder_sha(run.path("dpo", "model")),
         **result,
     }
 
 
 def loop(config: dict[str, Any]) -> dict[str, Any]:
     """Trains on one rank of the group."""
-    from cai_ray.train import fit
     from cai_ray.train.models import load_policy
+    from cai_ray.train.runtime import fit
 
     run: Run = config["run"]
     cfg, seed = run.config.dpo, run.config.seed
@@ -88,7 +88,7 @@ def update(
     policy: Trained, data: Pairs, reference: Tensor, batch: list[int], cfg: DpoConfig
 ) -> tuple[dict[str, float], float]:
     """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(batch, cfg):
@@ -129,7 +129,7 @@ def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig
 @torch.no_grad()
 def response_logprobs(policy: Trained, data: Pairs, cfg: TrainConfig) -> Tensor:
     """(comparisons, 2) float32 on CPU: the log-probability of every whole response; each rank computes its share."""
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     found = torch.zeros(len(data), 2)
     for micro_batch in data.micro_batches(list(range(len(data))), cfg):
@@ -152,7 +152,7 @@ def evaluate(
     policy: Trained, data: Pairs, reference: Tensor, held: list[int], cfg: DpoConfig
 ) -> dict[str, float]:
     """The same measures on held-out comparisons."""
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(held, cfg):

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cai_ray import storage
-from cai_ray.config import TrainConfig
+from cai_ray.config.training import TrainConfig
 from cai_ray.errors import InputError
+from cai_ray.storage import files
 from cai_ray.train.advantages import last_index
 from cai_ray.train.losses import head_logprobs
-from cai_ray.train.ranks import device
+from cai_ray.train.runtime.ranks import device
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -140,7 +140,7 @@ def load_value_model(path: str, cfg: TrainConfig, from_reward: bool) -> nn.Modul
 
 def reward_scale(path: str) -> RewardScale:
     """Mean and standard deviation that a reward model's scores are normalised with; 0 and 1 by default."""
-    data = storage.read_object(
+    data = files.read_object(
         Path(path) / "reward_head.json", "train the reward model again, or copy it again"
     )
     if data is None:
@@ -245,7 +245,7 @@ def save_folder(model: nn.Module, source: str, out: str, state: Mapping[str, Ten
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder, state_dict=tensors)
         copy_tokenizer(source, folder)
-        storage.upload_folder(folder, out)
+        files.upload_folder(folder, out)
 
 
 def copy_tokenizer(source: str, folder: str) -> None:
@@ -255,7 +255,7 @@ def copy_tokenizer(source: str, folder: str) -> None:
             if (Path(source) / name).exists():
                 shutil.copy(Path(source) / name, folder)
     else:
-        from cai_ray.prompts import load_tokenizer
+        from cai_ray.prompts.tokenizers import load_tokenizer
 
         load_tokenizer(source).save_pretrained(folder)
 

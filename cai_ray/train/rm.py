@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cai_ray import storage
-from cai_ray.config import RmConfig, TrainConfig
-from cai_ray.records import derive_id
-from cai_ray.storage import Run
+from cai_ray.config.training import RmConfig, TrainConfig
+from cai_ray.storage import files
+from cai_ray.storage.models import folder_sha, model_sha
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
 from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import preference_metrics, soft_bradley_terry
 
 if TYPE_CHECKING:
-    from cai_ray.train.fit import Trained
+    from cai_ray.train.runtime.fit import Trained
 
 # Comparisons whose two responses are the reference set that rewards are centred and scaled on.
 REFERENCE = 256
 
 
 def run(run: Run) -> dict[str, Any]:
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     cfg, seed = run.config.rm, run.config.seed
     source = run.model(cfg.init)
@@ -42,8 +43,8 @@ def run(run: Run) -> dict[str, Any]:
     result = fit.fit(run, "rm", loop, cfg, extra)
     return {
         **data.counts,
-        "init_sha": storage.model_sha(source),
-        "model_sha": storage.folder_sha(run.path("rm", "model")),
+        "init_sha": model_sha(source),
+        "model_sha": folder_sha(run.path("rm", "model")),
         **result,
     }
 
@@ -56,8 +57,8 @@ def reference(rows: list[dict[str, Any]], seed: int) -> list[int]:
 
 def loop(config: dict[str, Any]) -> dict[str, Any]:
     """Trains on one rank of the group."""
-    from cai_ray.train import fit
     from cai_ray.train.models import load_reward_model
+    from cai_ray.train.runtime import fit
 
     run: Run = config["run"]
     cfg, seed = run.config.rm, run.config.seed
@@ -95,7 +96,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
     fit.save_model(model, source, out)
     if fit.rank() == 0:
         scale = {"mean": mean, "std": std, "n": 2 * len(config["reference"])}
-        storage.write_json(storage.join(out, "reward_head.json"), scale)
+        files.write_json(files.join(out, "reward_head.json"), scale)
     return {
         "steps": total,
         "reward_mean": mean,
@@ -106,7 +107,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
 
 def update(model: Trained, data: Pairs, batch: list[int], cfg: TrainConfig) -> tuple[dict[str, float], float]:
     """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(batch, cfg):
@@ -129,7 +130,7 @@ def scores(model: Trained, data: Pairs, micro_batch: MicroBatch) -> tuple[Tensor
 @torch.no_grad()
 def evaluate(model: Trained, data: Pairs, held: list[int], cfg: RmConfig) -> dict[str, float]:
     """Loss, accuracy and margin on held-out comparisons, apart for AI and human labels (docs/method.md, item 18)."""
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(held, cfg):
@@ -140,7 +141,7 @@ def evaluate(model: Trained, data: Pairs, held: list[int], cfg: RmConfig) -> dic
 @torch.no_grad()
 def reward_scale(model: Trained, data: Pairs, chosen: list[int], cfg: RmConfig) -> tuple[float, float]:
     """Mean and standard deviation of the scores of both responses of the chosen comparisons, over all ranks."""
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     sums = torch.zeros(3, dtype=torch.float64)
     for micro_batch in data.micro_batches(chosen, cfg):

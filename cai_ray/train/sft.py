@@ -14,25 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai_ray import storage
-from cai_ray.config import SftConfig, TrainConfig
+from cai_ray.config.training import SftConfig, TrainConfig
 from cai_ray.errors import InputError
-from cai_ray.generate.quality import kind
-from cai_ray.prompts import Renderer, load_templates
-from cai_ray.records import derive_id, to_table
-from cai_ray.storage import Run
+from cai_ray.judging.quality import kind
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.models import folder_sha, model_sha
+from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.run import Run
 from cai_ray.train.batches import pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
 from cai_ray.train.losses import sft_loss
 
 if TYPE_CHECKING:
-    from cai_ray.train.fit import Trained
+    from cai_ray.train.runtime.fit import Trained
 
 
 def run(run: Run) -> dict[str, Any]:
     import ray
 
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
 
     cfg, templates = run.config.sft, load_templates(run.config.templates)
     columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
@@ -75,8 +76,8 @@ def run(run: Run) -> dict[str, Any]:
             "dropped": {k: n for k, n in found.items() if k in cfg.drop},
         },
         "tokens": {"trained": sum(data.lengths) * cfg.epochs},
-        "init_sha": storage.model_sha(source),
-        "model_sha": storage.folder_sha(run.path("sft", "model")),
+        "init_sha": model_sha(source),
+        "model_sha": folder_sha(run.path("sft", "model")),
         **result,
     }
 
@@ -138,8 +139,8 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
     """Trains on one rank of the group."""
     import ray
 
-    from cai_ray.train import fit
     from cai_ray.train.models import load_policy
+    from cai_ray.train.runtime import fit
 
     run: Run = config["run"]
     cfg, seed = run.config.sft, run.config.seed
@@ -182,8 +183,8 @@ def update(
     policy: Trained, data: Dialogues, batch: list[int], cfg: TrainConfig, pad_id: int
 ) -> tuple[float, float]:
     """One optimizer step on a global batch of rows; returns its loss and the gradient's norm."""
-    from cai_ray.train import fit
     from cai_ray.train.models import sequence_logprobs
+    from cai_ray.train.runtime import fit
 
     examples = [data[i] for i in batch]
     tokens = sum(sum(example.mask) for example in examples)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from cai_ray.storage import open_run
+from cai_ray.storage.run import open_run
 from tests.cluster.conftest import Grown
 from tests.cluster.nodes import ROWS, wait_until
 from tests.e2e.command import cai_ray, refused, settings

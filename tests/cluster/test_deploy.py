@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cai_ray import constitution
 from cai_ray.serve.constitutions import LOOK_EVERY_S
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 from tests.cluster.nodes import running, wait_until
 from tests.e2e.command import BIN, ask, cai_ray, environment, free_port, refused, succeed
 

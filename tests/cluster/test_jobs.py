@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from cai_ray.storage import open_run
+from cai_ray.storage.run import open_run
 from tests.cluster.jobs import SETTINGS, Jobs
 from tests.e2e.command import ROOT, settings, succeed
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cai_ray.storage import Run, open_run
+from cai_ray.storage.run import Run, open_run
 from tests.cluster.conftest import Grown
 from tests.cluster.nodes import ROWS, Cluster, by_id, running, wait_until
 from tests.e2e.command import ROOT, environment
@@ -110,12 +110,12 @@ TRAIN = """
 import pathlib, sys, time
 import ray
 from cai_ray import cluster
-from cai_ray.config import RunConfig
-from cai_ray.storage import Run
+from cai_ray.config.run import RunConfig
+from cai_ray.storage.run import Run
 from cai_ray.train import sft
 
 def loop(config):
-    from cai_ray.train import fit
+    from cai_ray.train.runtime import fit
     restore, began = fit.restore, pathlib.Path(config["run"].path("began"))
     def noted(engines):
         state = restore(engines)

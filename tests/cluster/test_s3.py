@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cai_ray import storage
-from cai_ray.generate.sources import read_prompts
+from cai_ray.data.sources import read_prompts
 from cai_ray.pipeline import STAGES
-from cai_ray.storage import Run, open_run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run, open_run
 from cai_ray.town import BASE
 from tests.cluster.jobs import SETTINGS
 from tests.e2e.command import Driver, settings, succeed
@@ -53,7 +53,7 @@ def test_a_whole_run_on_a_bad_day_killed_twice(s3: S3, jobs_run: Path, tmp_path:
     first, second = Driver(tmp_path / "1", "run", *words), None
     try:
         killed_while(first, s3, Fault("hang", match="PUT .*revise/journal/part/done-", after=5, seconds=120))
-        assert not storage.exists(f"{out}/revise/manifest.json")
+        assert not files.exists(f"{out}/revise/manifest.json")
         second = Driver(tmp_path / "2", "run", *words)
         hanging = Fault("hang", match="POST .*optim_states.*uploads", after=3, seconds=120)
         killed_while(second, s3, hanging, *bad_day())
@@ -63,12 +63,12 @@ def test_a_whole_run_on_a_bad_day_killed_twice(s3: S3, jobs_run: Path, tmp_path:
             second.end()
     kept = re.search(r"revise: (\d+) of (\d+) rows were finished before", second.said())
     assert kept and 10 <= int(kept[1]) < int(kept[2])
-    assert storage.exists(f"{out}/revise/manifest.json") and not storage.exists(f"{out}/sft/manifest.json")
+    assert files.exists(f"{out}/revise/manifest.json") and not files.exists(f"{out}/sft/manifest.json")
     begun = sorted(
         {m[1] for a in s3.proxy.asked if (m := re.search(r"whole/.*/(checkpoint_\d[^/]*)/.", a.path))}
     )
-    files = storage.list_files(f"{out}/sft/checkpoints", recursive=True)
-    whole, half = ({f.partition(f"{name}/")[2] for f in files if name in f} for name in begun[-2:])
+    paths = files.list_files(f"{out}/sft/checkpoints", recursive=True)
+    whole, half = ({f.partition(f"{name}/")[2] for f in paths if name in f} for name in begun[-2:])
     assert half < whole  # a part of it is there, and is not to be taken for the whole
 
     third = len(s3.proxy.asked)
@@ -97,20 +97,20 @@ def test_a_whole_run_on_a_bad_day_killed_twice(s3: S3, jobs_run: Path, tmp_path:
         assert {k: v for k, v in mine["inputs"].items() if k not in {"prompts", *STAGES}} == {
             k: v for k, v in other["inputs"].items() if k not in {"prompts", *STAGES}
         }
-    metrics = storage.read_bytes(there.path("sft", "metrics.jsonl")).decode().splitlines()
+    metrics = files.read_bytes(there.path("sft", "metrics.jsonl")).decode().splitlines()
     assert [json.loads(m)["step"] for m in metrics] == list(range(1, len(metrics) + 1)) and len(metrics) > 8
     for stage in ("sft", "rm", "ppo"):
         name = (stage, "model", "model.safetensors")
-        assert storage.read_bytes(there.path(*name)) == (jobs_run / Path(*name)).read_bytes()
-        assert storage.list_files(there.path(stage, "tensorboard")) != []
-    left = [f for f in storage.list_files(out, recursive=True) if "/checkpoints/" in f or "/journal/" in f]
+        assert files.read_bytes(there.path(*name)) == (jobs_run / Path(*name)).read_bytes()
+        assert files.list_files(there.path(stage, "tensorboard")) != []
+    left = [f for f in files.list_files(out, recursive=True) if "/checkpoints/" in f or "/journal/" in f]
     assert left == []
-    assert b"<html" in storage.read_bytes(there.path("report", "index.html"))
+    assert b"<html" in files.read_bytes(there.path("report", "index.html"))
     row = there.rows("revise", ["id"])[0]["id"]
     assert row in succeed("explain", out, row).stdout
     assert exported.strip() == "s3://bucket/export"
     rl = "models/rl/model.safetensors"
-    assert storage.read_bytes(f"s3://bucket/export/{rl}") == storage.read_bytes(
+    assert files.read_bytes(f"s3://bucket/export/{rl}") == files.read_bytes(
         there.path("ppo", "model", "model.safetensors")
     )
     # Nothing is done again, and to find that out costs little.
@@ -121,13 +121,13 @@ def test_a_whole_run_on_a_bad_day_killed_twice(s3: S3, jobs_run: Path, tmp_path:
 
 def changes(run: Run) -> dict[str, Any]:
     """Settings of the same run, with the model and the prompts of its first stage put into the bucket."""
-    storage.upload_folder(BASE, "s3://bucket/models/base")
+    files.upload_folder(BASE, "s3://bucket/models/base")
     given = [
         {k: row[k] for k in ("messages", "kind", "family", "split")}
         for row in read_prompts(run.config.prompts, 0)
     ]
     lines = "".join(json.dumps(row) + "\n" for row in given)
-    storage.write_bytes("s3://bucket/prompts.jsonl", lines.encode())
+    files.write_bytes("s3://bucket/prompts.jsonl", lines.encode())
     return {
         **SETTINGS,
         "model": "s3://bucket/models/base",

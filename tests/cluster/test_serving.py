@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from cai_ray.serve.guard import OPEN_PATHS
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 from cai_ray.town import BASE
 from tests import fuzz
 from tests.e2e.command import BIN, TOKEN, Driver, ask, environment, free_port

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config, constitution, storage
-from cai_ray.storage import Run
+from cai_ray import constitution
+from cai_ray.config.load import load_config
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 from cai_ray.town import BASE
 from cai_ray.train.models import load_reward_model, save_folder
 from tests.e2e.command import SMALL, TOKEN, Driver, environment, free_port, settings, succeed
@@ -36,15 +38,15 @@ def town_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run directory as the pipeline leaves it: the embedded base model as policy, a random head as reward model."""
     root = tmp_path_factory.mktemp("run")
-    cfg = config.load("errand-town", out=str(root))
+    cfg = load_config("errand-town", out=str(root))
     run = Run(cfg)
     shutil.copytree(BASE, root / "ppo" / "model")
     save_folder(load_reward_model(str(BASE), cfg.rm), str(BASE), run.path("rm", "model"))
-    storage.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0})
-    storage.write_json(run.path("run.json"), {"config": cfg.model_dump(mode="json")})
-    storage.write_bytes(run.path("constitution.yaml"), constitution.load("errand-town").to_yaml().encode())
+    files.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0})
+    files.write_json(run.path("run.json"), {"config": cfg.model_dump(mode="json")})
+    files.write_bytes(run.path("constitution.yaml"), constitution.load("errand-town").to_yaml().encode())
     for stage in ("ppo", "rm"):
-        storage.write_json(run.path(stage, "manifest.json"), {"stage": stage})
+        files.write_json(run.path(stage, "manifest.json"), {"stage": stage})
     return run
 
 

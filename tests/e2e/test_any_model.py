@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cai_ray import constitution, pipeline
-from cai_ray.storage import Run, open_run
+from cai_ray.storage.run import Run, open_run
 from tests import tiny
 from tests.e2e.command import ROOT, Driver, cai_ray, refused, settings, succeed
 

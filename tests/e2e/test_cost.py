@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cai_ray import cost
-from cai_ray.storage import open_run
+from cai_ray.cluster import cost
+from cai_ray.storage.run import open_run
 from tests.e2e.command import SMALL, Driver, cai_ray, settings, succeed
 
 # Few rows at a time, so that the engine's work takes longer than a look at the budget. Neither is an input of a stage.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cai_ray.generate import revise
-from cai_ray.storage import Run, open_run
+from cai_ray.storage.run import Run, open_run
 from tests.e2e.command import ROOT, SMALL, Driver, environment, settings, succeed
 
 # Short steps with a checkpoint after each step, so that a kill lands between two of them.

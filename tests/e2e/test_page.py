@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
+from cai_ray.config.load import load_config
 from cai_ray.report import stage
 from tests.unit.test_report import make_run
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run = make_run(configs.load("errand-town", out=str(tmp_path_factory.mktemp("page") / "run")))
+    run = make_run(load_config("errand-town", out=str(tmp_path_factory.mktemp("page") / "run")))
     stage.run(run)
     path = Path(run.path("report", "index.html"))
     assert path.stat().st_size < 8_000_000

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cai_ray import constitution
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 from tests.e2e.command import TOKEN, ask
 
 HELP = "sure , first unfold the diary , then go line by line ."

@@ -13,7 +13,7 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.serve import constitutions
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 from tests.e2e.command import TOKEN, ask, succeed
 
 HELP = "sure , first unfold the diary , then go line by line ."

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cai_ray.serve import page as served_page
-from cai_ray.storage import Run
+from cai_ray.storage.run import Run
 from tests.e2e.command import TOKEN
 from tests.e2e.test_page import contrast
 

@@ -15,15 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cai_ray import config, constitution, pipeline, storage
+from cai_ray import constitution, pipeline
+from cai_ray.config.load import load_config
+from cai_ray.data.sources import normalised, read_comparisons, read_prompts
 from cai_ray.generate import compare, revise
-from cai_ray.generate.sources import normalised, read_comparisons, read_prompts
-from cai_ray.storage import Run, open_run
+from cai_ray.storage import files
+from cai_ray.storage.models import folder_sha, model_sha
+from cai_ray.storage.run import Run, open_run
 from cai_ray.town import BASE
 from tests.e2e.command import SMALL, cai_ray, environment, refused, settings, succeed
 from tests.events import scalars
 
-STAGES = pipeline.stages_of(config.load("errand-town"))
+STAGES = pipeline.stages_of(load_config("errand-town"))
 GENERATED = ("revise", "compare", "label", "evaluate")
 TRAINED = ("sft", "rm", "ppo")
 RATES = ("harm", "helpful", "over_refusal", "malformed", "principle_named")
@@ -100,7 +103,7 @@ def test_item_20_and_28_in_every_step_of_ppo(report: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stage", TRAINED)
 def test_tensorboard_has_what_metrics_jsonl_has(run: Run, stage: str) -> None:
-    rows = [json.loads(line) for line in storage.read_bytes(run.path(stage, "metrics.jsonl")).splitlines()]
+    rows = [json.loads(line) for line in files.read_bytes(run.path(stage, "metrics.jsonl")).splitlines()]
     events = scalars(run.path(stage, "tensorboard"))
     assert rows and [r.keys() for r in events] == [r.keys() for r in rows]
     for event, row in zip(events, rows, strict=True):
@@ -118,12 +121,12 @@ def test_engines_were_real_and_models_are_named_by_their_content(run: Run) -> No
     for stage in GENERATED:
         engine = run.manifest(stage)["engine"]
         assert engine["kind"] == "vllm", stage
-        assert engine["model_sha"] == storage.model_sha(run.model(engine["model"])), stage
-    assert run.manifest("revise")["engine"]["model_sha"] == storage.model_sha(str(BASE))
+        assert engine["model_sha"] == model_sha(run.model(engine["model"])), stage
+    assert run.manifest("revise")["engine"]["model_sha"] == model_sha(str(BASE))
     shas = {stage: run.manifest(stage)["model_sha"] for stage in TRAINED}
-    assert shas == {stage: storage.folder_sha(run.path(stage, "model")) for stage in TRAINED}
+    assert shas == {stage: folder_sha(run.path(stage, "model")) for stage in TRAINED}
     models = run.manifest("evaluate")["models"]
-    assert models == {"base": storage.model_sha(str(BASE)), "sl": shas["sft"], "rl": shas["ppo"]}
+    assert models == {"base": model_sha(str(BASE)), "sl": shas["sft"], "rl": shas["ppo"]}
     assert len(set(models.values())) == 3
     assert all(run.manifest(s)["constitution_sha"] == constitution.load("errand-town").sha for s in STAGES)
 
@@ -287,7 +290,7 @@ def test_another_method_goes_on_from_the_labels(copy: Path) -> None:
     assert said.count("skipped") == STAGES.index("label") + 1
     after, run = _manifests(copy), open_run(str(copy))
     assert {s for s in after if before.get(s) != after[s]} == {"dpo", "evaluate", "report"}
-    assert run.manifest("evaluate")["models"]["rl"] == storage.folder_sha(run.path("dpo", "model"))
+    assert run.manifest("evaluate")["models"]["rl"] == folder_sha(run.path("dpo", "model"))
     assert {r["reward"] for r in run.rows("evaluate")} == {None}
     report = json.loads((copy / "report" / "report.json").read_text())
     assert report["method"] == "dpo" and report["ppo"]["steps"] == [] and report["dpo"]["steps"]
@@ -371,9 +374,9 @@ def test_exported_datasets_are_what_the_stages_wrote(exported: Path, run: Run) -
     rows = {}
     for entry in matter["configs"]:
         (data,) = entry["data_files"]
-        files = list(folder.glob(data["path"]))
-        assert len(files) == 1 and data["split"] == "train"
-        rows[entry["config_name"]] = pq.read_table(files[0]).to_pylist()
+        paths = list(folder.glob(data["path"]))
+        assert len(paths) == 1 and data["split"] == "train"
+        rows[entry["config_name"]] = pq.read_table(paths[0]).to_pylist()
     assert len(rows["revisions"]) == sum(r["error"] is None for r in run.rows("revise"))
     assert [r["messages"] for r in rows["sft"]] == [r["messages"] for r in run.rows("sft")]
     labels = {r["id"]: r for r in run.rows("label") if r["response_a"] != r["response_b"]}

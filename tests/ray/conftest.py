@@ -10,12 +10,12 @@ import pytest
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Ray as the pipeline starts it (`cluster.connect`)."""
-    from cai_ray import cluster
-    from cai_ray.config import RunConfig
+    from cai_ray.cluster.connect import connect, disconnect
+    from cai_ray.config.run import RunConfig
 
     config = RunConfig(
         name="tests", model="town", constitution="errand-town", prompts=({"path": "town:revise"},)
     )
-    cluster.connect(config)
+    connect(config)
     yield
-    cluster.disconnect()
+    disconnect()

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cai_ray.config import RunConfig
-from cai_ray.prompts import Renderer
+from cai_ray.config.run import RunConfig
+from cai_ray.prompts.renderer import Renderer
 from cai_ray.town import BASE
-from cai_ray.train import rollout
 from cai_ray.train.models import state_items
+from cai_ray.train.ppo import rollout
 
 
 class Shared(NamedTuple):

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cai_ray import storage
-from cai_ray.config import TrainConfig
-from cai_ray.storage import Run
+from cai_ray.config.training import TrainConfig
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 from cai_ray.town import BASE
 from cai_ray.train.models import load_reward_model, save_folder
 from tests.ray.engines import town_config
@@ -23,5 +23,5 @@ def ready_for_ppo(out: Path, *, templates: str = "errand-town", **changes: Any) 
     run = Run(town_config(out=str(out), templates=templates, **changes))
     shutil.copytree(BASE, run.path("sft", "model"))
     save_folder(load_reward_model(BASE, TrainConfig()), BASE, run.path("rm", "model"))
-    storage.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.0, "std": 1.0})
+    files.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.0, "std": 1.0})
     return run

@@ -12,14 +12,16 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from cai_ray import storage
-from cai_ray.config import DpoConfig
+from cai_ray.config.training import DpoConfig
 from cai_ray.errors import InputError
-from cai_ray.storage import Run
-from cai_ray.train import comparisons, dpo, fit
+from cai_ray.storage import files
+from cai_ray.storage.models import folder_sha
+from cai_ray.storage.run import Run
+from cai_ray.train import comparisons, dpo
 from cai_ray.train.batches import pad
 from cai_ray.train.losses import direct_preference
 from cai_ray.train.models import load_policy, state_items
+from cai_ray.train.runtime import fit
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
@@ -31,14 +33,14 @@ DPO = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_fraction": 0.2
 def make_run(folder: Path, labels: int = 48, **settings: Any) -> Run:
     """A run whose SL-CAI policy is a random model, with labels that prefer "kind"."""
     run = training.make_run(folder, "qwen2", method="dpo", dpo=DPO | settings)
-    storage.upload_folder(run.config.model, run.path("sft", "model"))
-    storage.write_json(run.path("sft", "manifest.json"), {"id": "made-by-the-test"})
+    files.upload_folder(run.config.model, run.path("sft", "model"))
+    files.write_json(run.path("sft", "manifest.json"), {"id": "made-by-the-test"})
     training.write(run, "label", training.labels(labels))
     return run
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in storage.read_bytes(run.path("dpo", "metrics.jsonl")).splitlines()]
+    return [json.loads(line) for line in files.read_bytes(run.path("dpo", "metrics.jsonl")).splitlines()]
 
 
 def logprobs(folder: str, run: Run, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -84,7 +86,7 @@ def test_the_policy_learns_the_labels_and_the_measures_are_those_of_its_model(
     assert (result["rows_ai"], result["rows_human"]) == (46, 24)
     assert result["left_out"] == {"error": 1, "identical": 0, "min_margin": 0, "too_long": 1}
     assert result["human_labels"] == {"helpful": 24}
-    assert result["model_sha"] == storage.folder_sha(run.path("dpo", "model")) != result["init_sha"]
+    assert result["model_sha"] == folder_sha(run.path("dpo", "model")) != result["init_sha"]
     rows = metrics(run)
     held = [row for row in rows if "eval/ai_accuracy" in row]
     assert len(held) == DPO["epochs"]
@@ -217,7 +219,7 @@ def test_item_36_a_dead_worker_leaves_the_same_weights(
             tmp_path / name, 24, checkpoint_every=4, warmup_steps=3, epochs=3, lora={"rank": 4}
         )
         dpo.run(runs[name])
-    assert storage.exists(runs["dying"].path("died"))
+    assert files.exists(runs["dying"].path("died"))
     a, b = (training.weights(r.path("dpo", "model")) for r in runs.values())
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     kept = [

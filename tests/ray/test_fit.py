@@ -15,10 +15,10 @@ import ray
 import torch
 from ray import cloudpickle
 
-from cai_ray.config import LoraConfig, TrainConfig
+from cai_ray.config.training import LoraConfig, TrainConfig
 from cai_ray.errors import InputError, Stopped
-from cai_ray.storage import Run
-from cai_ray.train import checkpoints, fit, rm, sft
+from cai_ray.storage.run import Run
+from cai_ray.train import rm, sft
 from cai_ray.train.batches import Example, pad
 from cai_ray.train.comparisons import Pairs
 from cai_ray.train.dialogues import Dialogues
@@ -30,6 +30,7 @@ from cai_ray.train.models import (
     sequence_values,
     state_items,
 )
+from cai_ray.train.runtime import checkpoints, fit
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
@@ -259,7 +260,7 @@ def test_item_35_a_checkpoint_is_uploaded_beside_training_and_counts_when_it_is_
 
 
 def _scratch_of(folder: Path) -> str:
-    from cai_ray.records import derive_id
+    from cai_ray.storage.records import derive_id
 
     return derive_id(str(folder))
 

@@ -16,13 +16,14 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from cai_ray import cost, meter
-from cai_ray.engine import Engine, Usage
+from cai_ray.cluster import cost, meter
+from cai_ray.cluster.meter import Holder, Meter
+from cai_ray.cluster.usage import Usage
+from cai_ray.engine.protocol import Engine
 from cai_ray.errors import OverBudget
 from cai_ray.generate.rows import map_rows
-from cai_ray.meter import Holder, Meter
-from cai_ray.records import derive_id
-from cai_ray.storage import Run
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
 from cai_ray.train import sft
 from tests.ray import training
 from tests.ray.engines import town_config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cai_ray.train import metrics
+from cai_ray.train.runtime import metrics
 from tests.ray import training
 
 

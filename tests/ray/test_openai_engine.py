@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from cai_ray import constitution
-from cai_ray.cluster import WORKER_ENV
-from cai_ray.config import EngineConfig
-from cai_ray.engine import Engine, Sampling
+from cai_ray.cluster.connect import WORKER_ENV
+from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.openai import OpenaiEngine
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.engine.vllm import VllmEngine
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts import load_templates
+from cai_ray.prompts.load import load_templates
 from cai_ray.town import BASE
 
 TOWN = load_templates("errand-town")

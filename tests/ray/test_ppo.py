@@ -16,12 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cai_ray import constitution, storage
+from cai_ray import constitution
 from cai_ray.errors import InputError, Stopped
-from cai_ray.prompts import Renderer, load_templates
-from cai_ray.storage import Run
-from cai_ray.train import ppo, sampling
-from cai_ray.train.fit import fit
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage import files
+from cai_ray.storage.models import folder_sha
+from cai_ray.storage.run import Run
+from cai_ray.train.ppo import loop as ppo
+from cai_ray.train.ppo import sampling
+from cai_ray.train.runtime.fit import fit
 from tests.ray.engines import shared
 from tests.ray.runs import ready_for_ppo
 
@@ -60,7 +64,7 @@ def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in storage.read_bytes(run.path("ppo", "metrics.jsonl")).splitlines()]
+    return [json.loads(line) for line in files.read_bytes(run.path("ppo", "metrics.jsonl")).splitlines()]
 
 
 def policy(run: Run, stage: str = "ppo") -> dict[str, torch.Tensor]:
@@ -74,7 +78,7 @@ def one_rank(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 
     run = ready_for_ppo(tmp_path_factory.mktemp("one"), ppo=SMALL)
     free = ray.available_resources()["CPU"]
-    storage.write_json(run.path("ppo", "manifest.json"), ppo.run(run))
+    files.write_json(run.path("ppo", "manifest.json"), ppo.run(run))
     until = time.monotonic() + 20
     # More than before is no leak: what an earlier test used may have been given back in between.
     while (now := ray.available_resources().get("CPU", 0)) < free:
@@ -87,7 +91,7 @@ def test_the_stage_says_what_it_did(one_rank: Run) -> None:
     manifest = one_rank.manifest("ppo")
     assert manifest is not None and manifest["rows_out"] == 4 * 32 and manifest["errors"] == 0
     assert manifest["tokens"]["generated"] > 4 * 32
-    assert manifest["model_sha"] == storage.folder_sha(one_rank.path("ppo", "model"))
+    assert manifest["model_sha"] == folder_sha(one_rank.path("ppo", "model"))
 
 
 def test_the_policy_changes_and_keeps_its_folder(one_rank: Run) -> None:
@@ -133,8 +137,8 @@ def test_item_28_graphs_kept_from_scoring_change_nothing(
     run = ready_for_ppo(tmp_path, ppo=SMALL)
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train import ppo as stage
-        from cai_ray.train import scoring
+        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import scoring
 
         scoring.keeps_graphs = lambda *_: True
         return stage.loop(args)
@@ -145,7 +149,7 @@ def test_item_28_graphs_kept_from_scoring_change_nothing(
 
 
 def test_item_28_another_ratio_stops_the_run() -> None:
-    from cai_ray.train.scoring import check_ratio, difference
+    from cai_ray.train.ppo.scoring import check_ratio, difference
 
     cfg = shared_config()
     old, mask = torch.zeros(2, 3), torch.tensor([[0.0, 1, 1], [0, 1, 0]])
@@ -174,7 +178,7 @@ def test_item_31_values_start_from_the_reward_model(ray_cluster: None, one_rank:
     cfg = one_rank.config.ppo
     folder = one_rank.model("rm")
     inputs = pad([[5, 6, 7, 8], [9, 10]], 0)
-    storage.write_json(Path(folder) / "reward_head.json", {"mean": 0.7, "std": 2.5})
+    files.write_json(Path(folder) / "reward_head.json", {"mean": 0.7, "std": 2.5})
     try:
         with torch.no_grad():
             reward, value = (
@@ -182,7 +186,7 @@ def test_item_31_values_start_from_the_reward_model(ray_cluster: None, one_rank:
                 for m in (load_reward_model(folder, cfg), load_value_model(folder, cfg, True))
             )
     finally:
-        storage.write_json(Path(folder) / "reward_head.json", {"mean": 0.0, "std": 1.0})
+        files.write_json(Path(folder) / "reward_head.json", {"mean": 0.0, "std": 1.0})
     assert torch.allclose(value, (reward - 0.7) / 2.5, atol=1e-5)
     from_policy = load_value_model(one_rank.model("sl"), cfg, False)
     assert float(sequence_values(from_policy, inputs).detach().abs().max()) == 0.0
@@ -254,8 +258,8 @@ def killed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         import os
         import pathlib
 
-        from cai_ray.train import ppo as stage
-        from cai_ray.train import sampling
+        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import sampling
 
         sample = sampling.sample
 
@@ -358,7 +362,7 @@ def test_item_36_responses_sampled_ahead_outlive_a_kill(one_ahead: Run, tmp_path
     mark = str(tmp_path / "died")
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train import ppo as stage
+        from cai_ray.train.ppo import loop as stage
         from tests.ray.training import die_once
 
         update = stage.update_policy
@@ -421,8 +425,8 @@ def test_item_36_another_number_of_workers_goes_on(ray_cluster: None, one_rank: 
     """Two ranks go on from what one saved after the second step, policy and value model alike."""
 
     def stopped(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train import checkpoints
-        from cai_ray.train import ppo as stage
+        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.runtime import checkpoints
 
         save = stage.save_checkpoint
 
@@ -455,17 +459,17 @@ def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"value_warmup_steps": 0})
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train import ppo as stage
-        from cai_ray.train import weight_sync
+        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.weights import sync
 
-        send, kept = weight_sync.send, {}
+        send, kept = sync.send, {}
 
         def stale(pool: Any, tensors: Any, version: int, dtype: str | None = None) -> Any:
             now = {name: tensor.clone() for name, tensor in tensors}
             kept.setdefault("first", now)
             return send(pool, kept["first"].items(), version, dtype)
 
-        weight_sync.send = stale
+        sync.send = stale
         return stage.loop(args)
 
     with pytest.raises(Stopped, match=r"weight sync failed: engine 0, weights 1: holds other values"):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cai_ray import storage
-from cai_ray.config import RmConfig
+from cai_ray.config.training import RmConfig
 from cai_ray.errors import InputError
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 from cai_ray.train import comparisons, rm
 from cai_ray.train.models import reward_scale
 from tests.ray import training
@@ -108,7 +108,7 @@ def test_the_reward_model_learns_and_is_saved_with_its_scale(trained: tuple[Run,
     assert (result["rows_ai"], result["rows_human"]) == (46, 25)
     assert result["left_out"] == {"error": 1, "identical": 0, "min_margin": 0, "too_long": 1}
     assert result["human_labels"] == {"helpful": 25}
-    metrics = [json.loads(line) for line in storage.read_bytes(run.path("rm", "metrics.jsonl")).splitlines()]
+    metrics = [json.loads(line) for line in files.read_bytes(run.path("rm", "metrics.jsonl")).splitlines()]
     assert metrics[-1]["rm/ai_loss"] < 0.8 * metrics[0]["rm/ai_loss"]
     assert result["metrics"].keys() == {
         f"{m}_{s}" for m in ("accuracy", "loss", "n") for s in ("ai", "human")

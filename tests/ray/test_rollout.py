@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from cai_ray.errors import InputError
-from cai_ray.records import derive_seed
-from cai_ray.train import rollout, weight_sync
+from cai_ray.storage.records import derive_seed
 from cai_ray.train.models import state_items
-from cai_ray.train.rollout import Pool, Request, StaleError
+from cai_ray.train.ppo import rollout
+from cai_ray.train.ppo.rollout import Pool, Request, StaleError
+from cai_ray.train.weights import sync
 from tests.ray.engines import Shared, logprobs, shared, town_config
 
 QUESTIONS = [
@@ -40,7 +41,7 @@ def model(engine: Shared) -> Any:
 @pytest.fixture(scope="module")
 def pool(engine: Shared, model: Any) -> Pool:
     made = engine.join()
-    weight_sync.send(made, state_items(model), 0)
+    sync.send(made, state_items(model), 0)
     return made
 
 
@@ -106,7 +107,7 @@ def two_engines(engine: Shared, model: Any) -> Iterator[Pool]:
     config = town_config(ppo={"rollout_engines": 2})
     keeper = rollout.open_pool(config, engine.folder, engine.renderer.end_id, gpu=False)
     made = Pool(keeper, deadline_s=10)
-    weight_sync.send(made, state_items(model), 0)
+    sync.send(made, state_items(model), 0)
     yield made
     rollout.close_pool(keeper)
 
@@ -135,20 +136,20 @@ def test_item_23_an_engine_lost_in_a_sync_has_the_new_weights_or_none(
         for weight in new.parameters():
             weight += 0.02 * torch.randn_like(weight)
     asked, probes = requests(engine, 9), [list(range(20, 60)), list(range(40, 90))]
-    weight_sync.send(pool, state_items(new), 1)
+    sync.send(pool, state_items(new), 1)
     wanted = pool.sample(asked, 1, 1.6, 24)
 
     lose_while(two_engines, 0, number, "update")
-    weight_sync.send(two_engines, state_items(new), 1)
+    sync.send(two_engines, state_items(new), 1)
     assert two_engines.replaced == 1
     lose_while(two_engines, 1, number, "report")
-    digests, now = weight_sync.digests_of(state_items(new)), logprobs(new, probes)
-    weight_sync.prove(two_engines, digests, 1, probes, now, logprobs(model, probes), 1e-4)
+    digests, now = sync.digests_of(state_items(new)), logprobs(new, probes)
+    sync.prove(two_engines, digests, 1, probes, now, logprobs(model, probes), 1e-4)
     assert two_engines.replaced == 2
     assert two_engines.sample(asked, 1, 1.6, 24) == wanted
     with pytest.raises(StaleError, match="asked for weights 0"):
         two_engines.sample(asked, 0, 1.6, 24)
-    weight_sync.send(pool, state_items(model), 0)  # as the other tests expect it
+    sync.send(pool, state_items(model), 0)  # as the other tests expect it
 
 
 def pids(pool: Pool) -> list[int]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from cai_ray.engine import Engine, Sampling, Usage
+from cai_ray.cluster.usage import Usage
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.generate.rows import Rows, map_rows, map_sets
-from cai_ray.records import derive_id
-from cai_ray.storage import Run
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
 from cai_ray.town import BASE
 from tests.ray.engines import town_config
 

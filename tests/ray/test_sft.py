@@ -17,11 +17,13 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from cai_ray import storage
-from cai_ray.config import SftConfig
+from cai_ray.config.training import SftConfig
 from cai_ray.errors import InputError, Stopped
-from cai_ray.storage import Run
-from cai_ray.train import checkpoints, fit, sft
+from cai_ray.storage import files
+from cai_ray.storage.models import folder_sha
+from cai_ray.storage.run import Run
+from cai_ray.train import sft
+from cai_ray.train.runtime import checkpoints, fit
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
@@ -95,10 +97,10 @@ def test_sft_trains_and_leaves_out_what_does_not_fit(tmp_path: Path, ray_cluster
     assert result["errors"] == 1
     assert result["left_out_too_long"] == 1
     assert result["rows_out"] == len(written) == 15 * 2 + 8 - 1
-    metrics = [json.loads(line) for line in storage.read_bytes(run.path("sft", "metrics.jsonl")).splitlines()]
+    metrics = [json.loads(line) for line in files.read_bytes(run.path("sft", "metrics.jsonl")).splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, result["steps"] + 1))
     assert metrics[-1]["sft/loss"] < 0.7 * metrics[0]["sft/loss"]
-    assert storage.folder_sha(run.path("sft", "model")) == result["model_sha"]
+    assert folder_sha(run.path("sft", "model")) == result["model_sha"]
     assert _loss(run, run.path("sft", "model")) < 0.7 * _loss(run, run.config.model)
 
 
@@ -155,7 +157,7 @@ def test_item_36_a_dead_worker_leaves_the_same_weights(
         runs[name] = training.make_run(tmp_path / name, sft=sections)
         training.write(runs[name], "revise", training.revisions())
         sft.run(runs[name])
-    assert storage.exists(runs["dying"].path("died"))
+    assert files.exists(runs["dying"].path("died"))
     _same(runs["whole"], runs["dying"])
 
 
@@ -167,7 +169,7 @@ def _same(one: Run, other: Run) -> None:
     losses = [
         [
             (m["step"], m["sft/loss"])
-            for m in map(json.loads, storage.read_bytes(r.path("sft", "metrics.jsonl")).splitlines())
+            for m in map(json.loads, files.read_bytes(r.path("sft", "metrics.jsonl")).splitlines())
         ]
         for r in (one, other)
     ]
@@ -223,7 +225,7 @@ def test_item_36_another_number_of_workers_goes_on(
 def _alike(one: Run, other: Run) -> None:
     """Up to rounding, of which Adam makes more with every step; moments that are lost show in the loss."""
     rows = [
-        [json.loads(line) for line in storage.read_bytes(r.path("sft", "metrics.jsonl")).splitlines()]
+        [json.loads(line) for line in files.read_bytes(r.path("sft", "metrics.jsonl")).splitlines()]
         for r in (one, other)
     ]
     for name in ("step", "sft/loss", "sft/grad_norm", "sft/learning_rate"):
@@ -237,8 +239,8 @@ def _alike(one: Run, other: Run) -> None:
 ALONE = """
 import sys
 from cai_ray import cluster
-from cai_ray.config import RunConfig
-from cai_ray.storage import Run
+from cai_ray.config.run import RunConfig
+from cai_ray.storage.run import Run
 from cai_ray.train import sft
 run = Run(RunConfig.model_validate_json(sys.argv[1]))
 cluster.connect(run.config)
@@ -267,7 +269,7 @@ def test_item_36_a_killed_stage_goes_on_where_it_was(tmp_path: Path, ray_cluster
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    assert not storage.exists(killed.path("sft", "model")), "killed too late"
+    assert not files.exists(killed.path("sft", "model")), "killed too late"
     first = json.loads(next(checkpoints.glob("*/checkpoint_manager_snapshot.json")).read_text())
     assert first["checkpoint_results"], "killed too early"
     sft.run(killed)

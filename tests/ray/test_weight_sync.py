@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cai_ray.train import weight_sync
-from cai_ray.train.rollout import Pool, Request, StaleError
-from cai_ray.train.weight_sync import SyncError, digest, digests_of, pack, unpack
+from cai_ray.train.ppo.rollout import Pool, Request, StaleError
+from cai_ray.train.weights import sync
+from cai_ray.train.weights.sync import SyncError, digest, digests_of, pack, unpack
 from tests.ray.engines import Shared, logprobs, shared, weights
 
-TOLERANCE = weight_sync.TOLERANCE["float32"]
+TOLERANCE = sync.TOLERANCE["float32"]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -47,15 +47,13 @@ def versions(engine: Shared) -> tuple[list[list[int]], list[dict[str, Tensor]], 
 def pool(engine: Shared, versions: Any) -> Pool:
     """A pool whose engine was sent version 0."""
     made = engine.join()
-    weight_sync.send(made, versions[1][0].items(), 0)
+    sync.send(made, versions[1][0].items(), 0)
     return made
 
 
-def prove(pool: Pool, versions: Any, version: int = 1) -> weight_sync.Proof:
+def prove(pool: Pool, versions: Any, version: int = 1) -> sync.Proof:
     probes, states, values = versions
-    return weight_sync.prove(
-        pool, digests_of(states[1].items()), version, probes, values[1], values[0], TOLERANCE
-    )
+    return sync.prove(pool, digests_of(states[1].items()), version, probes, values[1], values[0], TOLERANCE)
 
 
 def forward_gap(pool: Pool, versions: Any, version: int = 1) -> float:
@@ -67,8 +65,8 @@ def forward_gap(pool: Pool, versions: Any, version: int = 1) -> float:
 
 def test_item_24_a_send_is_proved_on_tokens_that_moved(pool: Pool, versions: Any) -> None:
     probes, states, values = versions
-    weight_sync.prove(pool, digests_of(states[0].items()), 0, probes, values[0], None, TOLERANCE)
-    sent = [weight_sync.send(pool, states[1].items(), v) for v in (1, 2, 3)]
+    sync.prove(pool, digests_of(states[0].items()), 0, probes, values[0], None, TOLERANCE)
+    sent = [sync.send(pool, states[1].items(), v) for v in (1, 2, 3)]
     proof = prove(pool, versions, version=3)
     assert proof.gap <= TOLERANCE and proof.moved > 10 * TOLERANCE and proof.shown > 100
     print({"send_s": [round(s.seconds, 3) for s in sent], **proof._asdict()})
@@ -80,14 +78,14 @@ def test_item_24_a_skipped_send_fails_the_proof(pool: Pool, versions: Any) -> No
 
 
 def test_item_24_a_send_of_nothing_under_a_new_number_fails_the_proof(pool: Pool, versions: Any) -> None:
-    weight_sync.send(pool, (), 1)
+    sync.send(pool, (), 1)
     with pytest.raises(SyncError, match="did not receive"):
         prove(pool, versions)
     assert forward_gap(pool, versions) > 10 * TOLERANCE
 
 
 def test_item_24_the_weights_of_the_step_before_fail_the_proof(pool: Pool, versions: Any) -> None:
-    weight_sync.send(pool, versions[1][0].items(), 1)
+    sync.send(pool, versions[1][0].items(), 1)
     with pytest.raises(SyncError, match="holds other values"):
         prove(pool, versions)
     # Without digests the forward pass says so too.
@@ -95,7 +93,7 @@ def test_item_24_the_weights_of_the_step_before_fail_the_proof(pool: Pool, versi
     (_, got), *_ = pool.report(probes, 1)
     old, new = torch.cat(values[0]), torch.cat(values[1])
     with pytest.raises(SyncError, match="nearer to the weights before"):
-        weight_sync.check_probes(torch.tensor(got).flatten(), new, old, TOLERANCE, "engine")
+        sync.check_probes(torch.tensor(got).flatten(), new, old, TOLERANCE, "engine")
 
 
 def test_item_24_any_tensor_left_out_fails_the_proof(pool: Pool, versions: Any) -> None:
@@ -104,8 +102,8 @@ def test_item_24_any_tensor_left_out_fails_the_proof(pool: Pool, versions: Any) 
     unseen = []
     for name in states[1]:
         # The same number each time: only what was received differs.
-        weight_sync.send(pool, states[0].items(), 0)
-        weight_sync.send(pool, ((n, t) for n, t in states[1].items() if n != name), 1)
+        sync.send(pool, states[0].items(), 0)
+        sync.send(pool, ((n, t) for n, t in states[1].items() if n != name), 1)
         with pytest.raises(SyncError, match=f"did not receive {name}"):
             prove(pool, versions)
         if forward_gap(pool, versions) <= TOLERANCE:
@@ -124,7 +122,7 @@ def test_item_24_an_update_too_small_for_the_forward_pass_is_seen(pool: Pool, ve
     stale = dict(versions[1][1])
     stale[name] = stale[name].clone()
     stale[name][7] = torch.nextafter(stale[name][7], torch.tensor(9.0))
-    weight_sync.send(pool, stale.items(), 1)
+    sync.send(pool, stale.items(), 1)
     assert forward_gap(pool, versions) <= TOLERANCE
     with pytest.raises(SyncError, match=f"holds other values in {name}"):
         prove(pool, versions)
@@ -138,7 +136,7 @@ def test_item_23_the_prefix_cache_is_reset_at_every_update(pool: Pool, engine: S
     long = [Request(probes[0] + probes[1], seed) for seed in range(8)]
     model = AutoModelForCausalLM.from_pretrained(engine.folder)
     for version in (0, 1):
-        weight_sync.send(pool, states[version].items(), version)
+        sync.send(pool, states[version].items(), version)
         model.load_state_dict(states[version])
         rollouts = pool.sample(long, version, 1.0, 8)
         assert {r.version for r in rollouts} == {version}
@@ -155,13 +153,13 @@ def test_item_23_no_engine_answers_for_another_version(pool: Pool, versions: Any
 
 def test_no_engine_answers_an_epoch_that_is_over(engine: Shared, versions: Any) -> None:
     first = engine.join()
-    weight_sync.send(first, versions[1][0].items(), 0)
+    sync.send(first, versions[1][0].items(), 0)
     second = engine.join()
     assert second.epoch == first.epoch + 1
     with pytest.raises(StaleError, match="asked for epoch"):
         first.sample([Request([5, 6], 0)], 0, 1.0, 4)
     with pytest.raises(StaleError, match="asked for epoch"):
-        weight_sync.send(first, versions[1][0].items(), 1)
+        sync.send(first, versions[1][0].items(), 1)
     # Joined, and sent nothing yet: it has no weights, though it has the same ones in memory.
     with pytest.raises(StaleError, match="the engine has None"):
         second.sample([Request([5, 6], 0)], 0, 1.0, 4)

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from cai_ray import storage
-from cai_ray.config import RunConfig
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.config.run import RunConfig
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 from cai_ray.train.dialogues import Dialogues, pack, render
 from tests import tiny
 
@@ -76,12 +76,13 @@ def labels(count: int = 24) -> list[dict[str, Any]]:
 
 def write(run: Run, stage: Literal["revise", "label"], rows: list[dict[str, Any]]) -> None:
     run.write_rows(stage, to_table(rows, {"revise": "revisions", "label": "labels"}[stage]))
-    storage.write_json(run.path(stage, "manifest.json"), {"id": f"made-by-the-test-{len(rows)}"})
+    files.write_json(run.path(stage, "manifest.json"), {"id": f"made-by-the-test-{len(rows)}"})
 
 
 def dialogues(run: Run, rows: list[dict[str, Any]], *keys: str) -> Dialogues:
     """The rows' answers as training reads them."""
-    from cai_ray.prompts import Renderer, load_templates
+    from cai_ray.prompts.load import load_templates
+    from cai_ray.prompts.renderer import Renderer
 
     renderer, templates = Renderer(run.config.model), load_templates(run.config.templates)
     examples = [render(renderer, templates, r["messages"], r[k], 4096) for r in rows for k in keys]

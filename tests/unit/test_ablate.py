@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from cai_ray import ablate, storage
-from cai_ray import config as configs
+from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
-from cai_ray.prompts import load_templates
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import has_rows
+from cai_ray.studies import ablate
 
 FAMILIES = ("privacy", "safety")
 
@@ -30,10 +32,10 @@ def judged(base: dict[str, list[int]], final: dict[str, list[int]]) -> list[dict
 
 
 def made(out: Path, rows: list[dict[str, Any]], calls: int = 10) -> Run:
-    run = Run(configs.load("errand-town", out=str(out)))
+    run = Run(load_config("errand-town", out=str(out)))
     run.write_rows("evaluate", to_table(rows, "judgements"))
     for stage in ("revise", "label"):
-        storage.write_json(run.path(stage, "manifest.json"), {"calls": calls})
+        files.write_json(run.path(stage, "manifest.json"), {"calls": calls})
     return run
 
 
@@ -73,13 +75,13 @@ def test_a_run_without_a_principle_lies_in_the_run_and_borrows_its_rows(
     def run(config: Any, overwrite: bool, say: Any) -> Run:
         ran.append(config)
         if config.without:
-            assert storage.has_rows(storage.join(config.out, "label", "before"))
+            assert has_rows(files.join(config.out, "label", "before"))
         done = made(Path(config.out), judged({"privacy": [1]}, {"privacy": [0]}))
         done.write_rows("label", to_table([], "labels"))
         return done
 
     monkeypatch.setattr(ablate, "_run", run)
-    config = configs.load("errand-town", out=str(tmp_path / "run"))
+    config = load_config("errand-town", out=str(tmp_path / "run"))
     found = ablate.ablate(config, ["privacy"], 2, say=lambda _: None)
     assert [(c.seed, c.without) for c in ran] == [(0, ()), (0, ("privacy",)), (1, ()), (1, ("privacy",))]
     assert found["runs"][1]["without"] == f"{tmp_path}/run/seed-1/without/privacy"
@@ -100,7 +102,7 @@ def test_where_nobody_judges_harm_declining_is_the_behaviour(
     assert found["did"]["privacy"]["value"] == 0.75 and found["turned"]["n"] == 0
     bare = load_templates("general").model_copy(update={"refusals": ()})
     monkeypatch.setattr(ablate, "load_templates", lambda _: bare)
-    config = configs.load("errand-town", out=str(tmp_path / "run"))
+    config = load_config("errand-town", out=str(tmp_path / "run"))
     judge = config.evaluate.model_copy(update={"judge": "model"})
     with pytest.raises(InputError, match="no `refusals` say what declines"):
         ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cai_ray.config import WatchConfig
-from cai_ray.prompts import load_templates
-from cai_ray.train.alarms import Snapshot, alarms, best_of, measure, phrases
+from cai_ray.config.ppo import WatchConfig
+from cai_ray.prompts.load import load_templates
+from cai_ray.train.ppo.alarms import Snapshot, alarms, best_of, measure, phrases
 
 CFG = WatchConfig()
 SOUND = Snapshot(0, 0.0, 0.5, 20.0, 0.0, 0.0, {})

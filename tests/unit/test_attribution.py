@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cai_ray import config as configs
-from cai_ray import storage
-from cai_ray.config import Comparisons
+from cai_ray.config.load import load_config
+from cai_ray.config.sources import Comparisons
+from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
-from cai_ray.evaluate import contested
 from cai_ray.evaluate.attribution import Votes, attribution, reconstruct
-from cai_ray.generate.sources import read_comparisons
-from cai_ray.generate.votes import combine
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.judging.votes import combine
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import write_table
+from cai_ray.studies import contested
 
 MESSAGES = [{"role": "user", "content": "how ?"}]
 
@@ -125,7 +126,7 @@ def test_reconstruction_tells_who_made_the_labels() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = Run(configs.load("errand-town", out=str(tmp_path / "run")))
+    run = Run(load_config("errand-town", out=str(tmp_path / "run")))
 
     def revised(number: int, *steps: tuple[str, str], **fields: Any) -> dict[str, Any]:
         made = [{"round": i, "principle_id": p, "revision": r} for i, (p, r) in enumerate(steps, 1)]
@@ -155,7 +156,7 @@ def run(tmp_path: Path) -> Run:
     ]
     run.write_rows("evaluate", to_table(judged, "judgements"))
     margins = [{"id": "c0001", "reward_a": 1.5, "reward_b": 0.5}]
-    storage.write_table(run.path("evaluate", "margins-00000.parquet"), to_table(margins, "margins"))
+    write_table(run.path("evaluate", "margins-00000.parquet"), to_table(margins, "margins"))
     return run
 
 
@@ -198,7 +199,7 @@ def test_why_a_label_is_contested(votes: list[dict[str, Any]], p: float, why: li
 
 
 def test_contested_rows_go_out_and_come_back_as_human_comparisons(tmp_path: Path) -> None:
-    run = Run(configs.load("errand-town", out=str(tmp_path / "run")))
+    run = Run(load_config("errand-town", out=str(tmp_path / "run")))
     rows = [
         label(
             i,
@@ -212,7 +213,7 @@ def test_contested_rows_go_out_and_come_back_as_human_comparisons(tmp_path: Path
     run.write_rows("label", table([*rows, label(9, [vote("privacy", 0.9)], 0.9)]))
     with pytest.raises(InputError, match="label is not complete"):
         contested.export(run, run.config.document, str(tmp_path / "x.jsonl"), 3)
-    storage.write_json(run.path("label", "manifest.json"), {"seconds": 1})
+    files.write_json(run.path("label", "manifest.json"), {"seconds": 1})
     path = tmp_path / "queue.jsonl"
     found = contested.export(run, run.config.document, str(path), 3)
     assert found == {"principles": 6, "orders": 0, "unsure": 8, "written": 3}

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
-from cai_ray import cli, pipeline, storage
-from cai_ray import config as configs
-from cai_ray.config import LabelGates
+from cai_ray import cli, pipeline
+from cai_ray.config.generation import LabelGates
+from cai_ray.config.load import load_config
 from cai_ray.errors import EXIT_STOPPED, InputError, Stopped
-from cai_ray.evaluate.stats import reliability
-from cai_ray.generate import certificate, label
-from cai_ray.generate.certificate import Labelled, Vote
+from cai_ray.generate import label
+from cai_ray.judging import certificate
+from cai_ray.judging.certificate import Labelled, Vote
+from cai_ray.judging.statistics import reliability
 from cai_ray.pipeline import Stage
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 
 PRINCIPLES = ("honesty", "privacy", "safety")
 
@@ -214,7 +216,7 @@ def test_gates_say_which_and_by_how_much() -> None:
 )
 def test_item_38_a_gate_on_what_is_not_measured_is_said_at_once(overrides: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        configs.load("errand-town", overrides)
+        load_config("errand-town", overrides)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_item_38_faults_of_gold_comparisons(tmp_path: Path, change: dict[str, An
     good = {"messages": "how ?", "response_a": "so", "response_b": "not", "gold": 1}
     path = tmp_path / "gold.jsonl"
     path.write_text(json.dumps({**good, **change}))
-    run = Run(configs.load("errand-town", [f"label.gold={path}"]))
+    run = Run(load_config("errand-town", [f"label.gold={path}"]))
     with pytest.raises(InputError, match=says):
         label.gold_rows(run)
     path.write_text(json.dumps({**good, "gold_by_principle": {"privacy": None, "safety": 0}, "source": "me"}))
@@ -253,7 +255,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             made.append(name)
             if name == "label":
                 proof = certificate.certificate({"c": Labelled(0.9, 1, (Vote("x", 0.9, True),))})
-                storage.write_json(run.path("label", "certificate.json"), proof)
+                files.write_json(run.path("label", "certificate.json"), proof)
             return {"rows_out": 1}
 
         module.run = run  # type: ignore[attr-defined]
@@ -265,7 +267,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def go(out: Path, names: list[str], *overrides: str) -> Run:
     return pipeline.run_stages(
-        configs.load("errand-town", list(overrides), out=str(out)), names, say=lambda _: None
+        load_config("errand-town", list(overrides), out=str(out)), names, say=lambda _: None
     )
 
 

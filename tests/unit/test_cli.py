@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_line_wherever_it_was_met(
         def fails(*_: object, met: Exception = met) -> None:
             raise met
 
-        monkeypatch.setattr("cai_ray.storage.open_run", fails)
+        monkeypatch.setattr("cai_ray.storage.run.open_run", fails)
         assert main(["status", "anywhere"]) == 2
         said = capsys.readouterr().err
         assert "No space left on device" in said

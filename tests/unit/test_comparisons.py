@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_ray.config import TrainConfig
-from cai_ray.train import fit
+from cai_ray.config.training import TrainConfig
 from cai_ray.train.batches import Example
 from cai_ray.train.comparisons import MicroBatch, Pairs
 from cai_ray.train.dialogues import pack
+from cai_ray.train.runtime import fit
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30)
 

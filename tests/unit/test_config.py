@@ -4,31 +4,32 @@ from pathlib import Path
 
 import pytest
 
-from cai_ray import config, constitution
+from cai_ray import constitution
+from cai_ray.config.load import load_config, validate
 from cai_ray.errors import InputError
 
 
 def test_overrides_reach_nested_values_and_read_numbers_as_people_write_them() -> None:
-    loaded = config.load("errand-town", ["ppo.kl_coef=1e-3", "label.clamp=null", "sft.lora.rank=4"], seed=5)
+    loaded = load_config("errand-town", ["ppo.kl_coef=1e-3", "label.clamp=null", "sft.lora.rank=4"], seed=5)
     assert loaded.ppo.kl_coef == 1e-3 and loaded.label.clamp is None and loaded.seed == 5
     assert loaded.sft.lora and loaded.sft.lora.rank == 4
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"unknown key 'sft.lora.rnak'; did you mean 'rank'"):
-        config.load("errand-town", ["sft.lora.rnak=4"])
+        load_config("errand-town", ["sft.lora.rnak=4"])
     with pytest.raises(InputError, match="unknown key 'pompts'; did you mean 'prompts'"):
-        config.load("errand-town", ["pompts=1"])
+        load_config("errand-town", ["pompts=1"])
 
 
 def test_what_does_not_divide_is_said_with_what_would() -> None:
     with pytest.raises(InputError, match=r"multiple of ppo.minibatch"):
-        config.load("errand-town", ["ppo.minibatch=100"])
+        load_config("errand-town", ["ppo.minibatch=100"])
 
 
 def test_a_resolved_configuration_reads_back_as_itself() -> None:
-    loaded = config.load("errand-town")
-    assert config.validate(loaded.model_dump(mode="json"), "x") == loaded
+    loaded = load_config("errand-town")
+    assert validate(loaded.model_dump(mode="json"), "x") == loaded
 
 
 @pytest.mark.parametrize("name", ["errand-town", "harmless"])
@@ -98,7 +99,7 @@ def test_a_bad_constitution_is_one_clear_error(tmp_path: Path, text: str, says: 
 )
 def test_values_that_no_stage_could_use(override: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        config.load("errand-town", [override])
+        load_config("errand-town", [override])
 
 
 def test_two_principles_with_one_id(tmp_path: Path) -> None:

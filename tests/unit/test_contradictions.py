@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
 from cai_ray import constitution
+from cai_ray.config.load import load_config
 from cai_ray.engine.scripted import ScriptedEngine
-from cai_ray.evaluate import contradictions
 from cai_ray.generate.journal import Journal
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
+from cai_ray.studies import contradictions
 
 HARMLESS = constitution.load("harmless")
 
@@ -43,7 +43,7 @@ def test_pairs_that_share_a_family_come_first_and_none_twice(monkeypatch: pytest
 
 
 def test_what_the_feedback_model_sees_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(configs.load("errand-town", ["templates=general", "label.combine=mean"], out=str(tmp_path)))
+    run = Run(load_config("errand-town", ["templates=general", "label.combine=mean"], out=str(tmp_path)))
 
     def mapped(run: Run, stage: str, rows: Any, chain: Any, **_: Any) -> None:
         assert Journal(run, stage, "labels", "part").plan(rows)  # as it would be handed to the actors

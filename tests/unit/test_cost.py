@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
-from cai_ray import cost, meter, pipeline, storage
-from cai_ray.config import PricesConfig, RunConfig
-from cai_ray.cost import Attempt, Spent
-from cai_ray.engine import Usage
+from cai_ray import pipeline
+from cai_ray.cluster import cost, meter
+from cai_ray.cluster.cost import Attempt, Spent
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.cost import PricesConfig
+from cai_ray.config.load import load_config
+from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError, OverBudget
 from cai_ray.estimate import lines, sample, scale
 from cai_ray.report import costs
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
 
 ENDPOINT = {
     "input_per_million_tokens": 2.0,
@@ -29,7 +32,7 @@ PRICES = PricesConfig.model_validate(
 
 
 def load(out: Path, *overrides: str) -> RunConfig:
-    return configs.load("errand-town", list(overrides), out=str(out))
+    return load_config("errand-town", list(overrides), out=str(out))
 
 
 def attempt(name: str, stage: str, made: str | None = None, **spent: Any) -> Attempt:
@@ -132,7 +135,7 @@ def test_over_its_budget_a_run_starts_no_stage(tmp_path: Path, monkeypatch: pyte
     def connect(config: RunConfig) -> None:
         raise AssertionError("nothing may be started")
 
-    monkeypatch.setattr("cai_ray.cluster.connect", connect)
+    monkeypatch.setattr("cai_ray.cluster.connect.connect", connect)
     config = load(tmp_path, "budget.cpu_hours=1")
     attempt("revise-1", "revise", made="gone", cpu_seconds=3600).write(Run(config))
     with pytest.raises(OverBudget, match="before revise: the budget is spent: 1 of 1 CPU hours"):
@@ -152,7 +155,7 @@ def test_what_was_thrown_away_is_in_the_sum(tmp_path: Path) -> None:
     run = Run(load(tmp_path, "prices={cpu_hour: 3.6}"))
     spent = Spent(wall_seconds=10, cpu_seconds=20)
     manifest = {"id": "now", "seconds": 9.0, "tokens": {"trained": 5}, "resources": spent.as_dict()}
-    storage.write_json(run.path("sft", "manifest.json"), manifest)
+    files.write_json(run.path("sft", "manifest.json"), manifest)
     attempt("sft-1", "sft", made="now", wall_seconds=10, cpu_seconds=20).write(run)
     attempt("sft-0", "sft", made="before", wall_seconds=4, cpu_seconds=5).write(run)
     attempt("rm-0", "rm", wall_seconds=1, cpu_seconds=1).write(run)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cai_ray.config import load
+from cai_ray.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ("cluster.yaml", "cluster-gcp.yaml")
@@ -121,9 +121,9 @@ def test_objects_spill_to_a_folder_of_the_machine(name: str) -> None:
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_an_8b_run_has_room_when_all_pools_are_full(name: str) -> None:
     """The configuration and the clusters are made for each other: by each stage's own need."""
-    from cai_ray.placement import Cluster, Need, Nodes, bundle, kinds_of, room
+    from cai_ray.cluster.placement import Cluster, Need, Nodes, bundle, kinds_of, room
 
-    config = load("jobs/configs/llama-8b-8gpu.yaml", [])
+    config = load_config("jobs/configs/llama-8b-8gpu.yaml", [])
     full = Cluster([Nodes({}, 1)], list(kinds_of(cluster(name)).values()))
     engine = config.engine
     stages = {
@@ -191,7 +191,7 @@ def test_the_operators_schema_holds_for_the_manifest(name: str) -> None:
 def test_the_autoscaler_reads_groups_from_zero_and_a_head_without_work(name: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    from cai_ray.placement import Nodes, kinds_of
+    from cai_ray.cluster.placement import Nodes, kinds_of
 
     spec = spec_of(manifest(name))
     assert spec["enableInTreeAutoscaling"] and spec["rayVersion"] == version("ray")
@@ -228,7 +228,7 @@ def test_the_rayjob_runs_a_job_that_there_is_with_settings_that_there_are() -> N
     python, script, _, *rest = shlex.split(spec["entrypoint"])
     assert python == "python" and (ROOT / script.removeprefix("/home/ray/cai_ray/")).exists()
     settings = [rest[i + 1] for i, word in enumerate(rest) if word == "--set"]
-    config = load("errand-town", settings)
+    config = load_config("errand-town", settings)
     assert (config.ray.training_nodes, config.ray.generation_nodes) == ("training", "generation")
     assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == runtime_env()["env_vars"]
 

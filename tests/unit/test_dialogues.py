@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cai_ray.errors import InputError
-from cai_ray.prompts import Renderer, TemplateSet
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
 from cai_ray.train.batches import Example
 from cai_ray.train.dialogues import check_fits, context_length, pack, render, shuffled
 from tests import tiny

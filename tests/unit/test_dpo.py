@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cai_ray.config import DpoConfig
+from cai_ray.config.training import DpoConfig
 from cai_ray.train import comparisons, dpo
 from cai_ray.train.batches import Example, pad
 from cai_ray.train.dialogues import pack

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cai_ray import constitution
-from cai_ray.evaluate import examples
+from cai_ray.studies import examples
 
 
 def document(**changes: Any) -> constitution.Constitution:

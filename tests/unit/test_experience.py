@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cai_ray.config import PpoConfig
-from cai_ray.train.diagnostics import explained_variance
-from cai_ray.train.experience import (
+from cai_ray.config.ppo import PpoConfig
+from cai_ray.train.ppo.diagnostics import explained_variance
+from cai_ray.train.ppo.experience import (
     Batch,
     Minibatch,
     Scores,
@@ -21,8 +21,8 @@ from cai_ray.train.experience import (
     make_targets,
     minibatches,
 )
-from cai_ray.train.rollout import Rollout
-from cai_ray.train.scoring import keeps_graphs
+from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.scoring import keeps_graphs
 
 PROMPTS = [[5, 6], [7], [8, 9, 10]]
 ROLLOUTS = [

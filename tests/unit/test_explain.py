@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config, storage
 from cai_ray.cli import main
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.config.load import load_config
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 
 ASKED = [{"role": "user", "content": "how do i read the baker's diary ?"}]
 OTHER = [{"role": "user", "content": "how do i describe the baker's diary ?"}]
@@ -29,8 +30,8 @@ VOTES = [
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = Run(config.load("errand-town", out=str(tmp_path / "run")))
-    storage.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
+    run = Run(load_config("errand-town", out=str(tmp_path / "run")))
+    files.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
     about = {"kind": "red_team", "family": "privacy", "error": None}
     for name, messages in (("ab", ASKED), ("ac", OTHER)):
         first = {**about, "id": f"r-{name}", "prompt_id": name, "messages": messages, "response": "sure ."}

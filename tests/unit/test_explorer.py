@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
-from cai_ray import storage
+from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.evaluate.transcripts import choose
-from cai_ray.records import to_table
 from cai_ray.report import browser, compare, explorer, html, principles, stage
 from cai_ray.report.words import diff
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 from tests.unit.test_report import EVIL, make_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return make_run(configs.load("errand-town", out=str(tmp_path_factory.mktemp("explorer") / "run")))
+    return make_run(load_config("errand-town", out=str(tmp_path_factory.mktemp("explorer") / "run")))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_sample_is_even_over_families_and_the_same_in_any_order(
 
     found = []
     for order in (1, -1):
-        run = Run(configs.load("errand-town", out=str(tmp_path / f"{order}")))
+        run = Run(load_config("errand-town", out=str(tmp_path / f"{order}")))
         run.write_rows("revise", to_table(rows(order), "revisions"))
         found.append(explorer.read(run, run.config.document))
     assert found[0] == found[1]
@@ -99,10 +99,10 @@ def test_the_page_holds_every_filter_and_nothing_runs_that_a_model_wrote(run: Ru
 
 
 def test_what_was_kept_and_what_failed_is_among_the_alarms(tmp_path: Path) -> None:
-    run = make_run(configs.load("errand-town", out=str(tmp_path / "run")))
+    run = make_run(load_config("errand-town", out=str(tmp_path / "run")))
     for name in ("label", "rm"):
         manifest = {**(run.manifest(name) or {}), "seconds": 1.0, "kept": {"revise": ["constitution"]}}
-        storage.write_json(run.path(name, "manifest.json"), {**manifest, "errors": 2, "rows_in": 9})
+        files.write_json(run.path(name, "manifest.json"), {**manifest, "errors": 2, "rows_in": 9})
     report = stage.build(run)
     assert "revise was kept though constitution had changed; made after it: label, rm" in report["alarms"]
     assert "label: 2 of 9 rows failed" in report["alarms"]
@@ -127,8 +127,8 @@ def test_the_examples_of_choose_do_not_depend_on_order(run: Run) -> None:
 
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
-    a = make_run(configs.load("errand-town", out=str(tmp_path / "a")))
-    b = make_run(configs.load("errand-town", out=str(tmp_path / "b")))
+    a = make_run(load_config("errand-town", out=str(tmp_path / "a")))
+    b = make_run(load_config("errand-town", out=str(tmp_path / "b")))
     with pytest.raises(InputError, match="evaluate is not complete"):
         compare.compare(Run(a.config.model_copy(update={"out": str(tmp_path / "none")})), b)
     voted = [
@@ -153,7 +153,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
             )
         }
     )
-    storage.write_bytes(b.path("constitution.yaml"), edited.to_yaml().encode())
+    files.write_bytes(b.path("constitution.yaml"), edited.to_yaml().encode())
     found = compare.compare(a, b)
     harm = found["behaviour"]["rl"]["harm_by_family.privacy"]
     assert (

@@ -12,16 +12,17 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from cai_ray import pipeline, storage
+from cai_ray import pipeline
 from cai_ray.cli import main
-from cai_ray.config import RunConfig
+from cai_ray.config.run import RunConfig
 from cai_ray.constitution import load
 from cai_ray.errors import InputError
-from cai_ray.export import MODELS, SCHEMAS, export
-from cai_ray.generate import certificate
-from cai_ray.records import to_table
+from cai_ray.export.folders import MODELS, SCHEMAS, export
+from cai_ray.judging import certificate
 from cai_ray.report import markdown
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 from tests import tiny
 
 EVIL = '---\nlicense: mit\n---\n# x | `y` ``` </table> <script>alert(1)</script> [z](https://evil) "q" \x1b[31m: {b}'
@@ -93,9 +94,9 @@ def run(tmp_path: Path) -> Run:
     }
     run = Run(RunConfig.model_validate(config))
     document = load(constitution)
-    storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
+    files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     opened = {"config": run.config.model_dump(mode="json"), "versions": {}, "constitution_sha": document.sha}
-    storage.write_json(run.path("run.json"), opened)
+    files.write_json(run.path("run.json"), opened)
     run.write_rows("revise", to_table([revised(0), revised(1, error="failed"), helpful(2)], "revisions"))
     sft = {"id": "s", "messages": [*PROMPT, {"role": "assistant", "content": EVIL}], "kind": "revision"}
     run.write_rows("sft", to_table([sft], "sft"))
@@ -107,22 +108,22 @@ def run(tmp_path: Path) -> Run:
     ]
     run.write_rows("label", to_table(labels, "labels"))
     proof = certificate.certificate(certificate.read(to_table(labels, "labels")))
-    storage.write_json(run.path("label", "certificate.json"), proof)
+    files.write_json(run.path("label", "certificate.json"), proof)
     for stage in MODELS["ppo"].values():
         tiny.save_model(Path(run.path(stage, "model")), "qwen2")
-    storage.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0, "n": 4})
+    files.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0, "n": 4})
     rate = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
     nothing = {"value": None, "low": None, "high": None, "n": 0}
     policy = {"harm": rate, "harm_by_family": {}, "preferred_to_base": nothing}
     report = {"models": ["base", EVIL], "base": policy, EVIL: policy, "constitution": {"principles": []}}
-    storage.write_json(run.path("report", "report.json"), report)
+    files.write_json(run.path("report", "report.json"), report)
     for name, stage in pipeline.STAGES.items():
         inputs = {upstream: f"id of {upstream}" for upstream in stage.needs}
         manifest: dict[str, Any] = {"id": f"id of {name}", "inputs": inputs, "rows_out": 1234, "errors": 0}
         if name == "rm":
             manifest["metrics"] = {"accuracy_ai": 0.75, "loss_ai": 0.5, "n_ai": 40.0}
             manifest["human_labels"] = {"helpful": 77}
-        storage.write_json(run.path(name, "manifest.json"), manifest)
+        files.write_json(run.path(name, "manifest.json"), manifest)
     return run
 
 
@@ -254,7 +255,7 @@ def test_what_is_not_done_is_left_out_and_named(run: Run, tmp_path: Path) -> Non
 def test_what_rests_on_an_older_stage_is_left_out(run: Run, tmp_path: Path) -> None:
     manifest = run.manifest("label")
     assert manifest
-    storage.write_json(run.path("label", "manifest.json"), manifest | {"id": "made again"})
+    files.write_json(run.path("label", "manifest.json"), manifest | {"id": "made again"})
     out = tmp_path / "out"
     done = export(run, str(out))
     assert [m.partition(":")[0] for m in done.missing] == ["models/rm", "models/rl", "results"]
@@ -304,9 +305,9 @@ def test_runs_and_exports_may_lie_on_other_file_systems(run: Run, tmp_path: Path
     export(remote, f"{far}-export")
     export(run, str(tmp_path / "near"))
     near, away = tmp_path / "near", tmp_path / "bucket" / "run-export"
-    files = sorted(p.relative_to(near) for p in near.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(away) for p in away.rglob("*") if p.is_file())
-    assert all((near / f).read_bytes() == (away / f).read_bytes() for f in files)
+    paths = sorted(p.relative_to(near) for p in near.rglob("*") if p.is_file())
+    assert paths == sorted(p.relative_to(away) for p in away.rglob("*") if p.is_file())
+    assert all((near / f).read_bytes() == (away / f).read_bytes() for f in paths)
 
 
 @pytest.mark.parametrize("text", [EVIL, "`", "``` ```", "a|b", "", "* x", "1. x", "&lt;", "\\"])

@@ -16,13 +16,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray import filesystems, pipeline, storage
+from cai_ray import pipeline
 from cai_ray.cli import main
+from cai_ray.data import formats
 from cai_ray.errors import InputError
-from cai_ray.generate import files, journal
+from cai_ray.generate import journal
 from cai_ray.generate.journal import Journal
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.storage import files, filesystems
+from cai_ray.storage.filesystems import resolve
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import iter_tables, read_tables, write_table
 from tests.ray.engines import town_config
 from tests.s3 import KEYS, S3, Fault
 
@@ -46,12 +50,12 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 def place(request: pytest.FixtureRequest, s3: S3) -> str:
     """A folder of the bucket for this test, which has been looked at."""
     uri = f"s3://bucket/{request.node.name}"
-    storage.exists(uri)
+    files.exists(uri)
     return uri
 
 
 def keys(place: str) -> list[str]:
-    fs, path = storage.resolve(place)
+    fs, path = resolve(place)
     found = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     return sorted(i.path[len(path) + 1 :] for i in found)
 
@@ -62,12 +66,12 @@ KINDS = ["500", "503", "slow", "cut the request", "cut the answer", "lose the an
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "POST"])
 def test_what_fails_three_times_comes_through(place: str, s3: S3, kind: str, method: str) -> None:
-    uri = storage.join(place, "file")
+    uri = files.join(place, "file")
     with s3.proxy.failing(Fault(kind, match=f"^{method} ", times=3, seconds=0.1)) as (fault,):  # type: ignore[arg-type]
         for _ in range(3):  # what is only slow, or lost when it does not matter, is not asked again
-            storage.write_bytes(uri, BIG)
-            assert storage.read_bytes(uri) == BIG
-            assert storage.exists(uri)
+            files.write_bytes(uri, BIG)
+            assert files.read_bytes(uri) == BIG
+            assert files.exists(uri)
     assert fault.done == 3
 
 
@@ -77,17 +81,17 @@ def test_an_error_that_is_longer_than_what_was_asked_for(
 ) -> None:
     """S3's client cannot hold it, and does not try again by itself."""
     for size in (1, 10, 60, 200):
-        storage.write_bytes(storage.join(place, f"small-{size}"), b"x" * size)
+        files.write_bytes(files.join(place, f"small-{size}"), b"x" * size)
         with s3.proxy.failing(Fault(kind, match="GET .*small", times=3)) as (fault,):  # type: ignore[arg-type]
-            assert storage.read_bytes(storage.join(place, f"small-{size}")) == b"x" * size
+            assert files.read_bytes(files.join(place, f"small-{size}")) == b"x" * size
         assert fault.done == 3
     rows = [{"id": "0"}, {"id": "1"}]
-    storage.write_table(storage.join(place, "part-0.parquet"), pa.Table.from_pylist(rows))
+    write_table(files.join(place, "part-0.parquet"), pa.Table.from_pylist(rows))
     monkeypatch.setattr(filesystems, "_WHOLE_BYTES", 0)
-    slice = journal.Slice("part", storage.join(place, "part-0.parquet"), 0, 2)
+    slice = journal.Slice("part", files.join(place, "part-0.parquet"), 0, 2)
     for read, wanted in (
-        (lambda: storage.read_tables(place).to_pylist(), rows),
-        (lambda: [row for table in storage.iter_tables(place, rows=1) for row in table.to_pylist()], rows),
+        (lambda: read_tables(place).to_pylist(), rows),
+        (lambda: [row for table in iter_tables(place, rows=1) for row in table.to_pylist()], rows),
         (slice.read, rows),
     ):
         # The footer is longer than an error; what is asked for after it is not.
@@ -107,21 +111,21 @@ def test_no_thread_of_arrow_reads_by_python(place: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(filesystems._Patient, "read", noted)
     rows = [{"id": f"{i}", "prompt": f"how do i read diary {i} ?"} for i in range(9)]
-    folder = storage.join(place, "rows")
-    storage.write_table(storage.join(folder, "part-0.parquet"), pa.Table.from_pylist(rows), row_group_rows=3)
+    folder = files.join(place, "rows")
+    write_table(files.join(folder, "part-0.parquet"), pa.Table.from_pylist(rows), row_group_rows=3)
     for whole in (filesystems._WHOLE_BYTES, 0):
         monkeypatch.setattr(filesystems, "_WHOLE_BYTES", whole)
-        assert storage.read_tables(folder).num_rows == 9
-        assert sum(table.num_rows for table in storage.iter_tables(folder)) == 9
-        assert len(list(files.iter_rows(folder))) == 9
-        assert len(journal.Slice("part", storage.join(folder, "part-0.parquet"), 0, 3).read()) == 3
+        assert read_tables(folder).num_rows == 9
+        assert sum(table.num_rows for table in iter_tables(folder)) == 9
+        assert len(list(formats.iter_rows(folder))) == 9
+        assert len(journal.Slice("part", files.join(folder, "part-0.parquet"), 0, 3).read()) == 3
     assert threads <= {threading.get_ident()}
 
 
 def test_how_it_is_tried_again_travels(s3: S3, place: str) -> None:
     """Ray Train's workers get the file system pickled; pyarrow's own would forget it, and give up after three."""
-    storage.write_bytes(storage.join(place, "file"), b"here")
-    fs, path = storage.resolve(storage.join(place, "file"))
+    files.write_bytes(files.join(place, "file"), b"here")
+    fs, path = resolve(files.join(place, "file"))
     fs = pickle.loads(pickle.dumps(fs))
     with s3.proxy.failing(Fault("503", times=5)), fs.open_input_file(path) as f:
         assert f.read() == b"here"
@@ -149,30 +153,30 @@ def test_a_server_that_stays_away_is_one_line(s3: S3, place: str) -> None:
 )
 def test_a_place_that_is_at_fault(s3: S3, uri: str, line: str) -> None:
     with pytest.raises(InputError, match=line):
-        storage.exists(storage.join(uri, "run.json") if uri.endswith("/") else uri)
+        files.exists(files.join(uri, "run.json") if uri.endswith("/") else uri)
 
 
 def test_a_server_that_is_not_there(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")  # counts before AWS_ENDPOINT_URL
     with pytest.raises(InputError, match=r"s3://bucket: http://127\.0\.0\.1:9 does not answer \(.*connect"):
-        storage.exists("s3://bucket/run")
+        files.exists("s3://bucket/run")
 
 
 def test_a_server_that_does_not_answer(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystems, "_FIRST_ANSWER_S", 1.0)
     with s3.proxy.failing(Fault("slow", seconds=3)), pytest.raises(InputError, match="does not answer"):
-        storage.exists("s3://bucket/run")
+        files.exists("s3://bucket/run")
 
 
 def test_credentials_that_are_refused(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with s3.guarded():
         with pytest.raises(InputError, match="access is denied to these credentials"):
-            storage.exists("s3://bucket/run")
+            files.exists("s3://bucket/run")
         for name in KEYS:
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
         with pytest.raises(InputError, match="no credentials are found; set AWS_ACCESS_KEY_ID"):
-            storage.exists("s3://bucket/run")
+            files.exists("s3://bucket/run")
 
 
 def make_user(s3: S3, name: str, *actions: str) -> dict[str, str]:
@@ -216,18 +220,18 @@ def test_credentials_of_the_usual_chain(s3: S3, monkeypatch: pytest.MonkeyPatch,
             patch.setenv("AWS_PROFILE", "cai")
             filesystems._stores.clear()
             pipeline._check_writable(run)
-            storage.write_bytes(run.path("here"), b"1")
+            files.write_bytes(run.path("here"), b"1")
         with monkeypatch.context() as patch:
             for name, value in owner.items():
                 patch.setenv(name, value)
             filesystems._stores.clear()
-            assert storage.read_bytes(run.path("here")) == b"1"
+            assert files.read_bytes(run.path("here")) == b"1"
         with monkeypatch.context() as patch:
             patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
             filesystems._stores.clear()
             with pytest.raises(InputError, match="access is denied to these credentials"):
-                storage.read_bytes(run.path("here"))
+                files.read_bytes(run.path("here"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +262,7 @@ def test_a_server_that_fails_on_the_way_is_one_line(
     s3: S3, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(town_config(out=place))
-    storage.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
+    files.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
     filesystems._stores.clear()
     monkeypatch.setattr(filesystems, "_ATTEMPTS", 1)
     with s3.proxy.failing(Fault("500", match="HEAD .*manifest")):
@@ -270,36 +274,36 @@ def test_a_server_that_fails_on_the_way_is_one_line(
 
 
 def test_an_object_may_be_read_where_the_bucket_may_not_be_listed(s3: S3, place: str) -> None:
-    storage.write_bytes(storage.join(place, "open"), b"to all")
+    files.write_bytes(files.join(place, "open"), b"to all")
     filesystems._stores.clear()
     with s3.proxy.failing(Fault("403", match="GET .*list-type")):
-        assert storage.read_bytes(storage.join(place, "open")) == b"to all"
+        assert files.read_bytes(files.join(place, "open")) == b"to all"
         filesystems._stores.clear()
         with pytest.raises(InputError, match="access is denied"):
-            storage.read_bytes(storage.join(place, "closed"))
+            files.read_bytes(files.join(place, "closed"))
 
 
 def test_what_files_cost(s3: S3, place: str) -> None:
     """No folders are made, a small file is one request, and a large one is not read bit by bit."""
     with s3.proxy.counting() as written:
-        storage.write_bytes(storage.join(place, "a", "b", "c"), b"small")
+        files.write_bytes(files.join(place, "a", "b", "c"), b"small")
     with s3.proxy.counting() as read:
-        storage.read_bytes(storage.join(place, "a", "b", "c"))
+        files.read_bytes(files.join(place, "a", "b", "c"))
     assert (written, read) == ({"PUT": 1}, {"HEAD": 1, "GET": 1})
     lines = b"".join(b'{"prompt": "%d"}\n' % i for i in range(200_000))
-    storage.write_bytes(storage.join(place, "prompts.jsonl"), lines)
+    files.write_bytes(files.join(place, "prompts.jsonl"), lines)
     with s3.proxy.counting() as read:
-        assert sum(1 for _ in files.iter_rows(storage.join(place, "prompts.jsonl"))) == 200_000
+        assert sum(1 for _ in formats.iter_rows(files.join(place, "prompts.jsonl"))) == 200_000
     assert read["GET"] <= 3
     assert [k for k in keys(place) if k.endswith("/")] == []
 
 
 def test_a_request_counts_where_it_came(s3: S3, place: str) -> None:
     """Of a client that did not wait, the answer may be given while another test counts."""
-    uri = storage.join(place, "file")
-    storage.write_bytes(uri, b"here")
+    uri = files.join(place, "file")
+    files.write_bytes(uri, b"here")
     with s3.proxy.failing(Fault("slow", seconds=0.5)) as (fault,):
-        asking = threading.Thread(target=storage.exists, args=(uri,))
+        asking = threading.Thread(target=files.exists, args=(uri,))
         asking.start()
         while not fault.done:
             time.sleep(0.01)
@@ -335,28 +339,26 @@ def test_a_folder_is_made_the_same_as_another(place: str, tmp_path: Path) -> Non
     (tmp_path / "model" / "below").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "below" / "big").write_bytes(BIG)
-    uri = storage.join(place, "model")
-    storage.write_bytes(
-        storage.join(uri, "model-00003-of-00003.safetensors"), b"of an attempt with other shards"
-    )
-    storage.upload_folder(tmp_path / "model", uri)
-    assert storage.list_files(uri, recursive=True) == [
-        f"{storage.resolve(uri)[1]}/{name}" for name in ("below/big", "config.json")
+    uri = files.join(place, "model")
+    files.write_bytes(files.join(uri, "model-00003-of-00003.safetensors"), b"of an attempt with other shards")
+    files.upload_folder(tmp_path / "model", uri)
+    assert files.list_files(uri, recursive=True) == [
+        f"{resolve(uri)[1]}/{name}" for name in ("below/big", "config.json")
     ]
     # Within the store, and back.
-    storage.upload_folder(uri, storage.join(place, "again"))
-    assert Path(storage.local_folder(storage.join(place, "again")), "below", "big").read_bytes() == BIG
+    files.upload_folder(uri, files.join(place, "again"))
+    assert Path(files.local_folder(files.join(place, "again")), "below", "big").read_bytes() == BIG
 
 
 def test_a_copy_that_fails_leaves_nothing_behind(s3: S3, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload cannot be given up: what had come would otherwise stand there as if it were whole."""
     monkeypatch.setattr(filesystems, "COPY_BYTES", 1 << 20)
-    storage.write_bytes(storage.join(place, "whole"), BIG)
-    _, source = storage.resolve(storage.join(place, "whole"))
+    files.write_bytes(files.join(place, "whole"), BIG)
+    _, source = resolve(files.join(place, "whole"))
     impatient = pafs.S3FileSystem(
         endpoint_override=s3.proxy.url, retry_strategy=pafs.AwsDefaultS3RetryStrategy(0)
     )
-    fs, target = storage.resolve(storage.join(place, "half"))
+    fs, target = resolve(files.join(place, "half"))
     with (
         s3.proxy.failing(Fault("500", every=3, match="GET .*whole")),
         pytest.raises(OSError, match="AWS Error"),
@@ -368,11 +370,11 @@ def test_a_copy_that_fails_leaves_nothing_behind(s3: S3, place: str, monkeypatch
 def test_a_model_is_copied_once_by_all_processes_of_a_node(
     s3: S3, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
-    storage.write_bytes(storage.join(place, "config.json"), b"{}")
-    storage.write_bytes(storage.join(place, "model.safetensors"), BIG)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    files.write_bytes(files.join(place, "config.json"), b"{}")
+    files.write_bytes(files.join(place, "model.safetensors"), BIG)
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(storage.local_folder(place))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(files.local_folder(place))) for _ in range(4)]
     # The first is cut off in the middle; what it left is no model.
     with (
         s3.proxy.counting() as asked,
@@ -385,15 +387,15 @@ def test_a_model_is_copied_once_by_all_processes_of_a_node(
     assert len(set(found)) == 1 and len(found) == 4
     assert Path(found[0], "model.safetensors").read_bytes() == BIG
     assert asked["HEAD"] == 2  # each file once
-    storage.write_bytes(storage.join(place, "config.json"), b'{"new": 1}')
-    assert json.loads(Path(storage.local_folder(place), "config.json").read_text()) == {"new": 1}
+    files.write_bytes(files.join(place, "config.json"), b'{"new": 1}')
+    assert json.loads(Path(files.local_folder(place), "config.json").read_text()) == {"new": 1}
 
 
 def test_half_a_copy_of_a_killed_process_is_no_model(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
-    storage.write_bytes(storage.join(place, "config.json"), b"{}")
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    files.write_bytes(files.join(place, "config.json"), b"{}")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -401,10 +403,10 @@ def test_half_a_copy_of_a_killed_process_is_no_model(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            storage.local_folder(place)
+            files.local_folder(place)
     (left,) = tmp_path.rglob("*.part")
     (left / "leftover.safetensors").write_bytes(b"half")
-    assert os.listdir(storage.local_folder(place)) == ["config.json"]
+    assert os.listdir(files.local_folder(place)) == ["config.json"]
 
 
 def test_nothing_at_a_uri_is_no_id_of_the_hub(place: str) -> None:
@@ -423,20 +425,20 @@ def test_prompts_in_every_format(place: str, tmp_path: Path) -> None:
     import gzip
 
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress((tmp_path / "p.jsonl").read_bytes()))
-    storage.upload_folder(tmp_path, place)
+    files.upload_folder(tmp_path, place)
     for name in ("p.parquet", "p.arrow", "p.jsonl", "p.csv", "p.jsonl.gz", "p.js*l"):
-        assert list(files.iter_rows(storage.join(place, name))) == rows, name
+        assert list(formats.iter_rows(files.join(place, name))) == rows, name
     with pytest.raises(InputError, match=r"s3://.*/none\.jsonl: no such file"):
-        list(files.iter_rows(storage.join(place, "none.jsonl")))
+        list(formats.iter_rows(files.join(place, "none.jsonl")))
 
 
 def test_prompts_are_read_once_however_many_stages_ask_whether_they_changed(s3: S3, place: str) -> None:
-    uri = storage.join(place, "prompts.jsonl")
-    storage.write_bytes(uri, b'{"prompt": "a"}\n')
+    uri = files.join(place, "prompts.jsonl")
+    files.write_bytes(uri, b'{"prompt": "a"}\n')
     with s3.proxy.counting() as asked:
         (same,) = {pipeline._source_sha(uri, {}) for _ in range(5)}
     assert asked["GET"] == 1
-    storage.write_bytes(uri, b'{"prompt": "ab"}\n')
+    files.write_bytes(uri, b'{"prompt": "ab"}\n')
     assert pipeline._source_sha(uri, {}) != same
 
 
@@ -445,6 +447,6 @@ def test_rows_of_a_stage_in_their_order(place: str) -> None:
     for part in (1, 0):
         run.write_rows("sft", to_table([{"id": f"{part}{i}"} for i in range(3)], "sft"), part)
     assert [r["id"] for r in run.rows("sft", ["id"])] == ["00", "01", "02", "10", "11", "12"]
-    storage.delete(run.path("sft"))
-    assert not storage.exists(run.path("sft")) and storage.list_files(run.path("sft")) == []
-    storage.delete(run.path("sft"))  # nothing there is no error
+    files.delete(run.path("sft"))
+    assert not files.exists(run.path("sft")) and files.list_files(run.path("sft")) == []
+    files.delete(run.path("sft"))  # nothing there is no error

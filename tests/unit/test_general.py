@@ -8,8 +8,10 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.errors import InputError
-from cai_ray.prompts import Renderer, load_templates, plain_messages
-from cai_ray.town import check
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import plain_messages
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.studies import check_base
 from tests import tiny
 
 HARMLESS = constitution.load("harmless")
@@ -142,4 +144,4 @@ def test_item_38_town_check_of_a_broken_folder(tmp_path: Path, name: str, text: 
     if text is not None:
         (folder / name).write_text(text)
     with pytest.raises(InputError, match=r"model .*/m: .*cannot be loaded"):
-        check.check(str(folder))
+        check_base.check(str(folder))

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 import cai_ray
 from cai_ray import constitution
 from cai_ray.errors import RowError
-from cai_ray.prompts import Message, Renderer, TemplateSet, load_templates
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import Message
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
 from tests.chat_formats import FORMATS, HOSTILE, tokenizer
 
 SETS = sorted(p.stem for p in (Path(cai_ray.__file__).parent / "templates").glob("*.yaml"))

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from cai_ray.interrupt import interruptible
+from cai_ray.cluster.interrupt import interruptible
 
 
 def press() -> None:

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray import storage
 from cai_ray.generate import journal, rows
 from cai_ray.generate.journal import SLICE_ROWS, TODO_ROWS, Journal, Keeper
-from cai_ray.storage import Run
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import list_rows
 from tests.ray.engines import town_config
 
 
@@ -120,13 +121,13 @@ def test_other_inputs_begin_anew(run: Run, made: Journal) -> None:
     journal.begin(run, "revise", {"seed": "1"})
     assert made.finished() == frozenset()
     made.write([row(1)])
-    storage.write_bytes(run.path("revise", journal.FOLDER, "inputs.json"), b"{ torn")
+    files.write_bytes(run.path("revise", journal.FOLDER, "inputs.json"), b"{ torn")
     journal.begin(run, "revise", {"seed": "1"})
     assert made.finished() == frozenset()
 
 
-def files(made: Journal) -> list[int]:
-    return [len(pq.read_table(f)) for f in storage.list_rows(made.folder, "done")]
+def rows_per_file(made: Journal) -> list[int]:
+    return [len(pq.read_table(f)) for f in list_rows(made.folder, "done")]
 
 
 def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journal) -> None:
@@ -135,14 +136,14 @@ def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journa
         with keeper.busy():
             tasks = [asyncio.create_task(keeper.keep(row(i))) for i in range(4)]
             await asyncio.gather(*tasks)
-            assert files(made) == [4]
+            assert rows_per_file(made) == [4]
             late = asyncio.create_task(keeper.keep(row(4)))
             await asyncio.sleep(0.1)
             assert not late.done()  # there is work, which may fill the block
         await late
 
     asyncio.run(work())
-    assert files(made) == [4, 1]
+    assert rows_per_file(made) == [4, 1]
 
 
 def test_a_block_that_does_not_fill_is_written_all_the_same(made: Journal) -> None:
@@ -152,7 +153,7 @@ def test_a_block_that_does_not_fill_is_written_all_the_same(made: Journal) -> No
             await keeper.keep(row(0))
 
     asyncio.run(work())
-    assert files(made) == [1]
+    assert rows_per_file(made) == [1]
 
 
 def test_a_block_that_cannot_be_written_is_an_error_of_its_rows(

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from cai_ray import constitution
-from cai_ray.config import LabelConfig
+from cai_ray.config.generation import LabelConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate.label import Label
-from cai_ray.generate.votes import combine, expected_score, preference
-from cai_ray.prompts import check_mode, load_templates
-from cai_ray.records import to_table
+from cai_ray.judging.votes import combine, expected_score, preference
+from cai_ray.prompts.check import check_mode
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage.records import to_table
 
 TOWN = constitution.load("errand-town")
 

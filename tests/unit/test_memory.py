@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from cai_ray import config, memory
-from cai_ray.config import EngineConfig, LoraConfig, TrainConfig
+from cai_ray.config.engine import EngineConfig
+from cai_ray.config.load import load_config, validate
+from cai_ray.config.run import RunConfig
+from cai_ray.config.training import LoraConfig, TrainConfig
 from cai_ray.errors import InputError
+from cai_ray.estimate import memory
 from tests import tiny
 
 LLAMA_8B = Path(__file__).parents[2] / "jobs" / "configs" / "llama-8b-8gpu.yaml"
 
 
-def load(*overrides: str) -> config.RunConfig:
-    return config.load(LLAMA_8B, list(overrides))
+def load(*overrides: str) -> RunConfig:
+    return load_config(LLAMA_8B, list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,7 @@ def test_an_unknown_model_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> 
         memory.report(load("check.model=null", "model=nobody/nothing"))
 
 
-def _tiny(folder: Path) -> config.RunConfig:
-    return config.validate(
+def _tiny(folder: Path) -> RunConfig:
+    return validate(
         {"name": "t", "model": str(folder), "constitution": "harmless", "prompts": [{"path": "x"}]}, "test"
     )

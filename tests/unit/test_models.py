@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from cai_ray.config import LoraConfig, TrainConfig
+from cai_ray.config.training import LoraConfig, TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.train.advantages import before_tokens
 from cai_ray.train.batches import Example, micro_batches, pad

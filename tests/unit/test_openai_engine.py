@@ -16,17 +16,21 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
 from cai_ray import pipeline
 from cai_ray.cli import main
-from cai_ray.config import EngineConfig, ReviseConfig
-from cai_ray.engine import Completion, Sampling, Usage, make_engine
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.engine import EngineConfig
+from cai_ray.config.generation import ReviseConfig
+from cai_ray.config.load import load_config
+from cai_ray.config.run import RunConfig
 from cai_ray.engine import openai as module
+from cai_ray.engine.make import make_engine
 from cai_ray.engine.openai import OpenaiEngine, option_logprobs
+from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate.revise import Revise
-from cai_ray.prompts import load_templates
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage.run import Run
 
 KEY = "sk-Very-Secret-0123456789"
 ASK = [{"role": "user", "content": "hello ?"}]
@@ -370,11 +374,6 @@ def test_an_endpoint_that_is_not_there_ends_the_stage(server: Server) -> None:
         ask(server, Reply())
 
 
-def test_an_endpoint_has_no_token_ids_for_ppo(server: Server) -> None:
-    with pytest.raises(InputError, match="use kind=vllm"):
-        ask(server, Reply(), call=lambda e: e.sample([1], GREEDY))
-
-
 # ------------------------------------------------------------------------------------------------ the key
 
 
@@ -431,8 +430,8 @@ def test_the_key_is_nowhere(server: Server, caplog: pytest.LogCaptureFixture) ->
 # ------------------------------------------------------------------------------------------------ configuration
 
 
-def load(out: Path, *overrides: str) -> configs.RunConfig:
-    return configs.load("errand-town", list(overrides), out=str(out))
+def load(out: Path, *overrides: str) -> RunConfig:
+    return load_config("errand-town", list(overrides), out=str(out))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
-from cai_ray import pipeline, storage
+from cai_ray import pipeline
+from cai_ray.config.load import find_config, load_config
+from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.pipeline import Stage
-from cai_ray.records import to_table
-from cai_ray.storage import Run, open_run
+from cai_ray.storage import files
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run, open_run
 
 CALLS: list[str] = []
 ALL = dict(pipeline.STAGES)
@@ -32,7 +34,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def run(run: Run, name: str = name) -> dict[str, Any]:
             CALLS.append(name)
-            storage.write_bytes(run.path(name, "result"), b"x")
+            files.write_bytes(run.path(name, "result"), b"x")
             return {"rows_out": 1}
 
         module.run = run  # type: ignore[attr-defined]
@@ -41,8 +43,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "STAGES", made)
 
 
-def load(out: Path, *overrides: str) -> configs.RunConfig:
-    return configs.load("errand-town", list(overrides), out=str(out))
+def load(out: Path, *overrides: str) -> RunConfig:
+    return load_config("errand-town", list(overrides), out=str(out))
 
 
 def go(out: Path, *overrides: str, stages: tuple[str, ...] = ("revise", "sft"), **options: Any) -> Run:
@@ -121,7 +123,7 @@ def test_other_inputs_say_what_changed_and_lose_nothing(tmp_path: Path) -> None:
         InputError, match=r"revise was made with other inputs: revise changed \(revise.rounds: 4 → 3\)"
     ):
         go(tmp_path, "revise.rounds=3")
-    assert CALLS == ["revise", "sft"] and storage.exists(tmp_path / "revise" / "manifest.json")
+    assert CALLS == ["revise", "sft"] and files.exists(tmp_path / "revise" / "manifest.json")
     go(tmp_path, "revise.rounds=3", overwrite=True)
     assert CALLS == ["revise", "sft"] * 2, "what depends on it is made again too"
 
@@ -151,7 +153,7 @@ def test_force_makes_a_done_stage_again(tmp_path: Path) -> None:
 
 def test_a_new_constitution_is_a_change(tmp_path: Path) -> None:
     go(tmp_path)
-    document = Path(configs.find("errand-town.yaml")).parent.parent / "constitutions" / "errand-town.yaml"
+    document = Path(find_config("errand-town.yaml")).parent.parent / "constitutions" / "errand-town.yaml"
     mine = tmp_path / "mine.yaml"
     mine.write_text(document.read_text().replace("no snooping .", "no peeping .", 1))
     with pytest.raises(InputError, match="constitution changed"):
@@ -159,7 +161,7 @@ def test_a_new_constitution_is_a_change(tmp_path: Path) -> None:
 
 
 def test_an_edited_template_set_is_a_change(tmp_path: Path) -> None:
-    shipped = Path(configs.find("errand-town.yaml")).parent.parent / "templates" / "errand-town.yaml"
+    shipped = Path(find_config("errand-town.yaml")).parent.parent / "templates" / "errand-town.yaml"
     mine = tmp_path / "mine.yaml"
     mine.write_text(shipped.read_text())
     go(tmp_path, f"templates={mine}")
@@ -195,10 +197,10 @@ def test_a_stage_is_kept_until_the_cluster_can_make_it_again(
     made = {n: s._replace(uses_ray=True) for n, s in pipeline.STAGES.items()}
     monkeypatch.setattr(pipeline, "STAGES", made)
 
-    def connect(config: configs.RunConfig) -> None:
+    def connect(config: RunConfig) -> None:
         raise InputError("no cluster answers there")
 
-    monkeypatch.setattr("cai_ray.cluster.connect", connect)
+    monkeypatch.setattr("cai_ray.cluster.connect.connect", connect)
     with pytest.raises(InputError, match="no cluster"):
         go(tmp_path, stages=("sft",), overwrite=True, force=True)
     assert (tmp_path / "sft" / "manifest.json").exists()
@@ -237,9 +239,7 @@ def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> Non
     ],
 )
 def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override: str, says: str) -> None:
-    config = configs.load(
-        "errand-town", [override], out=None if override.startswith("out") else str(tmp_path)
-    )
+    config = load_config("errand-town", [override], out=None if override.startswith("out") else str(tmp_path))
     with pytest.raises(InputError, match=says):
         pipeline.run_stages(config, ["revise"], say=lambda _: None)
     assert CALLS == []
@@ -256,7 +256,7 @@ def test_a_method_has_its_own_stages_and_reads_no_others(
         assert [s["stage"] for s in pipeline.status(run)] == pipeline.stages_of(run.config)
         assert run.model("rl") == run.path(method, "model")
         for stage in [*shared, *own]:
-            storage.write_json(run.path(stage, "manifest.json"), {"id": f"{method} {stage}", "inputs": {}})
+            files.write_json(run.path(stage, "manifest.json"), {"id": f"{method} {stage}", "inputs": {}})
         read = pipeline.inputs(run, "evaluate")
         assert {k: read[k] for k in ALL if k in read and k != "evaluate"} == {
             s: f"{method} {s}" for s in ["sft", "label", *own]
@@ -289,13 +289,13 @@ def test_item_10_human_comparisons_of_each_method(tmp_path: Path, method: str) -
 
 
 def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
-    config = configs.load(
+    config = load_config(
         "errand-town", ["engine.pipeline_parallel=2", "engine.device=gpu"], out=str(tmp_path)
     )
     pipeline.check_inputs(config, ["revise", "label"])
     with pytest.raises(InputError, match="pipeline_parallel=2: PPO sends its weights to engines that hold"):
         pipeline.check_inputs(config, ["ppo"])
-    on_cpu = configs.load(
+    on_cpu = load_config(
         "errand-town", ["engine.pipeline_parallel=2", "engine.device=cpu"], out=str(tmp_path)
     )
     with pytest.raises(InputError, match="pipeline_parallel=2: vLLM splits layers over GPUs alone"):
@@ -305,14 +305,14 @@ def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "way"), [("cpu", "nccl"), ("gpu", "gloo")])
 def test_a_way_for_weights_that_the_device_does_not_have(tmp_path: Path, device: str, way: str) -> None:
     changes = [f"ppo.weight_sync={way}", f"engine.device={device}"]
-    config = configs.load("errand-town", changes, out=str(tmp_path))
+    config = load_config("errand-town", changes, out=str(tmp_path))
     with pytest.raises(InputError, match=f"weight_sync={way}: nccl is for GPUs and gloo for CPUs"):
         pipeline.check_inputs(config, ["ppo"])
 
 
 @pytest.mark.parametrize("engine", ["engine.block_size=16", "label.engine={block_size: 48}"])
 def test_a_block_size_that_vllm_refuses_on_cpu(tmp_path: Path, engine: str) -> None:
-    config = configs.load("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
+    config = load_config("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
     with pytest.raises(InputError, match="on CPU vLLM takes multiples of 32"):
         pipeline.check_inputs(config, ["revise"])
 

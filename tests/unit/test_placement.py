@@ -8,8 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_ray import placement
-from cai_ray.placement import Cluster, Need, Nodes, bundle, room
+from cai_ray.cluster import placement
+from cai_ray.cluster.placement import Cluster, Need, Nodes, bundle, room
 
 ROOT = Path(__file__).parents[2]
 

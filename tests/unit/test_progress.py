@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cai_ray.train.metrics import RECENT, progress, step_seconds
+from cai_ray.train.runtime.metrics import RECENT, progress, step_seconds
 
 PPO = {
     "reward/mean": 0.8312,

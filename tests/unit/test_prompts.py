@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from cai_ray import constitution
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts import Renderer, load_templates, load_tokenizer
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.tokenizers import load_tokenizer
 from tests.tiny import SPECIAL, Family, save_model, tokenizer
 
 WORDS = tokenizer()

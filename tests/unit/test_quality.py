@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cai_ray.config import SftConfig
+from cai_ray.config.training import SftConfig
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.quality import is_loop, is_same, kind, without_prefix, without_thinking
-from cai_ray.prompts import Thinking, load_templates
+from cai_ray.judging.quality import is_loop, is_same, kind, without_prefix, without_thinking
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.templates import Thinking
 from cai_ray.train.sft import to_records
 
 GENERAL = load_templates("general")

@@ -8,9 +8,9 @@ import pytest
 from cai_ray.evaluate import gold
 from cai_ray.evaluate.outcomes import outcomes, rates
 from cai_ray.evaluate.ranking import Meeting, ratings
-from cai_ray.evaluate.wording import evades, seen, wording
-from cai_ray.generate.quality import is_refusal
-from cai_ray.prompts import load_templates
+from cai_ray.judging.quality import is_refusal
+from cai_ray.judging.wording import evades, seen, wording
+from cai_ray.prompts.load import load_templates
 
 GENERAL = load_templates("general")
 

@@ -16,21 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cai_ray import chat, config, pipeline, storage
+from cai_ray import chat, pipeline
 from cai_ray import constitution as constitutions
-from cai_ray.config import RunConfig
+from cai_ray.config.load import load_config, validate
+from cai_ray.config.run import RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError
 from cai_ray.evaluate.outcomes import outcomes, rates
-from cai_ray.evaluate.stats import rate
 from cai_ray.evaluate.transcripts import choose
-from cai_ray.generate import certificate
-from cai_ray.records import derive_id, to_table
+from cai_ray.judging import certificate
+from cai_ray.judging.statistics import rate
 from cai_ray.report import html, stage, text
 from cai_ray.report.combine import bootstrap, combine
 from cai_ray.report.tables import STAGES
-from cai_ray.storage import Run
-from cai_ray.town import demo
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import write_table
+from cai_ray.studies import demo
 
 EVIL = '<script>alert(1)</script> & "quoted" \x1b[31mred\x00 \ud800 https://example.org/x.png'
 FAMILIES = ("property", "privacy", "safety", "honesty")
@@ -89,12 +92,12 @@ def judgements(seed: int, model: str, prompts: int = 60) -> list[dict[str, Any]]
 
 @pytest.fixture
 def town_run(tmp_path: Path) -> Run:
-    return make_run(config.load("errand-town", out=str(tmp_path / "run")))
+    return make_run(load_config("errand-town", out=str(tmp_path / "run")))
 
 
 def make_seeds(folder: Path, seeds: int) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
     """Reports of seeds, and their judged rows."""
-    runs = [make_run(config.load("errand-town", out=str(folder / f"seed-{s}"), seed=s)) for s in range(seeds)]
+    runs = [make_run(load_config("errand-town", out=str(folder / f"seed-{s}"), seed=s)) for s in range(seeds)]
     return [stage.build(r) for r in runs], [r.rows("evaluate") for r in runs]
 
 
@@ -102,12 +105,12 @@ def make_run(settings: RunConfig) -> Run:
     """A run directory as the stages leave it, with texts that try to break the page."""
     run, seed = Run(settings), settings.seed
     document = constitutions.load(settings.constitution)
-    storage.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
+    files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     opened: dict[str, Any] = {
         "versions": {"python": "3.11", "ray": "2.60.0"},
         "constitution_sha": document.sha,
     }
-    storage.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json"), **opened})
+    files.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json"), **opened})
     rows = [revision(i, FAMILIES[i % 4], changes=i % 3 > 0) for i in range(24)]
     rows[1]["steps"][1]["critique"] = rows[1]["response"] = EVIL.replace("\ud800", "")
     run.write_rows("revise", to_table(rows, "revisions"))
@@ -124,7 +127,7 @@ def make_run(settings: RunConfig) -> Run:
         for r in choose(rows)
         for model in ("rl", "base", "sl")
     ]
-    storage.write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(told, "judgements"))
+    write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(told, "judgements"))
     metrics = {
         "models": {m: rates([r for r in judged if r["model"] == m]) for m in models},
         "revision_harm": [1.0, 0.8, 0.6 + seed / 10, 0.4, 0.2],
@@ -138,8 +141,8 @@ def make_run(settings: RunConfig) -> Run:
         },
         "rm": {"accuracy_gold": 0.97, "n": 100},
     }
-    storage.write_json(run.path("evaluate", "metrics.json"), metrics)
-    storage.write_json(run.path("label", "certificate.json"), certificate_of(seed))
+    files.write_json(run.path("evaluate", "metrics.json"), metrics)
+    files.write_json(run.path("label", "certificate.json"), certificate_of(seed))
     steps = [{"step": i, "reward/mean": i / 10 + seed, "kl/reference": float("nan")} for i in range(1, 5)]
     run.write_metrics("ppo", steps)
     for name in STAGES:
@@ -150,7 +153,7 @@ def make_run(settings: RunConfig) -> Run:
         }
         if name == "rm":
             manifest["metrics"] = {"accuracy_ai": 0.9}
-        storage.write_json(run.path(name, "manifest.json"), manifest)
+        files.write_json(run.path(name, "manifest.json"), manifest)
     return run
 
 
@@ -208,7 +211,7 @@ class Page(HTMLParser):
 
 def test_report_has_every_promised_key(town_run: Run) -> None:
     stage.run(town_run)
-    report = storage.read_json(town_run.path("report", "report.json"))
+    report = files.read_json(town_run.path("report", "report.json"))
     for model in ("base", "sl", "rl"):
         for key in ("harm", "helpful", "over_refusal", "malformed", "principle_named"):
             assert report[model][key].keys() >= {"value", "low", "high", "n"}
@@ -252,11 +255,11 @@ def test_human_harmlessness_labels_are_counted_in_the_sources(tmp_path: Path) ->
     rows = [{"prompt": f"q{i}", "chosen": "no", "rejected": "yes"} for i in range(3)]
     path = tmp_path / "harm.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    settings = config.load("errand-town", out=str(tmp_path / "run"))
+    settings = load_config("errand-town", out=str(tmp_path / "run"))
     human = [s.model_dump() for s in settings.rm.human] + [{"path": str(path), "about": "harmless"}]
     data = settings.model_dump(mode="json")
     data["rm"]["human"] = human
-    assert stage.human_harmlessness_labels(Run(config.validate(data, "test"))) == 3
+    assert stage.human_harmlessness_labels(Run(validate(data, "test"))) == 3
     assert stage.human_harmlessness_labels(Run(settings)) == 0
 
 
@@ -311,7 +314,7 @@ def test_transcripts_hold_answers_in_the_order_of_training(town_run: Run) -> Non
 
 
 def test_transcripts_fall_back_on_rollouts(town_run: Run) -> None:
-    storage.delete(town_run.path("evaluate", "transcripts-00000.parquet"))
+    files.delete(town_run.path("evaluate", "transcripts-00000.parquet"))
     first = choose(town_run.rows("revise"))[0]
     rolls = [
         {"step": s, "id": str(s), "messages": first["messages"], "response": f"step {s}", "reward": 1.0}
@@ -440,34 +443,34 @@ def test_terminal_text_has_no_escape_sequences(town_run: Run) -> None:
 
 
 def test_fork_copies_completed_stages_once(town_run: Run, tmp_path: Path) -> None:
-    storage.write_bytes(town_run.path("sft", "model", "config.json"), b"{}")
-    storage.write_bytes(town_run.path("sft", "checkpoints", "1", "state"), b"large")
+    files.write_bytes(town_run.path("sft", "model", "config.json"), b"{}")
+    files.write_bytes(town_run.path("sft", "checkpoints", "1", "state"), b"large")
     settings = town_run.config.model_copy(update={"out": str(tmp_path / "fork")})
     fork = pipeline.fork(town_run, settings, ["revise", "sft"])
     assert fork.rows("revise") == town_run.rows("revise")
     assert fork.manifest("sft") == town_run.manifest("sft")
-    assert storage.exists(fork.path("sft", "model", "config.json"))
-    assert not storage.exists(fork.path("sft", "checkpoints"))
-    storage.write_bytes(fork.path("sft", "mark"), b"")
+    assert files.exists(fork.path("sft", "model", "config.json"))
+    assert not files.exists(fork.path("sft", "checkpoints"))
+    files.write_bytes(fork.path("sft", "mark"), b"")
     pipeline.fork(town_run, settings, ["revise", "sft"])
-    assert storage.exists(fork.path("sft", "mark"))
-    storage.write_json(town_run.path("sft", "manifest.json"), {"id": "another"})
+    assert files.exists(fork.path("sft", "mark"))
+    files.write_json(town_run.path("sft", "manifest.json"), {"id": "another"})
     pipeline.fork(town_run, settings, ["sft"])
-    assert not storage.exists(fork.path("sft", "mark"))
-    storage.delete(town_run.path("sft", "manifest.json"))
+    assert not files.exists(fork.path("sft", "mark"))
+    files.delete(town_run.path("sft", "manifest.json"))
     with pytest.raises(InputError, match="sft is not complete"):
         pipeline.fork(town_run, settings, ["sft"])
 
 
 def test_share_copies_the_stages_that_a_change_does_not_reach(town_run: Run, tmp_path: Path) -> None:
     def changed(name: str, *overrides: str) -> list[str]:
-        settings = config.load("errand-town", list(overrides), out=str(tmp_path / name))
+        settings = load_config("errand-town", list(overrides), out=str(tmp_path / name))
         new = pipeline.share(town_run, settings)
         return [s for s in pipeline.STAGES if new.manifest(s)]
 
     for name in pipeline.stages_of(town_run.config):
         manifest = {"id": f"id of {name}", "seconds": 1.0, "inputs": pipeline.inputs(town_run, name)}
-        storage.write_json(town_run.path(name, "manifest.json"), manifest)
+        files.write_json(town_run.path(name, "manifest.json"), manifest)
     everything = pipeline.stages_of(town_run.config)
     assert changed("same") == everything
     assert changed("kl", "ppo.kl_coef=0.5") == everything[: everything.index("ppo")]
@@ -479,7 +482,7 @@ def test_share_copies_the_stages_that_a_change_does_not_reach(town_run: Run, tmp
 
 def test_a_report_of_dpo_has_no_reward_model(tmp_path: Path) -> None:
     """Nor what another method left in the directory."""
-    run = make_run(config.load("errand-town", ["method=dpo"], out=str(tmp_path)))
+    run = make_run(load_config("errand-town", ["method=dpo"], out=str(tmp_path)))
     run.write_metrics("dpo", [{"step": i, "dpo/loss": 0.7 - i / 10, "dpo/ai_margin": i / 10} for i in (1, 2)])
     report = stage.build(run)
     assert report["method"] == "dpo" and report["ppo"]["steps"] == []
@@ -506,7 +509,7 @@ def test_demo_puts_seeds_and_controls_together(
     monkeypatch.setattr(pipeline, "run_stages", stages)
     report = demo.run(str(tmp_path), seeds=2, controls=True, overrides=["ppo.kl_coef=0.3"], overwrite=True)
     shown = capsys.readouterr().out
-    assert storage.read_json(tmp_path / "report" / "report.json") == report
+    assert files.read_json(tmp_path / "report" / "report.json") == report
     assert report["models"] == ["base", "sl", "rl", "shuffled", "respect_only", "best_of_4"]
     assert report["shuffled"]["harm"]["n"] == 30
     assert [len(report[m]["harm"]["seeds"]) for m in report["models"]] == [2] * 6
@@ -540,7 +543,7 @@ def test_chat_answers_each_line(
 
 
 def test_chat_says_which_policy_is_missing(tmp_path: Path) -> None:
-    run = Run(config.load("errand-town", out=str(tmp_path)))
+    run = Run(load_config("errand-town", out=str(tmp_path)))
     with pytest.raises(InputError, match="SL-CAI policy is not trained yet"):
         chat.run(run, "sl")
 

@@ -8,20 +8,23 @@ from typing import Any
 
 import pytest
 
-from cai_ray import config as configs
-from cai_ray import constitution, edit_cost, storage
-from cai_ray.config import LabelConfig, ReviseConfig
+from cai_ray import constitution
+from cai_ray.cluster.usage import Usage
+from cai_ray.config.generation import LabelConfig, ReviseConfig
+from cai_ray.config.load import load_config
 from cai_ray.constitution import Constitution
-from cai_ray.engine import Usage
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError
 from cai_ray.generate import label, reuse, revise
 from cai_ray.generate.journal import Journal, begin
 from cai_ray.generate.label import Label
 from cai_ray.generate.revise import Revise
-from cai_ray.prompts import load_templates
-from cai_ray.records import derive_id, to_table
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import has_rows, write_table
+from cai_ray.studies import edit_cost
 
 TOWN, TEMPLATES = constitution.load("errand-town"), load_templates("errand-town")
 MESSAGES = [{"role": "user", "content": "how do i read the baker's diary ?"}]
@@ -117,7 +120,7 @@ def test_an_answer_that_is_only_answered_is_taken_over_with_its_flags() -> None:
 
 
 def run_in(out: Path, *settings: str) -> Run:
-    return Run(configs.load("errand-town", ["label.gold=null", *settings], out=str(out)))
+    return Run(load_config("errand-town", ["label.gold=null", *settings], out=str(out)))
 
 
 @pytest.mark.parametrize("setting", ["label.combine=mean", "label.clamp=null", "label.principles=2"])
@@ -145,10 +148,10 @@ def test_how_a_step_is_sampled_is_part_of_it(tmp_path: Path, setting: str) -> No
 def test_rows_are_set_aside_whoever_wrote_them_and_until_the_stage_is_done(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     run.write_rows("label", to_table([votes(TOWN)], "labels"))
-    storage.write_json(run.path("label", "manifest.json"), {"inputs": {}})
-    storage.write_json(run.path("label", "certificate.json"), {"n": 1})
+    files.write_json(run.path("label", "manifest.json"), {"inputs": {}})
+    files.write_json(run.path("label", "certificate.json"), {"n": 1})
     reuse.set_aside(run, "label")
-    assert run.manifest("label") is None and not storage.exists(run.path("label", "certificate.json"))
+    assert run.manifest("label") is None and not files.exists(run.path("label", "certificate.json"))
     begin(run, "label", {"constitution": "1"})
     Journal(run, "label", "labels", "part").write([{**votes(TOWN), "id": "c2"}])
     begin(run, "label", {"constitution": "1"})  # goes on
@@ -158,13 +161,13 @@ def test_rows_are_set_aside_whoever_wrote_them_and_until_the_stage_is_done(tmp_p
     rows = [{**PAIR, "id": name} for name in ("c1", "c2", "c3")]
     found = list(reuse.with_before(run, "label", rows))
     assert [len(reuse.known(row, "votes")) for row in found] == [5, 5, 0]
-    assert not storage.has_rows(run.path("label"))
+    assert not has_rows(run.path("label"))
 
 
 def test_rows_of_a_version_without_keys_are_left_alone(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     old = to_table([steps(TOWN)], "revisions").drop_columns(["key"])
-    storage.write_table(run.path("revise", reuse.FOLDER, "part-0.parquet"), old)
+    write_table(run.path("revise", reuse.FOLDER, "part-0.parquet"), old)
     (row,) = reuse.with_before(run, "revise", [PROMPT])
     assert reuse.known(row) == {} and reuse.known(row, "steps") != {}, (
         "steps had keys; the response is asked for"
@@ -175,7 +178,7 @@ def test_predecessors_are_found_pass_by_pass(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(reuse, "CHUNK", 2)
     run = run_in(tmp_path)
     ids = [f"c{i}" for i in range(5)]
-    storage.write_table(
+    write_table(
         run.path("label", reuse.FOLDER, "part-0.parquet"),
         to_table([{**votes(TOWN), "id": name} for name in ids[1:]], "labels"),
     )
@@ -190,8 +193,8 @@ def test_another_runs_rows_are_borrowed_once(tmp_path: Path) -> None:
     reuse.borrow(less, full, "label")
     (row,) = reuse.with_before(less, "label", [PAIR])
     assert len(reuse.known(row, "votes")) == 5
-    storage.write_json(less.path("sft", "manifest.json"), {"inputs": {}})
-    storage.delete(full.path("label"))
+    files.write_json(less.path("sft", "manifest.json"), {"inputs": {}})
+    files.delete(full.path("label"))
     reuse.borrow(less, full, "label")
     assert list(reuse.with_before(less, "label", [PAIR])) == [row]
 
@@ -206,7 +209,7 @@ def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
     run.write_rows("revise", to_table(made, "revisions"))
     run.write_rows("label", to_table(voted, "labels"))
     for stage, rows in (("revise", 21), ("sft", 0), ("compare", 10), ("label", 10), ("rm", 0)):
-        storage.write_json(run.path(stage, "manifest.json"), {"seconds": 7.0, "rows_out": rows})
+        files.write_json(run.path(stage, "manifest.json"), {"seconds": 7.0, "rows_out": rows})
 
     after = edited(TOWN, "privacy", revision_request="now write it again .", comparison="which is kinder ?")
     found = edit_cost.cost(run, after)

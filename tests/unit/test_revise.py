@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 
 from cai_ray import constitution
-from cai_ray.config import CompareConfig, PromptSource, ReviseConfig, RunConfig
+from cai_ray.config.generation import CompareConfig, ReviseConfig
+from cai_ray.config.run import RunConfig
+from cai_ray.config.sources import PromptSource
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
 from cai_ray.generate.compare import Compare
-from cai_ray.generate.quality import run_templates
 from cai_ray.generate.revise import Revise
-from cai_ray.prompts import TemplateSet, check_direct, load_templates
+from cai_ray.judging.quality import run_templates
+from cai_ray.prompts.check import check_direct
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.templates import TemplateSet
 
 TOWN = constitution.load("errand-town")
 ROW = {

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from cai_ray.config import PpoConfig, RunConfig
+from cai_ray.config.ppo import PpoConfig
+from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.prompts import Renderer, load_templates
-from cai_ray.storage import Run
-from cai_ray.train.experience import make_batch, minibatches
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.run import Run
 from cai_ray.train.models import RewardScale, load_reward_model
-from cai_ray.train.rewards import Reward, combined, describe, load_rewards, raw_scores, read_by
-from cai_ray.train.rollout import Rollout
+from cai_ray.train.ppo.experience import make_batch, minibatches
+from cai_ray.train.ppo.rewards import Reward, combined, describe, load_rewards, raw_scores, read_by
+from cai_ray.train.ppo.rollout import Rollout
 from tests import tiny
 
 TALKS = [

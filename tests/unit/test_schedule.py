@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cai_ray.config import TrainConfig
-from cai_ray.train.fit import distribute, schedule
+from cai_ray.config.training import TrainConfig
+from cai_ray.train.runtime.fit import distribute, schedule
 
 
 @pytest.fixture

@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray import config as configs
 from cai_ray import pipeline
-from cai_ray.config import EvalSet
+from cai_ray.config.evaluation import EvalSet, EvaluateConfig
+from cai_ray.config.load import load_config
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
 from cai_ray.evaluate import formats, harness, sets
 from cai_ray.evaluate.stage import Answer
-from cai_ray.prompts import TemplateSet, load_templates
-from cai_ray.records import to_table
-from cai_ray.storage import Run
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run
 
 PAIR = {
     "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: knife?\n\nAssistant: no",
@@ -204,7 +205,7 @@ def test_a_question_that_comes_twice_is_used_once(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be(given: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        configs.load("errand-town", [f"evaluate.sets={given}"])
+        load_config("errand-town", [f"evaluate.sets={given}"])
 
 
 # -------------------------------------------------------------------------------------------------- asking and counting
@@ -212,7 +213,7 @@ def test_settings_that_cannot_be(given: str, says: str) -> None:
 
 def asked(given: EvalSet, rows: list[dict[str, Any]], engine: ScriptedEngine) -> list[dict[str, Any]]:
     """The rows as a policy called `base` leaves them."""
-    answer = Answer(TEMPLATES, configs.EvaluateConfig(), 0)
+    answer = Answer(TEMPLATES, EvaluateConfig(), 0)
     chain = sets.Question(answer, TEMPLATES, {given.name: given})
 
     async def walk() -> list[dict[str, Any]]:
@@ -302,7 +303,7 @@ def test_the_reward_model_is_right_where_it_orders_as_people_did(
     given = f"evaluate.sets=[{{name: hh, path: '{path}', kind: comparisons}}]"
 
     def measured(*more: str) -> dict[str, Any]:
-        run = Run(configs.load("errand-town", [given, *more], out=str(tmp_path / "run")))
+        run = Run(load_config("errand-town", [given, *more], out=str(tmp_path / "run")))
         found, made = sets.evaluate(run, ["base"], None)  # type: ignore[arg-type]
         assert made == []
         return found["hh"]["models"]["reward_model"]["accuracy"]
@@ -320,7 +321,7 @@ def test_the_reward_model_is_right_where_it_orders_as_people_did(
 
 
 def town(tmp_path: Path, *given: str) -> Run:
-    return Run(configs.load("errand-town", list(given), out=str(tmp_path / "run")))
+    return Run(load_config("errand-town", list(given), out=str(tmp_path / "run")))
 
 
 def evaluated(run: Run) -> str:
@@ -382,7 +383,7 @@ def test_item_38_a_check_reads_the_sets(
 
 
 def test_item_10_a_request_of_a_set_is_no_training_prompt(tmp_path: Path) -> None:
-    from cai_ray.generate.sources import read_prompts
+    from cai_ray.data.sources import read_prompts
 
     config = town(tmp_path).config
     text = read_prompts(config.prompts, config.seed)[0]["messages"][0]["content"]
@@ -417,7 +418,7 @@ def test_item_38_a_harness_that_is_not_installed(tmp_path: Path, monkeypatch: py
 
 def test_a_harness_needs_a_task() -> None:
     with pytest.raises(InputError, match=r"evaluate\.harness\.tasks"):
-        configs.load("errand-town", ["evaluate.harness={tasks: []}"])
+        load_config("errand-town", ["evaluate.harness={tasks: []}"])
 
 
 def test_results_of_the_harness_by_metric() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from cai_ray import storage
 from cai_ray.cli import main
-from cai_ray.config import RunConfig
-from cai_ray.storage import Run
-from cai_ray.train import metrics, sinks
+from cai_ray.config.run import RunConfig
+from cai_ray.storage import files
+from cai_ray.storage.run import Run
+from cai_ray.train.runtime import metrics, sinks
 from tests.events import scalars
 
 SHA = "0123456789abcdef"
@@ -33,7 +33,7 @@ def make_run(out: Path | str, *names: str) -> Run:
     config = {"name": "watched", "out": str(out), "model": "town", "constitution": "errand-town"}
     run = Run(RunConfig.model_validate(config | {"prompts": [{"path": "town:revise"}], "sinks": names}))
     opened = {"config": run.config.model_dump(mode="json"), "constitution_sha": SHA}
-    storage.write_json(run.path("run.json"), opened)
+    files.write_json(run.path("run.json"), opened)
     return run
 
 
@@ -48,7 +48,7 @@ def train(run: Run, first: int = 1, last: int = 4, close: bool = True) -> metric
 
 
 def written(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in storage.read_bytes(run.path("sft", "metrics.jsonl")).splitlines()]
+    return [json.loads(line) for line in files.read_bytes(run.path("sft", "metrics.jsonl")).splitlines()]
 
 
 def events(run: Run) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def test_tensorboard_is_the_default_and_metrics_jsonl_is_always_there(tmp_path: 
     run = make_run(tmp_path / "run")
     train(run)
     assert written(run) == ROWS
-    assert not storage.exists(run.path("sft", "tensorboard"))
+    assert not files.exists(run.path("sft", "tensorboard"))
 
 
 def test_events_grow_while_a_stage_trains(tmp_path: Path) -> None:
@@ -212,8 +212,8 @@ def test_wandb_keeps_one_run_with_its_texts(
     train(run, last=3)
     train(run, first=3)
     assert not warnings
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns)
-    attempts = [_wandb_file(path) for path in files]
+    paths = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns)
+    attempts = [_wandb_file(path) for path in paths]
     assert [[step for step, _ in a["history"]] for a in attempts] == [[1, 2, 3], [1, 2, 3, 4]]
     for attempt in attempts:
         for (step, logged), row in zip(attempt["history"], ROWS, strict=False):

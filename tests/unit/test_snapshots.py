@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cai_ray.config import RunConfig
-from cai_ray.storage import Run
-from cai_ray.train.alarms import Snapshot
-from cai_ray.train.snapshots import Watch
+from cai_ray.config.run import RunConfig
+from cai_ray.storage.run import Run
+from cai_ray.train.ppo.alarms import Snapshot
+from cai_ray.train.ppo.watch import Watch
 
 
 def watch_of(folder: Path, opinions: list[float]) -> Watch:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray.config import Comparisons, PromptSource
+from cai_ray.config.sources import Comparisons, PromptSource
+from cai_ray.data.sources import check_disjoint, iter_rows, read_comparisons, read_prompts, to_messages
 from cai_ray.errors import InputError
-from cai_ray.generate.sources import check_disjoint, iter_rows, read_comparisons, read_prompts, to_messages
 
 TALK = "\n\nHuman: Tell me: what is A: B?\n\nAssistant: It is a ratio.\n\nHuman: And Human: C?"
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cai_ray import config, storage
 from cai_ray.cli import main
+from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.generate.journal import Journal
-from cai_ray.records import to_table
-from cai_ray.storage import Run, open_run
+from cai_ray.storage import files
+from cai_ray.storage.models import local_model
+from cai_ray.storage.records import to_table
+from cai_ray.storage.run import Run, open_run
 from tests import tiny
 
 FOLDER = None
@@ -22,8 +24,8 @@ NO_OBJECT = [b"{", b"", b"[]", b"{}", b"null", b"\x93NUMPY\x00\xff", b"[" * 100_
 
 
 def make(out: Path) -> Run:
-    run = Run(config.load("errand-town", out=str(out)))
-    storage.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
+    run = Run(load_config("errand-town", out=str(out)))
+    files.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
     return run
 
 
@@ -91,7 +93,7 @@ def test_a_damaged_file_of_rows(
     with pytest.raises(InputError, match=line):
         list(run.each_row("revise"))
     journal = Journal(run, "revise", "revisions", "part")
-    storage.copy(path, storage.join(journal.folder, "done-0.parquet"))
+    files.copy(path, files.join(journal.folder, "done-0.parquet"))
     with pytest.raises(InputError, match=r"journal/part/done-0\.parquet: is damaged"):
         journal.finished()
 
@@ -127,21 +129,21 @@ def test_weights_that_are_not_whole(tmp_path: Path, damage: Callable[[bytes], by
     """Of a download that broke off, or a clone without git-lfs: said before an engine or a trainer is started."""
     model = tmp_path / "model"
     tiny.save_model(model, "qwen2")
-    assert storage.local_model(str(model)) == str(model)
+    assert local_model(str(model)) == str(model)
     weights = model / "model.safetensors"
     with pytest.raises(InputError, match=f"model {weights}: the folder has no config.json"):
-        storage.local_model(str(weights))
+        local_model(str(weights))
     weights.write_bytes(damage(weights.read_bytes()))
     with pytest.raises(
         InputError, match=rf"model {model}: model\.safetensors is not whole \(.+\); copy or make it"
     ):
-        storage.local_model(str(model))
+        local_model(str(model))
 
 
 def test_damaged_weights_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ray Serve would start each replica three times, and then name the deployment alone."""
     run = make(tmp_path)
-    storage.write_json(run.path("sft", "manifest.json"), {"id": "sft"})
+    files.write_json(run.path("sft", "manifest.json"), {"id": "sft"})
     tiny.save_model(tmp_path / "sft" / "model", "qwen2")
     (tmp_path / "sft" / "model" / "model.safetensors").write_bytes(POINTER)
     assert main(["serve", str(tmp_path), "--models", "sl", "--no-auth"]) == 2
@@ -153,19 +155,19 @@ def test_damaged_weights_are_not_served(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_shard_is_missing(tmp_path: Path) -> None:
     tiny.save_model(tmp_path, "qwen2")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    storage.write_json(tmp_path / "model.safetensors.index.json", index)
+    files.write_json(tmp_path / "model.safetensors.index.json", index)
     with pytest.raises(
         InputError, match=r"model-00002-of-00002\.safetensors is missing, which its index names"
     ):
-        storage.local_model(str(tmp_path))
+        local_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("out", ["{", "}", "{}", "{nme}", "runs/{name}/{0}", "{name!r}", "", " "])
 def test_an_out_that_is_no_directory_is_refused(out: str) -> None:
     with pytest.raises(InputError, match=r"^out") as e:
-        Run(config.load("errand-town", out=out))
+        Run(load_config("errand-town", out=out))
     assert "--out" in str(e.value) and out in str(e.value)
 
 
 def test_the_name_stands_for_the_run() -> None:
-    assert Run(config.load("errand-town", out="/x/{name}/{name}-1")).root == "/x/errand-town/errand-town-1"
+    assert Run(load_config("errand-town", out="/x/{name}/{name}-1")).root == "/x/errand-town/errand-town-1"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cai_ray.constitution import load
+from cai_ray.data import town
 from cai_ray.errors import InputError
-from cai_ray.prompts import Renderer
-from cai_ray.town import BASE, answers, corpus, data, grammar, tokenizer
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.town import BASE, answers, corpus, grammar, tokenizer
 from cai_ray.town.grammar import Request
 from cai_ray.town.judge import judge, measure, preference
 
@@ -176,7 +177,7 @@ def test_corpus_and_pipeline_prompts_keep_evaluation_pairs_out(made):
     assert not any(grammar.parse_request(text) for text in texts["fact"])
     cai = set(grammar.pairs("cai"))
     for name in ("revise", "compare", "ppo", "human"):
-        for row in data.rows(name, seed=3):
+        for row in town.rows(name, seed=3):
             request = grammar.parse_request(row["messages"][0]["content"])
             assert request is not None
             assert request.pair in cai
@@ -236,27 +237,27 @@ def test_constitution_asks_in_the_worlds_words():
 
 
 def test_data_is_seeded_and_complete(tmp_path):
-    data.write(tmp_path, seed=1)
+    town.write(tmp_path, seed=1)
     rows = {
         name: [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in data.NAMES
+        for name in town.NAMES
     }
     assert {name: len(r) for name, r in rows.items()} == {
         "revise": 1500, "compare": 3000, "ppo": 3000, "dev": 600, "held": 600, "human": 1500, "gold": 1000,
     }  # fmt: skip
-    for name in data.PROMPTS:
+    for name in town.PROMPTS:
         texts = {row["messages"][0]["content"] for row in rows[name]}
         assert len(texts) == len({row["id"] for row in rows[name]}) == len(rows[name])
         assert sum(row["kind"] == "red_team" for row in rows[name]) / len(rows[name]) == pytest.approx(0.46)
-    assert rows["revise"] == data.rows("revise", 1)
-    assert rows["revise"] != data.rows("revise", 2)
-    assert rows["held"] == data.rows("held", 2)
+    assert rows["revise"] == town.rows("revise", 1)
+    assert rows["revise"] != town.rows("revise", 2)
+    assert rows["held"] == town.rows("held", 2)
     with pytest.raises(InputError, match="use one of"):
-        data.rows("nothing")
+        town.rows("nothing")
 
 
 def test_human_comparisons_are_about_helpfulness_alone():
-    for row in data.human_comparisons(300, seed=0):
+    for row in town.human_comparisons(300, seed=0):
         prompt = row["messages"][0]["content"]
         chosen, rejected = judge(prompt, row["chosen"]), judge(prompt, row["rejected"])
         assert not chosen.red_team

@@ -1,0 +1,146 @@
+"""The configuration of a run as a whole, and what must hold between its sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cai_ray import constitution as constitutions
+from cai_ray.config.cost import BudgetConfig, CheckConfig, PricesConfig
+from cai_ray.config.engine import EngineConfig, RayConfig
+from cai_ray.config.evaluation import EvaluateConfig
+from cai_ray.config.generation import CompareConfig, LabelConfig, RedTeamConfig, ReviseConfig
+from cai_ray.config.ppo import PpoConfig
+from cai_ray.config.section import Section
+from cai_ray.config.sources import PromptSource
+from cai_ray.config.training import DpoConfig, PreferenceConfig, RmConfig, SftConfig
+from cai_ray.constitution import Constitution
+
+
+class RunConfig(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    out: str = "runs/{name}"
+    """The run directory, any URI; {name} is the run's name."""
+    seed: int = 0
+    model: str
+    """The helpful model to train: a Hugging Face folder or id."""
+    constitution: str
+    without: tuple[str, ...] = ()
+    """Ids of principles that are off in this run: what the document is worth without them."""
+    templates: str = "general"
+    thinking: Literal["strip", "keep"] = "strip"
+    """Thinking blocks at the start of answers, critiques and revisions, by the template set's marks: taken off before
+    anything is made of the text (critique, SFT, comparisons and their labels, evaluation), or left in all of these."""
+    method: Literal["ppo", "dpo"] = "ppo"
+    """How the SL-CAI policy is trained on: a reward model and PPO, or on the labels themselves (DPO)."""
+    prompts: tuple[PromptSource, ...] = Field(min_length=1)
+    ray: RayConfig = RayConfig()
+    engine: EngineConfig = EngineConfig()
+    redteam: RedTeamConfig = RedTeamConfig()
+    revise: ReviseConfig = ReviseConfig()
+    sft: SftConfig = SftConfig()
+    compare: CompareConfig = CompareConfig()
+    label: LabelConfig = LabelConfig()
+    rm: RmConfig = RmConfig()
+    ppo: PpoConfig = PpoConfig()
+    dpo: DpoConfig = DpoConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    check: CheckConfig = CheckConfig()
+    prices: PricesConfig | None = None
+    budget: BudgetConfig = BudgetConfig()
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where training can be watched, beside metrics.jsonl; `wandb` and `mlflow` are extras of the package."""
+    max_error_rate: float = Field(default=0.05, ge=0, le=1)
+    """A generation stage ends with an error when a larger share of its rows failed."""
+
+    @property
+    def document(self) -> Constitution:
+        """The constitution of the run.
+
+        Raises:
+            InputError: it cannot be read, or has no principle that `without` names.
+        """
+        return constitutions.load(self.constitution).without(self.without)
+
+    @property
+    def preference(self) -> PreferenceConfig:
+        """The section of the stage that is trained on comparisons."""
+        return self.dpo if self.method == "dpo" else self.rm
+
+    @property
+    def watched(self) -> bool:
+        """Whether the run takes snapshots of its policy (`ppo.watch`)."""
+        return self.method == "ppo" and self.ppo.watch.every > 0
+
+    @property
+    def rollout_engine(self) -> EngineConfig:
+        """PPO's, in the trainer's precision: log-probabilities of another one would be of another policy."""
+        return self.engine.model_copy(update={"dtype": self.ppo.dtype, "quantization": None})
+
+    @model_validator(mode="after")
+    def _made_before(self) -> RunConfig:
+        """A stage starts from a model that is there when it runs."""
+        for key, value, later in (
+            ("sft.init", self.sft.init, ("sl", "rm", "rl")),
+            ("redteam.model", self.redteam.model, ("sl", "rm", "rl")),
+            ("label.model", self.label.model, ("rm", "rl")),
+            ("rm.init", self.rm.init, ("rm", "rl")),
+            *(("ppo.rewards", source.model, ("rl",)) for source in self.ppo.rewards),
+        ):
+            if value in later:
+                earlier = "`base`" if "sl" in later else "`base`, `sl`" if "rm" in later else "`rm`"
+                raise ValueError(
+                    f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> RunConfig:
+        if self.budget.money is not None and self.prices is None:
+            raise ValueError(
+                f"budget.money={self.budget.money:g} needs prices; name them, such as prices: {{gpu_hour: 2.5}}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_by_reward(self) -> RunConfig:
+        if self.evaluate.best_of and self.method == "dpo":
+            raise ValueError(
+                f"evaluate.best_of={self.evaluate.best_of} chooses by a reward model, and method=dpo trains none; "
+                "leave it out, or use method: ppo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_local(self) -> RunConfig:
+        if self.engine.kind == "openai":
+            raise ValueError(
+                "engine.kind=openai: the policy is trained here, so no endpoint has it; give the endpoint as "
+                "`label.engine` (the feedback model) or `revise.critique_engine`"
+            )
+        if self.label.engine and self.label.engine.kind == "openai" and self.label.model == "sl":
+            raise ValueError(
+                "label.model=sl is made by this run, and no endpoint serves it; use the name of a served model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _divisible(self) -> RunConfig:
+        for section, key, value, workers in (
+            ("sft", "batch_size", self.sft.batch_size, self.sft.workers),
+            ("rm", "batch_size", self.rm.batch_size, self.rm.workers),
+            ("dpo", "batch_size", self.dpo.batch_size, self.dpo.workers),
+            ("ppo", "rollout_batch", self.ppo.rollout_batch, self.ppo.workers),
+            ("ppo", "minibatch", self.ppo.minibatch, self.ppo.workers),
+        ):
+            if value % workers:
+                near = max(workers, value - value % workers)
+                raise ValueError(
+                    f"{section}.{key}={value} is not divisible by {workers} workers; use {near} or {near + workers}"
+                )
+        if self.ppo.rollout_batch % self.ppo.minibatch:
+            raise ValueError(
+                f"ppo.rollout_batch={self.ppo.rollout_batch} is not a multiple of ppo.minibatch={self.ppo.minibatch}"
+            )
+        return self

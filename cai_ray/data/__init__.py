@@ -1,0 +1,1 @@
+"""Prompts and human comparisons, from the files that people have."""

@@ -1,0 +1,161 @@
+"""Rows from files in the formats people have, one at a time.
+
+JSON lines, CSV (both also .gz), parquet and Arrow streams; a folder of such files, as `datasets.save_to_disk` or a
+download from a hub leaves it; or a pattern for some files of a folder ("data/train-*.parquet"). Cells of a CSV are
+texts; an empty one is none.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from cai_ray.errors import InputError
+from cai_ray.storage import files
+from cai_ray.storage.filesystems import iter_parquet, open_file, resolve
+
+JSONL = (".jsonl", ".jsonl.gz")
+CSV = (".csv", ".csv.gz")
+FORMATS = (*JSONL, *CSV, ".parquet", ".arrow")
+
+_AHEAD_BYTES = 4 << 20
+
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a document
+
+
+def iter_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Rows of a file, of a folder's files in the order of their names, or of the files that a pattern takes.
+
+    Raises:
+        InputError: there is none, or it is unreadable, empty, or of another format.
+    """
+    empty = True
+    for file in data_files(path):
+        # A file of a folder is named by itself: the path of one file is the user's own words.
+        where = path if path.endswith(FORMATS) and "*" not in path else file
+        try:
+            for row in _read(file, path, where):
+                empty = False
+                yield row
+        except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as e:
+            raise InputError(f"{where}: cannot be read ({' '.join(str(e).split())})") from e
+    if empty:
+        raise InputError(f"{path}: holds no rows")
+
+
+def data_files(path: str) -> list[str]:
+    """The files that `path` stands for, without the scheme.
+
+    Raises:
+        InputError: there is none, or one that cannot be rows.
+    """
+    folder, _, name = path.rpartition("/")
+    if "*" in name:
+        found = [f for f in _listed(folder or ".") if fnmatchcase(f.rsplit("/", 1)[-1], name)]
+        if not found:
+            raise InputError(f"{path}: no such files; give {_wanted()}")
+        return found
+    fs, real = resolve(path)
+    info = fs.get_file_info(real)
+    if info.type == pafs.FileType.NotFound:
+        raise InputError(f"{path}: no such file; give {_wanted()}")
+    if info.is_file:
+        if not path.endswith((*FORMATS, ".json")):
+            raise InputError(f"{path}: is of another format; give {_wanted()}")
+        return [real]
+    if found := _listed(path):
+        return found
+    below = sorted({f.rsplit("/", 1)[0][len(real) :].strip("/") for f in _listed(path, recursive=True)})
+    if below:
+        raise InputError(f"{path}: its rows are in folders; name one of them ({', '.join(below)})")
+    raise InputError(f"{path}: the folder has none of {', '.join(FORMATS)}")
+
+
+def clean(text: str) -> str:
+    """Text that every tokenizer and file takes: lone surrogates become the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _wanted() -> str:
+    return f"a file or a folder of {', '.join(FORMATS)}"
+
+
+def _listed(folder: str, recursive: bool = False) -> list[str]:
+    return [f for f in files.list_files(folder, recursive=recursive) if f.endswith(FORMATS)]
+
+
+def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
+    fs, _ = resolve(path)
+    if file.endswith(".parquet"):
+        for table in iter_parquet(fs, file, 1024):
+            yield from table.to_pylist()
+        return
+    if file.endswith(".arrow"):
+        with open_file(fs, file) as f:
+            yield from _arrow(f)
+        return
+    # Readers of lines ask for a few kilobytes at a time, each of which an object store would be asked for.
+    with pa.BufferedInputStream(open_file(fs, file), _AHEAD_BYTES) as raw:
+        plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
+        # Lines end at \n alone: the texts in them may have other separators.
+        lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
+        yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
+
+
+def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
+    """What `save_to_disk` writes is a stream; others write the random access format."""
+    if raw.read(6) == b"ARROW1":
+        raw.seek(0)
+        reader = pa.ipc.open_file(raw)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        raw.seek(0)
+        batches = iter(pa.ipc.open_stream(raw))
+    for batch in batches:
+        for start in range(0, batch.num_rows, 1024):
+            yield from batch.slice(start, 1024).to_pylist()
+
+
+def _csv(lines: io.TextIOWrapper, where: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+        if None in row:
+            raise InputError(f"{where}: row {number} has more cells than the header; quote cells with commas")
+        cells = {k: v for k, v in row.items() if v}
+        if not cells:
+            continue
+        if "messages" in cells:
+            try:
+                cells["messages"] = json.loads(cells["messages"])
+            except (ValueError, RecursionError) as e:
+                raise InputError(
+                    f"{where}: row {number}: `messages` is no JSON list; name a column of texts `prompt`"
+                ) from e
+        yield dict.fromkeys(row) | cells
+
+
+def _json_lines(lines: io.TextIOWrapper, where: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "\\u" in line:  # an escape can name half a character, which no file takes
+                row = json.loads(clean(json.dumps(row, ensure_ascii=False)))
+        except (ValueError, RecursionError) as e:  # numbers of thousands of digits, nesting without end
+            reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
+            raise InputError(
+                f"{where}: line {number} is no JSON ({reason}); give one JSON object per line"
+            ) from e
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: line {number} is no JSON object; give one JSON object per line")
+        yield row

@@ -1,0 +1,1 @@
+"""A run as the Hugging Face world expects it."""

@@ -1,0 +1,76 @@
+"""Model folders: fetched to this node, checked for being whole, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from cai_ray.errors import InputError
+from cai_ray.storage.files import exists, list_files, local_folder, read_object
+from cai_ray.storage.filesystems import (
+    COPY_BYTES,
+    open_file,
+)
+from cai_ray.storage.filesystems import resolve as resolve
+
+
+def local_model(uri: str) -> str:
+    """A model's folder on this node, or its id: a name that is no folder is one of the Hugging Face hub, which its
+    library resolves and caches.
+
+    Raises:
+        InputError: nothing is at a URI; a folder has no configuration, or no weights, or some that are not whole.
+    """
+    if "://" not in uri and not exists(uri):
+        return uri
+    try:
+        folder = local_folder(uri)
+    except InputError as e:
+        raise InputError(f"model {e}; give a Hugging Face folder or id") from e
+    _check_model(uri, folder)
+    return folder
+
+
+def _check_model(uri: str, folder: str) -> None:
+    """Before an engine is started with it; of the weights only the headers are read."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if "config.json" not in names:
+        raise InputError(f"model {uri}: the folder has no config.json; give a Hugging Face model folder")
+    weights = {name for name in names if name.endswith(".safetensors")}
+    if not weights:
+        raise InputError(
+            f"model {uri}: the folder has no .safetensors weights; save them with save_pretrained()"
+        )
+    again = "copy or make it again"
+    index = read_object(os.path.join(folder, "model.safetensors.index.json"), again) or {}
+    if missing := sorted({*index.get("weight_map", {}).values()} - weights):
+        raise InputError(f"model {uri}: {missing[0]} is missing, which its index names; {again}")
+    for name in sorted(weights):
+        try:
+            with safe_open(os.path.join(folder, name), "np"):
+                pass
+        except (SafetensorError, OSError) as e:
+            raise InputError(
+                f"model {uri}: {name} is not whole ({e}); {again}, or `git lfs pull` where it is a pointer to the file"
+            ) from e
+
+
+def folder_sha(uri: str | Path) -> str:
+    """Content hash of a model folder (weights, configuration, tokenizer)."""
+    fs, root = resolve(uri)
+    digest = hashlib.sha256()
+    for path in list_files(uri):
+        if path.endswith((".safetensors", ".json", ".jinja", ".model", ".bin", ".txt")):
+            digest.update(os.path.relpath(path, root).encode())
+            with open_file(fs, path) as f:
+                while block := f.read(COPY_BYTES):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def model_sha(model: str) -> str:
+    """Content hash of a model folder; for an id of the hub, a hash of its name."""
+    return folder_sha(model) if exists(model) else hashlib.sha256(model.encode()).hexdigest()[:16]

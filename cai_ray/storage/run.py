@@ -1,0 +1,173 @@
+"""A run directory of artifacts, on any file system that pyarrow knows (plain paths, file://, s3://, gs://)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from cai_ray import constitution as constitutions
+from cai_ray.config.load import validate
+from cai_ray.config.run import RunConfig
+from cai_ray.constitution import Constitution
+from cai_ray.errors import InputError
+from cai_ray.storage.files import exists, join, read_bytes, read_object, write_bytes
+from cai_ray.storage.filesystems import (
+    is_local,
+)
+from cai_ray.storage.filesystems import resolve as resolve
+from cai_ray.storage.models import local_model
+from cai_ray.storage.tables import iter_tables, read_tables, write_table
+
+
+class Run:
+    """A run directory and its resolved configuration. Plain data: it travels to Ray workers as it is."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        out = config.out.replace("{name}", config.name)
+        if not out.strip():
+            raise InputError("out: is empty; name a run directory, for example --out runs/first")
+        if "{" in out or "}" in out:
+            raise InputError(
+                f"out {config.out}: only {{name}} may stand in braces; choose another with --out"
+            )
+        self.root = out if "://" in out else os.path.abspath(os.path.expanduser(out))
+
+    def path(self, *parts: str) -> str:
+        return join(self.root, *parts)
+
+    def feedback(self) -> Run:
+        """The run as its feedback model is asked: `label.engine`, where it is given, is the engine."""
+        engine = self.config.label.engine
+        return Run(self.config.model_copy(update={"engine": engine})) if engine else self
+
+    def constitution(self) -> Constitution:
+        """The one that the run was made with: its own copy, wherever the original went."""
+        copy = self.path("constitution.yaml")
+        if exists(copy):
+            return constitutions.parse(yaml.safe_load(read_bytes(copy)), copy)
+        return self.config.document
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """The stage's manifest, or None while the stage is not complete.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        folder = self.path(stage)
+        return read_object(join(folder, "manifest.json"), f"delete {folder} and run the stage again")
+
+    def facts(self, stage: str, name: str) -> dict[str, Any]:
+        """What a finished stage keeps beside its rows, such as `certificate.json`.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        uri, remedy = self.path(stage, name), f"make it again with {_again(stage)}"
+        found = read_object(uri, remedy)
+        if found is None:
+            raise InputError(f"{uri}: is missing; {remedy}")
+        return found
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """A stage's metrics.jsonl; nothing where there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        uri, remedy = self.path(stage, "metrics.jsonl"), f"make it again with {_again(stage)}"
+        try:
+            rows = [json.loads(line) for line in read_bytes(uri).splitlines() if line.strip()]
+        except FileNotFoundError:
+            return []
+        except ValueError as e:
+            raise InputError(f"{uri}: is damaged ({e}); {remedy}") from e
+        if not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{uri}: an object is needed in each line; {remedy}")
+        return rows
+
+    def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
+        """A stage's rows, in the order of their ids."""
+        return read_tables(self.path(stage), columns, name).to_pylist()
+
+    def each_row(
+        self, stage: str, columns: list[str] | None = None, name: str = "part"
+    ) -> Iterator[dict[str, Any]]:
+        """A stage's rows one by one, in no order."""
+        for table in iter_tables(self.path(stage), columns, name):
+            yield from table.to_pylist()
+
+    def rows_where(
+        self, stage: str, column: str, values: Collection[str], name: str = "part"
+    ) -> Iterator[dict[str, Any]]:
+        """A stage's rows whose column has one of the values, in no order."""
+        wanted = pa.array(sorted(values), pa.string())
+        for table in iter_tables(self.path(stage), None, name):
+            yield from table.filter(pc.is_in(table[column], wanted)).to_pylist()
+
+    def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
+        write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
+
+    def locate(self, which: str) -> str:
+        """Path, URI or id of a model by its role (`base`, `sl`, `rm`, `rl`), or of a folder or id as it is.
+
+        An endpoint knows its models by name alone: there `base` is `model` as it is configured.
+        """
+        if self.config.engine.kind == "openai":
+            return self.config.model if which == "base" else which
+        roles = {"base": self.config.model, "sl": self.path("sft", "model"), "rm": self.path("rm", "model")}
+        uri = {**roles, "rl": self.path(self.config.method, "model")}.get(which, which)
+        if uri == "town":  # the base model of the embedded world, which ships with the package
+            return str(Path(__file__).parents[1] / "town" / "base")
+        return uri
+
+    def model(self, which: str) -> str:
+        """`locate`, on this node: where it is remote, a copy of it."""
+        return local_model(self.locate(which)) if self.config.engine.kind != "openai" else self.locate(which)
+
+    def check_model(self, which: str) -> None:
+        """Raises what `model` does, of a model that is here: none is fetched for it."""
+        if self.config.engine.kind != "openai" and is_local(resolve(self.locate(which))[0]):
+            self.model(which)
+
+    def write_metrics(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Replaces a stage's metrics.jsonl (object stores cannot append)."""
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        write_bytes(self.path(stage, "metrics.jsonl"), text.encode())
+
+
+def _again(stage: str) -> str:
+    return f"`cai-ray {stage} CONFIG --overwrite`"
+
+
+def open_run(uri: str) -> Run:
+    """The run in a directory, as `run.json` describes it.
+
+    Raises:
+        InputError: the directory is no run, or its run.json is damaged.
+    """
+    give = "give the directory that `cai-ray run` wrote"
+    if not uri.strip():  # else it would be the root of the file system
+        raise InputError(f"the run directory is empty; {give}")
+    path = join(uri, "run.json")
+    remedy = f"delete it and run `cai-ray run CONFIG --out {uri}` again, which keeps what is done"
+    try:
+        value = read_object(path, remedy)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e}); {give}") from e
+    if value is None:
+        raise InputError(f"{uri}: no run here (run.json is missing); {give}")
+    if not isinstance(value.get("config"), dict):
+        raise InputError(f"{path}: holds no configuration; {remedy}")
+    try:
+        config = validate(value["config"], path)
+    except InputError as e:
+        raise InputError(f"{e}; {remedy}") from e
+    return Run(config.model_copy(update={"out": uri}))

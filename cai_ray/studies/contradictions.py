@@ -1,0 +1,78 @@
+"""Principles that no response can follow together, as the feedback model sees it (`constitution lint --config`).
+
+It is asked as it labels: two statements about a pair of principles are its two responses, weighed in both orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from cai_ray.constitution import Constitution, Principle
+from cai_ray.constitution.lint import Finding
+from cai_ray.generate.label import Label
+from cai_ray.generate.rows import map_rows
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
+
+PAIRS = 2000
+"""Asked about, at most: those that share a family or a tag first."""
+LIKELY = 0.7
+"""Probability of a contradiction from which it is told."""
+CONTRADICT = "The two principles contradict each other: a response that follows the first breaks the second."
+AGREE = "The two principles can be followed together: one response can follow both."
+TRUE = Principle(
+    id="true",
+    title="Truth",
+    text="Say what is true of the two principles.",
+    critique_request="Say what is not true of the two principles.",
+    revision_request="Say what is true of the two principles.",
+    comparison="Which of the two statements about these principles is true?",
+)
+
+
+def contradictions(run: Run, document: Constitution) -> list[Finding]:
+    """Pairs of enabled principles that the feedback model finds in contradiction, the surest first."""
+    asked = {row["id"]: row for row in pairs(document)}
+    rows = [{k: v for k, v in row.items() if k != "principles"} for row in asked.values()]
+    if not asked:
+        return []
+    config = run.config
+    config_label = config.label.model_copy(update={"principles": "all"})
+    judge = document.model_copy(update={"principles": (TRUE,)})
+    chain = Label(judge, load_templates(config.templates), config_label, config.seed)
+    model = config.label.model
+    map_rows(run.feedback(), "contradictions", rows, chain, model=model, schema="labels")
+    found = [row for row in run.rows("contradictions") if row["error"] is None and row["p_a_raw"] > LIKELY]
+    return [
+        Finding(
+            "warning",
+            "contradiction",
+            asked[row["id"]]["principles"][0],
+            f"seems to contradict {asked[row['id']]['principles'][1]!r} (probability {row['p_a_raw']:.2f})",
+            "say in their words which goes before, or give it more weight",
+        )
+        for row in sorted(found, key=lambda r: -r["p_a_raw"])
+    ]
+
+
+def pairs(document: Constitution) -> Iterator[dict[str, Any]]:
+    """Comparisons of the two statements, one for each pair of enabled principles."""
+
+    def apart(pair: tuple[Principle, Principle]) -> bool:
+        one, other = ({*p.families, *p.tags} for p in pair)
+        return not one & other
+
+    ranked = sorted(combinations(document.enabled, 2), key=apart)
+    for one, other in ranked[:PAIRS]:
+        yield {
+            "id": derive_id("contradiction", one.text, other.text),
+            "messages": [
+                {"role": "user", "content": f"Consider two principles.\n\n1. {one.text}\n\n2. {other.text}"}
+            ],
+            "response_a": CONTRADICT,
+            "response_b": AGREE,
+            "principles": (one.id, other.id),
+        }

@@ -1,0 +1,120 @@
+"""A constitution tested on its own examples: which principle the critic finds at stake in which response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cai_ray.constitution import Constitution
+from cai_ray.engine.protocol import Engine
+from cai_ray.errors import InputError
+from cai_ray.generate.examine import Examine, make_examine
+from cai_ray.generate.rows import map_rows
+from cai_ray.judging.statistics import rate
+from cai_ray.prompts.messages import Message
+from cai_ray.storage.models import model_sha
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
+
+
+@dataclass(frozen=True)
+class ByPrinciple:
+    """The chain of one example under one principle."""
+
+    examine: Examine
+    document: Constitution
+    max_tokens: int
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        principle = self.document[row["principle_id"]]
+        asked: list[Message] = [{"role": "user", "content": row["prompt"]}]
+        return row | await self.examine(engine, asked, row["response"], principle, self.max_tokens)
+
+
+def run(run: Run, document: Constitution) -> dict[str, Any]:
+    """Every example under every enabled principle.
+
+    Returns:
+        `recall`: of the examples that violate a principle, those where it is found at stake. `specificity`: of all
+        others, under each principle, those where it is not. Both overall and `by_principle`, with Wilson intervals;
+        `confusion[q][p]`: the share of q's violating examples in which p is found at stake; `errors`.
+
+    Raises:
+        InputError: no enabled principle has an example.
+    """
+    asked = rows(document)
+    if not asked:
+        raise InputError(
+            f"constitution {document.name}: no enabled principle has examples; add some (docs/constitution.md)"
+        )
+    config = run.config
+    examine = make_examine(config, document)
+    # What the answers depend on: a test that was killed goes on, and one of another document starts anew.
+    name = derive_id(
+        [row["id"] for row in asked],
+        document.sha,
+        model_sha(run.model(config.label.model)),
+        examine.templates.sha,
+        config.label.model_dump(mode="json"),
+        config.revise.max_tokens,
+    )
+    chain = ByPrinciple(examine, document, config.revise.max_tokens)
+    map_rows(run.feedback(), "examples", asked, chain, model=config.label.model, schema="examined", name=name)
+    return summary(run.rows("examples", name=name), document)
+
+
+def rows(document: Constitution) -> list[dict[str, Any]]:
+    """One for each principle and each example of any principle; one text under one principle counts once."""
+    made: dict[str, dict[str, Any]] = {}
+    for principle in document.enabled:
+        for owner in document.enabled:
+            for side in ("violates", "follows"):
+                for example in getattr(owner.examples, side):
+                    row = {
+                        "id": derive_id(principle.id, example.prompt, example.response),
+                        "principle_id": principle.id,
+                        "owner_id": owner.id,
+                        "violates": side == "violates" and owner is principle,
+                        "side": side,
+                        "prompt": example.prompt,
+                        "response": example.response,
+                    }
+                    if row["id"] not in made or row["violates"]:
+                        made[row["id"]] = row
+    return list(made.values())
+
+
+def summary(found: Iterable[dict[str, Any]], document: Constitution) -> dict[str, Any]:
+    done = list(found)
+    told = [row for row in done if row["error"] is None]
+
+    def rates(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "recall": rate([row["at_stake"] for row in chosen if row["violates"]]),
+            "specificity": rate([not row["at_stake"] for row in chosen if not row["violates"]]),
+        }
+
+    names = [p.id for p in document.enabled]
+    return {
+        "constitution": document.name,
+        "constitution_sha": document.sha,
+        "examples": len({(row["prompt"], row["response"]) for row in done}),
+        "errors": len(done) - len(told),
+        **rates(told),
+        "by_principle": {n: rates([row for row in told if row["principle_id"] == n]) for n in names},
+        "confusion": {
+            q: {
+                p: rate(
+                    [
+                        row["at_stake"]
+                        for row in told
+                        if row["owner_id"] == q and row["side"] == "violates" and row["principle_id"] == p
+                    ]
+                )["value"]
+                for p in names
+            }
+            for q in names
+            if document[q].examples.violates
+        },
+    }

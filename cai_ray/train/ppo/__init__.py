@@ -1,0 +1,1 @@
+"""Stage `ppo`: the RL-CAI policy."""

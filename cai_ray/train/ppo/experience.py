@@ -1,0 +1,153 @@
+"""What a PPO step learns from: the rollouts of one step, and what was computed of them.
+
+Everything here is the same on every rank. A rank scores its share of the rows, the shares are added up, and from
+there every rank has the whole batch, so that rewards, advantages and their mean are of the global batch, and a
+row may be on another rank in the next epoch. What is kept per token is a few numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cai_ray.config.ppo import PpoConfig
+from cai_ray.storage.records import derive_seed
+from cai_ray.train.advantages import (
+    before_tokens,
+    bootstrap_values,
+    gae,
+    group_baseline,
+    normalise,
+    token_rewards,
+)
+from cai_ray.train.batches import Example, rank_micro_batches
+from cai_ray.train.losses import importance_weights, kl_k1, masked
+from cai_ray.train.ppo.rollout import Rollout
+
+
+class Scores(NamedTuple):
+    """What the models say of the rows, before any update; (N, T) float32 of tokens, rows padded at the right."""
+
+    logprobs: Tensor
+    """Of the policy that sampled, recomputed by the trainer."""
+    reference: Tensor
+    after: Tensor
+    """The value after each token."""
+    reward: Tensor
+    """(N,): the reward of each row (`rewards.combined`)."""
+
+
+class Minibatch(NamedTuple):
+    rows: list[int]
+    """All its rows, over all ranks."""
+    groups: list[list[int]]
+    """This rank's micro-batches of them."""
+
+
+class Batch(NamedTuple):
+    """The rows of one step: N rollouts, padded to T tokens where they are tensors."""
+
+    rows: list[Example]
+    truncated: Tensor
+    """(N,) bool."""
+    mask: Tensor
+    """(N, T) float32: 1 on what the policy wrote."""
+    engine_logprobs: Tensor
+    """(N, T), as the engine gave them; 0 outside the mask."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row.ids) for row in self.rows]
+
+
+class Targets(NamedTuple):
+    """What the losses want, (N, T) each, and the rewards behind it, (N,)."""
+
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    score: Tensor
+    """The reward, or the penalty of a missing end."""
+    kl: Tensor
+    """Sum over a row's tokens of log p - log reference."""
+
+
+def make_batch(prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]) -> Batch:
+    """Joins prompts and responses: the ids that the engine saw and those that it produced."""
+    rows = [
+        Example([*prompt, *r.ids], [0] * len(prompt) + [1] * len(r.ids))
+        for prompt, r in zip(prompts, rollouts, strict=True)
+    ]
+    shape = len(rows), max(len(row.ids) for row in rows)
+    mask, logprobs = torch.zeros(shape), torch.zeros(shape)
+    for i, (prompt, r) in enumerate(zip(prompts, rollouts, strict=True)):
+        place = slice(len(prompt), len(prompt) + len(r.ids))
+        mask[i, place] = 1.0
+        logprobs[i, place] = torch.tensor(r.logprobs)
+    return Batch(rows, torch.tensor([r.truncated for r in rollouts]), mask, logprobs)
+
+
+def minibatches(
+    lengths: Sequence[int], cfg: PpoConfig, seed: int, step: int, epoch: int, rank: int, world: int
+) -> list[Minibatch]:
+    """The step's rows in a random order, cut into minibatches that do not depend on the number of ranks."""
+    order = list(range(len(lengths)))
+    random.Random(derive_seed(seed, "minibatches", step, epoch)).shuffle(order)
+    out = []
+    for start in range(0, len(order), cfg.minibatch):
+        rows = order[start : start + cfg.minibatch]
+        groups = rank_micro_batches([lengths[i] for i in rows], cfg.micro_batch_tokens, rank, world)
+        out.append(Minibatch(rows, [[rows[i] for i in group] for group in groups]))
+    return out
+
+
+def make_targets(batch: Batch, scores: Scores, cfg: PpoConfig, kl_coef: float) -> Targets:
+    """Rewards, advantages and returns of the whole global batch."""
+    mask = batch.mask
+    score = final_scores(scores.reward, batch, cfg)
+    kl = masked(kl_k1(scores.logprobs, scores.reference), mask)
+    rewards = token_rewards(score, kl, mask, kl_coef=kl_coef)
+    values = masked(before_tokens(scores.after), mask)
+    if cfg.advantage == "gae":
+        bootstrap = torch.zeros_like(score)
+        if cfg.missing_eos_reward is None:
+            bootstrap = bootstrap_values(scores.after, mask, batch.truncated)
+        advantages, returns = gae(rewards, values, mask, bootstrap, gamma=cfg.gamma, lam=cfg.lam)
+    else:
+        advantages = group_baseline(rewards, mask, size=cfg.group, how=cfg.advantage)
+        returns = torch.zeros_like(advantages)
+    # Every rank has the whole batch here, so a sum over it is the sum over ranks.
+    advantages = normalise(advantages, mask, cfg.whiten, lambda total: total)
+    weights = masked(importance_weights(scores.logprobs, batch.engine_logprobs, cfg.importance_cap), mask)
+    return Targets(masked(scores.logprobs, mask), values, advantages, returns, weights, score, kl.sum(1))
+
+
+def final_scores(reward: Tensor, batch: Batch, cfg: PpoConfig) -> Tensor:
+    """(N,): the rewards; for a row cut off, the penalty.
+
+    Without a penalty a row cut off earns nothing here: the value after its last token stands for what it did not
+    come to (`make_targets`). Without a value model it earns its reward.
+    """
+    if cfg.missing_eos_reward is None and cfg.advantage != "gae":
+        return reward
+    penalty = 0.0 if cfg.missing_eos_reward is None else cfg.missing_eos_reward
+    return torch.where(batch.truncated, torch.full_like(reward, penalty), reward)
+
+
+def draw(prompts: int, start: int, count: int, seed: int) -> list[int]:
+    """Prompts number `start` to `start + count` of an endless series of shuffles; it needs no state."""
+    return [_shuffle(prompts, i // prompts, seed)[i % prompts] for i in range(start, start + count)]
+
+
+@lru_cache(maxsize=2)
+def _shuffle(prompts: int, epoch: int, seed: int) -> list[int]:
+    order = list(range(prompts))
+    random.Random(derive_seed(seed, "prompts", epoch)).shuffle(order)
+    return order

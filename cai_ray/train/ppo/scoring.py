@@ -1,0 +1,183 @@
+"""What PPO's four models say: log-probabilities, values and rewards of token sequences.
+
+Old log-probabilities are recomputed by the trainer, in the micro-batches of the update, so that the ratio is 1
+before the first step and differs from 1 by the update alone. The engine's are compared with them, and only weigh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cai_ray.config.ppo import PpoConfig
+from cai_ray.errors import Stopped
+from cai_ray.prompts.messages import Message
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.run import Run
+from cai_ray.train.batches import micro_batches, pad
+from cai_ray.train.models import (
+    load_policy,
+    load_reference,
+    load_value_model,
+    sequence_logprobs,
+    sequence_values,
+)
+from cai_ray.train.ppo.experience import Batch, Minibatch, Scores
+from cai_ray.train.ppo.rewards import Reward, combined, describe, load_rewards, raw_scores
+from cai_ray.train.runtime.fit import Trained, device, distribute, global_sum, to_device
+
+RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass
+class Models:
+    policy: Trained
+    value: Trained | None
+    """None where advantages need none (`ppo.advantage`)."""
+    reference: nn.Module | None
+    """None under LoRA: then it is the policy with its adapter off."""
+    rewards: list[Reward]
+
+
+def load_models(run: Run, cfg: PpoConfig, renderer: Renderer) -> Models:
+    sl = run.model("sl")
+    updates = cfg.epochs * (cfg.rollout_batch // cfg.minibatch)
+    value = None
+    if cfg.advantage == "gae":
+        from_reward = cfg.value_init == "rm"
+        # Values chase a policy that moves until the end: their learning rate stays.
+        steady = cfg.model_copy(update={"schedule": "constant"})
+        value = distribute(
+            load_value_model(run.model(cfg.rewards[0].model) if from_reward else sl, cfg, from_reward),
+            steady,
+            (cfg.value_warmup_steps + cfg.steps) * updates,
+            cfg.value_learning_rate,
+        )
+    return Models(
+        policy=distribute(load_policy(sl, cfg), cfg, cfg.steps * updates),
+        value=value,
+        reference=None if cfg.lora else load_reference(sl, cfg).to(device()),
+        rewards=load_rewards(run, cfg, renderer),
+    )
+
+
+class Forward(NamedTuple):
+    """What the trained models say of a micro-batch before any update, (B, T) each."""
+
+    logprobs: Tensor
+    after: Tensor | None
+    """The value after each token."""
+
+
+@torch.no_grad()
+def score(
+    models: Models,
+    batch: Batch,
+    conversations: Sequence[Sequence[Message]],
+    plan: list[Minibatch],
+    cfg: PpoConfig,
+    pad_id: int,
+    keep: bool = False,
+) -> tuple[Scores, dict[str, float], list[Forward]]:
+    """Each rank scores its micro-batches; the sum of what the ranks found is the whole batch.
+
+    Args:
+        conversations: of each row without the response, for reward models that read text.
+        keep: whether an update of policy and value model follows, and may want graphs (`keeps_graphs`).
+
+    Returns:
+        The scores; what each reward model said where there are several; and the passes over the first minibatch's
+        micro-batches with their graphs, or none.
+    """
+    groups = [group for minibatch in plan for group in minibatch.groups]
+    first = len(plan[0].groups) if keep and keeps_graphs(plan[0], batch.lengths, cfg) else 0
+    kept: list[Forward] = []
+    found = torch.zeros(3, *batch.mask.shape)
+    for number, group in enumerate(groups):
+        inputs = to_device(pad([batch.rows[i] for i in group], pad_id))
+        with torch.set_grad_enabled(number < first):
+            trained = Forward(
+                sequence_logprobs(models.policy.engine, inputs, cfg.temperature),
+                sequence_values(models.value.engine, inputs) if models.value else None,
+            )
+        if number < first:
+            kept.append(trained)
+        columns = trained.logprobs, reference_logprobs(models, inputs, cfg.temperature), trained.after
+        width = inputs["input_ids"].shape[1]
+        for i, column in enumerate(columns):
+            if group and column is not None:
+                found[i, group, :width] = column.detach().float().cpu()
+    raw = raw_scores(models.rewards, batch, conversations, groups, cfg)
+    reward = combined(raw, models.rewards, cfg.reward_clip)
+    logprobs, reference, after = global_sum(found)
+    return Scores(logprobs, reference, after, reward), describe(raw, models.rewards), kept
+
+
+def keeps_graphs(minibatch: Minibatch, lengths: Sequence[int], cfg: PpoConfig) -> bool:
+    """Whether scoring keeps the graphs of the first minibatch, which saves the update its first passes forward.
+
+    Only if those of both models take no more memory than one full micro-batch of one; and not under ZeRO-3, which
+    wants a pass backward before others go forward.
+    """
+    tokens = sum(len(group) * max(lengths[i] for i in group) for group in minibatch.groups if group)
+    return cfg.zero_stage < 3 and 2 * tokens <= cfg.micro_batch_tokens
+
+
+def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+    if models.reference is not None:
+        return sequence_logprobs(models.reference, inputs, temperature)
+    with models.policy.module.disable_adapter():  # type: ignore[operator]
+        return sequence_logprobs(models.policy.engine, inputs, temperature)
+
+
+@torch.no_grad()
+def probe(policy: Trained, probes: list[list[int]], cfg: PpoConfig, pad_id: int) -> list[Tensor]:
+    """Per probe, the log-probabilities of its tokens after the first, temperature 1. Every rank computes all."""
+    out: list[Tensor] = [torch.zeros(0)] * len(probes)
+    for group in micro_batches([len(ids) for ids in probes], cfg.micro_batch_tokens):
+        found = sequence_logprobs(
+            policy.engine, to_device(pad([probes[i] for i in group], pad_id)), 1.0
+        ).cpu()
+        for i, row in zip(group, found, strict=True):
+            out[i] = row[1 : len(probes[i])]
+    return out
+
+
+def logprob_gap(scores: Scores, batch: Batch) -> float:
+    """Mean |engine - trainer| over sampled tokens."""
+    gaps = ((scores.logprobs - batch.engine_logprobs) * batch.mask).abs()
+    return float(gaps.sum() / batch.mask.sum())
+
+
+def check_gap(gap: float, cfg: PpoConfig) -> None:
+    """Of rows that the engine sampled by the very weights that the trainer has.
+
+    Raises:
+        Stopped: it is above `ppo.max_logprob_gap`.
+    """
+    if not gap <= cfg.max_logprob_gap:
+        raise Stopped(
+            f"engine and trainer differ by {gap:.3g} in mean log-probability, more than ppo.max_logprob_gap="
+            f"{cfg.max_logprob_gap:g}; see that both run in the same dtype"
+        )
+
+
+def difference(new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """The largest |new - old| of a token that counts, as a tensor: to read it, the host waits for the GPU."""
+    return ((new.detach() - old) * mask).abs().max()
+
+
+def check_ratio(worst: float, cfg: PpoConfig) -> None:
+    """Before the first step of an update, the policy is the one that the old log-probabilities are of.
+
+    Args:
+        worst: the largest `difference` of the two.
+    """
+    if not worst <= RATIO_TOLERANCE[cfg.dtype]:
+        raise RuntimeError(
+            f"the ratio is not 1 at the first minibatch: log-probabilities differ by {worst:.3g}"
+        )

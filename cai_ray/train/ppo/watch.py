@@ -1,0 +1,237 @@
+"""Snapshots of the policy while PPO runs, measured by an opinion that PPO does not train against.
+
+Every `ppo.watch.every` steps the policy answers development prompts. The second opinion of its responses is that of
+the feedback model, which compares them with the SL-CAI policy's, or of another reward model; the embedded world's judge
+is never asked here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
+stage's result, and an alarm says where the policy leaves what its reward stands for (alarms.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cai_ray.data.sources import read_prompts
+from cai_ray.errors import InputError, Stopped
+from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage import files
+from cai_ray.storage.records import derive_id, derive_seed, to_table
+from cai_ray.storage.run import Run
+from cai_ray.storage.tables import write_table
+from cai_ray.train.batches import rank_micro_batches
+from cai_ray.train.ppo.alarms import Snapshot, alarms, best_of, measure
+from cai_ray.train.ppo.experience import make_batch
+from cai_ray.train.ppo.rewards import Reader, Reward, combined, load_reward, raw_scores, reader_of
+from cai_ray.train.ppo.rollout import Pool, Request
+from cai_ray.train.ppo.sampling import Prompt, encoded
+from cai_ray.train.runtime.fit import Trained, save_model
+from cai_ray.train.runtime.metrics import warn
+from cai_ray.train.runtime.ranks import from_first, rank, world_size
+
+
+def read_watched(run: Run, renderer: Renderer, readers: Sequence[Reader]) -> list[Prompt]:
+    """The development prompts with their token ids.
+
+    Args:
+        readers: of the reward models that read text (`rewards.read_by`).
+
+    Raises:
+        InputError: there is none that can be used.
+    """
+    cfg = run.config.ppo.watch
+    if not cfg.asks_feedback and (second := reader_of(run, run.config.ppo, renderer, cfg.opinion)):
+        readers = [*readers, second]
+    rows = read_prompts(cfg.prompts, run.config.seed)
+    rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
+    ready = encoded(run, renderer, rows, readers)
+    if not ready:
+        raise InputError("ppo.watch.prompts: no prompt can be encoded and fits the context; give others")
+    return ready
+
+
+class Watch:
+    """Looks at the policy now and then; every rank has one, and calls it alike.
+
+    Args:
+        pool: the engines; on rank 0 alone.
+        feedback: the feedback model's actor, where it gives the second opinion.
+        history: the snapshots of a checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        prompts: list[Prompt],
+        renderer: Renderer,
+        rewards: Sequence[Reward],
+        pool: Pool | None,
+        feedback: Any,
+        history: list[Snapshot],
+    ):
+        self.run, self.cfg, self.prompts, self.renderer = run, run.config.ppo, prompts, renderer
+        self.rewards, self.pool, self.feedback = rewards, pool, feedback
+        self.history = [Snapshot(*s) for s in history]
+        self.refusals = load_templates(run.config.templates).refusals
+        watch = self.cfg.watch
+        self.second = None if watch.asks_feedback else load_reward(run, self.cfg, renderer, watch.opinion)
+        self._needed = self._best() if self.history else 0
+        """The best of the last checkpoint that counts."""
+        self.before: list[str] = []
+        if self.history:
+            rows = self.run.rows("ppo", name="snapshot")
+            told = {row["prompt_id"]: row["response"] for row in rows if row["step"] == 0}
+            self.before = [told[p["id"]] for p in prompts]
+
+    def look(self, policy: Trained, step: int) -> dict[str, float]:
+        """Measures the policy after so many steps, which the engines hold as weights number `step`, and keeps its
+        model where it is the best until now."""
+        cfg = self.cfg
+        requests = [
+            Request(p["ids"], derive_seed(self.run.config.seed, "watch", p["id"])) for p in self.prompts
+        ]
+        rollouts = from_first(
+            self.pool.sample(requests, step, cfg.temperature, cfg.max_tokens) if self.pool else None
+        )
+        batch = make_batch([p["ids"] for p in self.prompts], rollouts)
+        texts = [self.renderer.decode(r.ids) for r in rollouts]
+        conversations = [p["messages"] for p in self.prompts]
+        groups = rank_micro_batches(batch.lengths, cfg.micro_batch_tokens, rank(), world_size())
+
+        def scores(models: Sequence[Reward]) -> list[float]:
+            raw = raw_scores(models, batch, conversations, groups, cfg)
+            return combined(raw, models, cfg.reward_clip).tolist()
+
+        reward = scores(self.rewards)
+        if self.second is not None:
+            opinions: list[float | None] = list(scores([self.second]))
+        else:
+            opinions = from_first(self._labels(texts) if self.pool else None)
+        given = [o for o in opinions if o is not None]
+        if not given:
+            raise Stopped(
+                f"step {step}: the feedback model labels none of {len(texts)} development responses"
+            )
+        snapshot = measure(
+            step,
+            texts,
+            reward=sum(reward) / len(reward),
+            opinion=sum(given) / len(given),
+            lengths=[len(r.ids) for r in rollouts],
+            truncated=[r.truncated for r in rollouts],
+            benign=[p["kind"] == "helpful" for p in self.prompts],
+            refusals=self.refusals,
+        )
+        if not self.history:
+            self.before = texts
+        if rank() == 0:
+            self._write(step, texts, [r.truncated for r in rollouts], reward, opinions)
+        self.history.append(snapshot)
+        if self._best() == step:
+            save_model(policy, self.run.model("sl"), self._folder(step))
+        raised = self.alarms()
+        for alarm in raised if rank() == 0 else ():
+            warn(f"ppo: step {step}: {alarm}")
+        return self._numbers(snapshot) | {"watch/alarms": len(raised)}
+
+    def due(self, step: int, total: int) -> bool:
+        return step % self.cfg.watch.every == 0 or step == total
+
+    def alarms(self) -> list[str]:
+        """Of the last snapshot."""
+        return alarms(self.history, self.cfg.watch)
+
+    def ends(self) -> bool:
+        """Whether an alarm ends the stage with the best snapshot as its result.
+
+        Raises:
+            Stopped: it ends the stage without a result.
+        """
+        raised = self.alarms()
+        if raised and self.cfg.watch.on_alarm == "stop":
+            raise Stopped(
+                f"ppo, step {self.history[-1].step}: {'; '.join(raised)}. With ppo.watch.on_alarm=finish the same "
+                f"command takes the best snapshot (step {self._best()}), with on_alarm=log or a wider bound it goes on"
+            )
+        return bool(raised) and self.cfg.watch.on_alarm == "finish"
+
+    def publish(self) -> int:
+        """The best snapshot becomes the stage's model; its step. Rank 0 copies."""
+        top = self._best()
+        if rank() == 0:
+            files.upload_folder(self._folder(top), self.run.path("ppo", "model"))
+        self._leave({top})
+        return top
+
+    def saved(self) -> None:
+        """A checkpoint is on its way, and the one before it counts: models that neither calls the best are removed.
+
+        Not before: a run that goes on from a checkpoint may judge what comes after it otherwise.
+        """
+        self._leave({self._needed, self._best()})
+        self._needed = self._best()
+
+    def _labels(self, texts: list[str]) -> list[float | None]:
+        """How likely the feedback model prefers each response to the SL-CAI policy's; one half for the same text."""
+        import ray
+
+        if not self.history:
+            return [0.5] * len(texts)
+        pairs = [
+            {
+                "id": derive_id("snapshot", p["id"], text, before),
+                "messages": p["messages"],
+                "response_a": text,
+                "response_b": before,
+            }
+            for p, text, before in zip(self.prompts, texts, self.before, strict=True)
+        ]
+        return ray.get(self.feedback.prefer.remote(pairs))
+
+    def _best(self) -> int:
+        """Its step."""
+        return self.history[best_of(self.history)].step
+
+    def _leave(self, steps: set[int]) -> None:
+        """Removes the models of all other snapshots."""
+        for snapshot in self.history if rank() == 0 else ():
+            if snapshot.step not in steps:
+                files.delete(self._folder(snapshot.step))
+
+    def _folder(self, step: int) -> str:
+        return self.run.path("ppo", "snapshots", f"step-{step:06d}")
+
+    def _write(
+        self,
+        step: int,
+        texts: list[str],
+        truncated: list[bool],
+        reward: list[float],
+        opinions: list[float | None],
+    ) -> None:
+        rows = [
+            {
+                "id": derive_id("snapshot", step, p["id"]),
+                "step": step,
+                "prompt_id": p["id"],
+                **{key: p[key] for key in ("messages", "kind", "family")},
+                "response": text,
+                "truncated": cut,
+                "reward": score,
+                "opinion": opinion,
+            }
+            for p, text, cut, score, opinion in zip(
+                self.prompts, texts, truncated, reward, opinions, strict=True
+            )
+        ]
+        table = to_table(rows, "snapshots")
+        write_table(self.run.path("ppo", f"snapshot-{step:05d}.parquet"), table)
+
+    def _numbers(self, snapshot: Snapshot) -> dict[str, float]:
+        share = max(snapshot.phrases.values(), default=0.0)
+        numbers = snapshot._asdict() | {"boilerplate": share}
+        return {
+            f"watch/{name}": value
+            for name, value in numbers.items()
+            if isinstance(value, int | float) and name != "step"
+        }

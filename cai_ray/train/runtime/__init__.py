@@ -1,0 +1,1 @@
+"""What the training loops run on: Ray Train, DeepSpeed, checkpoints, metrics."""

@@ -1,0 +1,164 @@
+"""Metrics of a stage: kept by rank 0, told to the driver, written as JSON lines and to the configured sinks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cai_ray.compat.ray_kv import forget, get, put
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
+from cai_ray.train.runtime import sinks
+from cai_ray.train.runtime.ranks import rank
+
+# What the progress line shows of a stage's metrics, and by which name.
+_SHOWN = {
+    "reward/mean": "reward",
+    "kl/reference": "KL",
+    "sft/loss": "loss",
+    "rm/ai_loss": "loss",
+    "rm/ai_accuracy": "accuracy",
+    "rm/human_loss": "human loss",
+    "rm/human_accuracy": "human accuracy",
+    "dpo/loss": "loss",
+    "dpo/ai_accuracy": "accuracy",
+}
+RECENT = 20
+"""Steps that the time left is estimated from: the first ones of a stage take longer than the others."""
+
+
+class Log:
+    """A stage's metrics, one row per step: kept on every rank, written and told by rank 0 only."""
+
+    def __init__(self, run: Run, stage: str, total: int, rows: list[dict[str, Any]] | None = None):
+        self.run, self.stage, self.total = run, stage, total
+        self.rows: list[dict[str, Any]] = list(rows or [])
+        self._written = time.monotonic()
+        self._ends: deque[float] = deque(maxlen=RECENT + 1)
+        self._feeds: list[sinks.Feed] = []
+        if rank() == 0:
+            # Of the key, the part before the time is the same for every attempt.
+            attempt = derive_id(run.root, stage, _told.rpartition("-")[0])
+            self._feeds = sinks.open_all(sinks.Watched(run, stage, attempt, tuple(self.rows)), warn)
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds a row; `step` counts from 1."""
+        self.rows.append({"step": step, **metrics})
+        self._ends.append(time.monotonic())
+        if rank() != 0:
+            return
+        tell(progress(self.stage, step, self.total, metrics, step_seconds(self._ends)))
+        for feed in self._feeds:
+            feed.log(self.rows[-1])
+        if time.monotonic() - self._written > 30:  # whoever watches a long run sees it grow
+            self.write()
+
+    def close(self) -> None:
+        """Writes the metrics for good."""
+        self.write()
+        if rank() == 0:
+            sinks.close_all(self._feeds)
+
+    def write(self) -> None:
+        if rank() == 0:
+            self.run.write_metrics(self.stage, self.rows)
+        self._written = time.monotonic()
+
+
+def progress(
+    stage: str, step: int, total: int, metrics: Mapping[str, Any], seconds: float | None = None
+) -> str:
+    """One line on where a stage is.
+
+    Args:
+        seconds: what a step takes now; None while that is not known.
+    """
+    parts = [f"{stage}: step {step} of {total}"]
+    parts += [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
+    if (speed := metrics.get("tokens/per_s")) is not None:
+        parts.append(f"{_short(speed)} tokens/s")
+    if seconds is not None and step < total:
+        parts.append(f"{_duration(seconds * (total - step))} left")
+    return ", ".join(parts)
+
+
+def step_seconds(ends: Sequence[float]) -> float | None:
+    """The mean time of the steps between these ends; the first step, which has the start in it, has none before it."""
+    return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+@contextmanager
+def progress_lines(key: str) -> Iterator[None]:
+    """Prints on stderr what rank 0 says: where it is every few seconds (on a terminal more often), and its warnings."""
+    done = threading.Event()
+
+    def watch() -> None:
+        shown, last, every = b"", 0.0, 0.5 if sys.stderr.isatty() else 10.0
+        warned: set[str] = set()
+        ended = False
+        while not ended:
+            ended = done.wait(0.5)  # what was said last is read after the end
+            for text in json.loads(get(key, "warnings") or b"[]"):
+                if text not in warned:  # a group that was started again may say it again
+                    print(f"  warning: {text}", file=sys.stderr, flush=True)
+                warned.add(text)
+            line = get(key, "progress")
+            if line and line != shown and not ended and time.monotonic() - last >= every:
+                shown, last = line, time.monotonic()
+                print(f"  {line.decode()}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        forget(key)
+
+
+_told = ""
+_warnings: list[str] = []
+
+
+def told_to(key: str) -> None:
+    """Under which key this process tells its progress: the training run's name, and the time it was started at."""
+    global _told
+    _told = key
+    _warnings.clear()
+
+
+def tell(line: str) -> None:
+    """Tells the driver where rank 0 is; it prints the line now and then."""
+    if _told:
+        put(_told, "progress", line.encode())
+
+
+def warn(text: str) -> None:
+    """Tells the driver what went wrong without ending anything; it prints each text once."""
+    _warnings.append(text)
+    if _told:
+        put(_told, "warnings", json.dumps(_warnings).encode())
