@@ -1,4 +1,4 @@
-"""`ray job`, as the README says, and the settings of what is submitted."""
+"""`ray job`, as docs/clusters.md says, and the settings of what is submitted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 class Jobs:
-    """`ray job`, with the runtime environment that the README names."""
+    """`ray job`, with the runtime environment that docs/clusters.md names."""
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster

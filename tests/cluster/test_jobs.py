@@ -1,4 +1,4 @@
-"""The scripts under jobs/, submitted with `ray job submit` as the README says: to a cluster whose head runs no work."""
+"""The scripts under jobs/, submitted with `ray job submit` as docs/clusters.md says, to a head that runs no work."""
 
 from __future__ import annotations
 
