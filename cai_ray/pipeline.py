@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import lru_cache
 from importlib import import_module
@@ -182,7 +182,7 @@ def run_stage(
             before the stage or while it runs.
     """
     from cai_ray.generate import journal, reuse
-    from cai_ray.judging.certificate import check_gates
+    from cai_ray.judging.gates import check_gates
 
     stage = _stage(name)
     wanted = inputs(run, name)
@@ -422,7 +422,7 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     gold_rows(run)
     if "redteam" in stages:
         redteam.check(run)
-    train = []
+    train: list[Any] = []
     for key, sources in (
         ("prompts", config.prompts),
         ("compare.prompts", config.compare.prompts),
@@ -476,7 +476,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_requests(rows: list[dict[str, Any]]) -> None:
+def _check_requests(rows: Iterable[Mapping[str, Any]]) -> None:
     from cai_ray.town.grammar import parse_request
 
     for row in rows:

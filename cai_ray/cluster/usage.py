@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    pass
+from cai_ray.storage.records import TokenUsage
 
 
 class Usage(NamedTuple):
@@ -18,3 +17,12 @@ class Usage(NamedTuple):
 
     def __add__(self, other: Usage) -> Usage:  # type: ignore[override]
         return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def as_record(self) -> TokenUsage:
+        """The column `usage` of a row."""
+        return {
+            "prompt": self.prompt,
+            "cached": self.cached,
+            "generated": self.generated,
+            "calls": self.calls,
+        }

@@ -19,8 +19,8 @@ from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.estimate.sample import prompts_of, rows_by_kind, sampled
 from cai_ray.estimate.scale import Stage, Totals, ppo_seconds, rate, scaled, whole_usage
-from cai_ray.evaluate import formats
-from cai_ray.evaluate.stage import POLICIES
+from cai_ray.evaluate import set_formats
+from cai_ray.evaluate.policies import POLICIES
 from cai_ray.generate.label import gold_rows
 from cai_ray.report import tables
 from cai_ray.report.text import columns, duration, price
@@ -149,7 +149,7 @@ def _evaluated(run: Run) -> int:
     """Answers and weighings that a run's policies are asked for."""
     config = run.config.evaluate
     prompts = len(prompts_of(run.config)["evaluate"])
-    asked = [row for s in config.sets for row in formats.read(s, run.config.seed)]
+    asked = [row for s in config.sets for row in set_formats.read(s, run.config.seed)]
     sets = sum(row["kind"] != "comparisons" for row in asked)
     return len(POLICIES) * (prompts * (1 + config.greedy) + sets) + config.best_of * prompts
 

@@ -31,8 +31,7 @@ from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage import files
 from cai_ray.storage.filesystems import resolve
-from cai_ray.storage.records import MESSAGES
-from cai_ray.storage.records import SCHEMAS as RECORDS
+from cai_ray.storage.records import SftRow, Turn, arrow_type, schema_of
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 
@@ -40,6 +39,7 @@ MODELS = {"ppo": {"sl": "sft", "rm": "rm", "rl": "ppo"}, "dpo": {"sl": "sft", "r
 """By the run's method: the stage that makes the model of a role."""
 
 _text, _float = pa.string(), pa.float64()
+MESSAGES = arrow_type(list[Turn])
 SCHEMAS = {
     "revisions": pa.schema(
         [
@@ -57,7 +57,7 @@ SCHEMAS = {
             ("constitution_sha", _text),
         ]
     ),
-    "sft": RECORDS["sft"],
+    "sft": schema_of(SftRow),
     "preferences": pa.schema(
         [
             ("id", _text),

@@ -93,24 +93,22 @@ class Run:
             raise InputError(f"{uri}: an object is needed in each line; {remedy}")
         return rows
 
-    def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
-        """A stage's rows, in the order of their ids."""
+    def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[Any]:
+        """A stage's rows, in the order of their ids: dicts of the record that the stage writes."""
         return read_tables(self.path(stage), columns, name).to_pylist()
 
-    def each_row(
-        self, stage: str, columns: list[str] | None = None, name: str = "part"
-    ) -> Iterator[dict[str, Any]]:
-        """A stage's rows one by one, in no order."""
+    def each_row(self, stage: str, columns: list[str] | None = None, name: str = "part") -> Iterator[Any]:
+        """A stage's rows one by one, in no particular order."""
         for table in iter_tables(self.path(stage), columns, name):
             yield from table.to_pylist()
 
     def rows_where(
         self, stage: str, column: str, values: Collection[str], name: str = "part"
-    ) -> Iterator[dict[str, Any]]:
-        """A stage's rows whose column has one of the values, in no order."""
-        wanted = pa.array(sorted(values), pa.string())
+    ) -> Iterator[Any]:
+        """A stage's rows whose column has one of the values, in no particular order."""
+        chosen = pa.array(sorted(values), pa.string())
         for table in iter_tables(self.path(stage), None, name):
-            yield from table.filter(pc.is_in(table[column], wanted)).to_pylist()
+            yield from table.filter(pc.is_in(table[column], chosen)).to_pylist()
 
     def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)

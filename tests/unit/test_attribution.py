@@ -16,7 +16,7 @@ from cai_ray.errors import InputError
 from cai_ray.evaluate.attribution import Votes, attribution, reconstruct
 from cai_ray.judging.votes import combine
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.records import Judgement, Label, Margin, Revision, to_table
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from cai_ray.studies import contested
@@ -43,7 +43,7 @@ def label(number: int, votes: list[dict[str, Any]], p: float, **fields: Any) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
-    return to_table(rows, "labels")
+    return to_table(rows, Label)
 
 
 def random_labels(how: str, n: int = 300) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -146,7 +146,7 @@ def run(tmp_path: Path) -> Run:
         revised(4, kind="helpful", family="neutral"),
         revised(5, ("privacy", "no"), error="failed"),
     ]
-    run.write_rows("revise", to_table(rows, "revisions"))
+    run.write_rows("revise", to_table(rows, Revision))
     labels = [label(1, [vote("privacy", 0.9), vote("safety", 0.5)], 0.7), label(2, [], 0.5, error="failed")]
     run.write_rows("label", table(labels))
     judged = [
@@ -154,9 +154,9 @@ def run(tmp_path: Path) -> Run:
         for m, names in (("sl", ["privacy", None]), ("rl", ["privacy", "privacy"]))
         for i, named in enumerate(names)
     ]
-    run.write_rows("evaluate", to_table(judged, "judgements"))
+    run.write_rows("evaluate", to_table(judged, Judgement))
     margins = [{"id": "c0001", "reward_a": 1.5, "reward_b": 0.5}]
-    write_table(run.path("evaluate", "margins-00000.parquet"), to_table(margins, "margins"))
+    write_table(run.path("evaluate", "margins-00000.parquet"), to_table(margins, Margin))
     return run
 
 
@@ -230,5 +230,5 @@ def test_contested_rows_go_out_and_come_back_as_human_comparisons(tmp_path: Path
     assert [(h["response_a"], h["response_b"]) for h in human] == [("b7", "a7"), ("a5", "b5")]
     written[0]["preferred"] = "both"
     path.write_text("".join(json.dumps(row) + "\n" for row in written))
-    with pytest.raises(InputError, match="row 1: preferred 'both' is none of a, b"):
+    with pytest.raises(InputError, match="row 1: preferred 'both' is not a or b"):
         read_comparisons(Comparisons(path=str(path)))

@@ -24,7 +24,7 @@ from cai_ray.generate import journal
 from cai_ray.generate.journal import Journal
 from cai_ray.storage import files, filesystems
 from cai_ray.storage.filesystems import resolve
-from cai_ray.storage.records import to_table
+from cai_ray.storage.records import Revision, SftRow, to_table
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import iter_tables, read_tables, write_table
 from tests.ray.engines import town_config
@@ -316,7 +316,7 @@ def test_what_a_journal_costs(s3: S3, place: str) -> None:
     """A file of finished rows is read with two requests; a slice to walk with three."""
     run = Run(town_config(out=place))
     journal.begin(run, "revise", {"seed": "0"})
-    made, blocks = Journal(run, "revise", "revisions", "part"), 6
+    made, blocks = Journal(run, "revise", Revision, Revision, "part"), 6
     rows = [{"id": f"{i:016x}", "response": "fine", "usage": {"calls": 1}} for i in range(16 * blocks)]
     (slice, *_) = made.plan(rows)
     with s3.proxy.counting() as asked:
@@ -324,7 +324,7 @@ def test_what_a_journal_costs(s3: S3, place: str) -> None:
             made.write(rows[16 * i : 16 * i + 16])
     assert asked == {"PUT": blocks}
     with s3.proxy.counting() as asked:
-        assert made.finished() == {row["id"] for row in rows}
+        assert made.finished_ids() == {row["id"] for row in rows}
     assert asked == {"HEAD": blocks, "GET": 1 + blocks}
     with s3.proxy.counting() as asked:
         assert len(slice.read()) == slice.rows
@@ -445,7 +445,7 @@ def test_prompts_are_read_once_however_many_stages_ask_whether_they_changed(s3: 
 def test_rows_of_a_stage_in_their_order(place: str) -> None:
     run = Run(town_config(out=place))
     for part in (1, 0):
-        run.write_rows("sft", to_table([{"id": f"{part}{i}"} for i in range(3)], "sft"), part)
+        run.write_rows("sft", to_table([{"id": f"{part}{i}"} for i in range(3)], SftRow), part)
     assert [r["id"] for r in run.rows("sft", ["id"])] == ["00", "01", "02", "10", "11", "12"]
     files.delete(run.path("sft"))
     assert not files.exists(run.path("sft")) and files.list_files(run.path("sft")) == []

@@ -14,7 +14,7 @@ from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.pipeline import Stage
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.records import Revision, to_table
 from cai_ray.storage.run import Run, open_run
 
 CALLS: list[str] = []
@@ -86,7 +86,7 @@ def test_a_stage_made_again_with_the_same_rows_is_the_same(
             "constitution_sha": run.config.document.sha,
             **said,
         }
-        run.write_rows("revise", to_table([row], "revisions"))
+        run.write_rows("revise", to_table([row], Revision))
         return {"rows_out": 1}
 
     monkeypatch.setattr(sys.modules["counting_revise"], "run", run)

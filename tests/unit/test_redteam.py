@@ -51,7 +51,7 @@ def walk(monkeypatch: pytest.MonkeyPatch, run: Run, answer: Any) -> dict[str, An
                 return {**row, "error": str(e)}
 
         done = [asyncio.run(one(row)) for row in rows]
-        run.write_rows(stage, to_table(done, how["schema"]))
+        run.write_rows(stage, to_table(done, how["gives"]))
         return {
             "rows_in": len(done),
             "rows_out": len(done),
@@ -108,7 +108,7 @@ def test_what_is_there_already_is_left_out(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_same_run_asks_the_same(tmp_path: Path) -> None:
     run = make(tmp_path, examples=1)
-    rows = [redteam._rows(run, redteam._examples(run), {"locks": 20, "letters": 20}) for _ in range(2)]
+    rows = [redteam._tasks(run, redteam._examples(run), {"locks": 20, "letters": 20}) for _ in range(2)]
     assert rows[0] == rows[1]
     assert len({r["id"] for r in rows[0]}) == 60
     assert len({r["examples"][0] for r in rows[0] if r["family"] == "locks"}) == 2, "other examples each time"

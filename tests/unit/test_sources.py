@@ -185,7 +185,7 @@ def test_a_target_of_zero_is_no_missing_target(tmp_path: Path) -> None:
     [
         ([{"question": "x"}], "no column messages or prompt or text or chosen; it has question"),
         ([{"text": "x"}], "kind None"),
-        ([{"text": 5, "kind": "helpful"}], "is no conversation"),
+        ([{"text": 5, "kind": "helpful"}], "is not a conversation"),
         ([{"messages": [{"role": "robot", "content": "x"}], "kind": "helpful"}], "role 'robot'"),
     ],
 )
@@ -264,5 +264,5 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["high", [0.9], pytest.param(10**400, id="huge")])
 def test_item_38_a_target_that_is_no_number(tmp_path: Path, target: Any) -> None:
     row = {"prompt": "what?", "chosen": "a", "rejected": "b", "target": target}
-    with pytest.raises(InputError, match=r"row 1: target .* is no number; give one in \(0\.5, 1\]"):
+    with pytest.raises(InputError, match=r"row 1: target .* is not a number; give one in \(0\.5, 1\]"):
         read_comparisons(Comparisons(path=write(tmp_path / "c.jsonl", [row])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -49,7 +49,7 @@ def read(run: Run, renderer: Renderer, readers: Sequence[Reader] = ()) -> tuple[
 
 
 def encoded(
-    run: Run, renderer: Renderer, rows: list[dict[str, Any]], readers: Sequence[Reader]
+    run: Run, renderer: Renderer, rows: Sequence[Mapping[str, Any]], readers: Sequence[Reader]
 ) -> list[Prompt]:
     """Rows that the policy and every reward model can read."""
     templates, context = load_templates(run.config.templates), policy_context(run)
