@@ -13,7 +13,9 @@ from cai_ray.config.load import load_config
 from cai_ray.config.sources import Comparisons
 from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
-from cai_ray.evaluate.attribution import Votes, attribution, reconstruct
+from cai_ray.evaluate.attribution import attribution
+from cai_ray.evaluate.reconstruction import reconstruct
+from cai_ray.evaluate.vote_counts import VoteCounts
 from cai_ray.judging.votes import combine
 from cai_ray.storage import files
 from cai_ray.storage.records import Judgement, Label, Margin, Revision, to_table
@@ -66,7 +68,7 @@ def random_labels(how: str, n: int = 300) -> tuple[list[dict[str, Any]], dict[st
 @pytest.mark.parametrize("how", ["mean", "log_odds"])
 def test_counts_of_votes_are_those_of_a_naive_count(how: str) -> None:
     rows, weights = random_labels(how)
-    made = Votes(list(weights), list(weights.values()), how)
+    made = VoteCounts(list(weights), list(weights.values()), how)
     for start in range(0, len(rows), 64):
         made.add(table(rows[start : start + 64]), {})
     found, names = made.counts(), list(weights)
@@ -102,7 +104,7 @@ def test_counts_of_votes_are_those_of_a_naive_count(how: str) -> None:
 
 
 def test_a_margin_is_the_rewards_on_the_labels_side_where_a_vote_decided() -> None:
-    made = Votes(["one", "two"], [1.0, 1.0], "mean")
+    made = VoteCounts(["one", "two"], [1.0, 1.0], "mean")
     rows = [
         label(1, [vote("one", 0.9), vote("two", 0.45)], 0.675),  # one decided, for a
         label(2, [vote("one", 0.1), vote("two", 0.5)], 0.3),  # one decided, for b
