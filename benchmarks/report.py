@@ -24,7 +24,8 @@ from cai_ray import constitution as constitutions
 from cai_ray import pipeline
 from cai_ray.config.load import load_config
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Label, Revision, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
 
 PART = 8192

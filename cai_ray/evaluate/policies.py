@@ -14,16 +14,8 @@ from cai_ray.generate.rows import map_sets
 from cai_ray.judging.quality import without_thinking
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import (
-    Judgement,
-    Prompt,
-    Revision,
-    TokenUsage,
-    Turn,
-    derive_id,
-    derive_seed,
-    schema_of,
-)
+from cai_ray.storage.arrow import schema_of
+from cai_ray.storage.records import Judgement, Prompt, Revision, TokenUsage, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import delete_rows
 

@@ -26,7 +26,8 @@ from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import SetAnswer, Turn, derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import SetAnswer, Turn, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 

@@ -19,7 +19,8 @@ from cai_ray.judging.quality import run_templates
 from cai_ray.judging.wording import judged_by_rules, wording
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Margin, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Margin
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 

@@ -30,8 +30,9 @@ from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage import files
+from cai_ray.storage.arrow import arrow_type, schema_of
 from cai_ray.storage.filesystems import resolve
-from cai_ray.storage.records import SftRow, Turn, arrow_type, schema_of
+from cai_ray.storage.records import SftRow, Turn
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 

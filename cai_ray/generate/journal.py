@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 from cai_ray.cluster.usage import Usage
 from cai_ray.generate import reuse
 from cai_ray.storage import files
+from cai_ray.storage.arrow import schema_of, to_table
 from cai_ray.storage.filesystems import read_parquet, resolve
-from cai_ray.storage.records import schema_of, to_table
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import list_rows, read_rows, write_table
 

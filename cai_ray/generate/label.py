@@ -34,7 +34,8 @@ from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage import files
-from cai_ray.storage.records import Comparison, Label, Pair, Vote, derive_id, derive_seed, select
+from cai_ray.storage.arrow import select
+from cai_ray.storage.records import Comparison, Label, Pair, Vote, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import read_tables
 

@@ -21,7 +21,8 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.generate.rows import map_rows
 from cai_ray.judging.quality import run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import Prompt, RedTeamPrompt, derive_id, derive_seed, select, to_table
+from cai_ray.storage.arrow import select, to_table
+from cai_ray.storage.records import Prompt, RedTeamPrompt, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 

@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 
 from cai_ray.config.engine import EngineConfig
 from cai_ray.storage import files
+from cai_ray.storage.arrow import schema_of
 from cai_ray.storage.filesystems import make_parent, resolve
 from cai_ray.storage.models import model_sha
-from cai_ray.storage.records import Step, Vote, derive_id, schema_of
+from cai_ray.storage.records import Step, Vote, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, iter_tables
 

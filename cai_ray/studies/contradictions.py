@@ -14,7 +14,8 @@ from cai_ray.constitution.lint import Finding
 from cai_ray.generate.label import LabelChain, LabelTask
 from cai_ray.generate.rows import map_rows
 from cai_ray.prompts.load import load_templates
-from cai_ray.storage.records import Label, derive_id, select
+from cai_ray.storage.arrow import select
+from cai_ray.storage.records import Label, derive_id
 from cai_ray.storage.run import Run
 
 PAIRS = 2000

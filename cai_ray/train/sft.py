@@ -19,8 +19,9 @@ from cai_ray.errors import InputError
 from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.models import folder_sha, model_sha
-from cai_ray.storage.records import SftRow, derive_id, to_table
+from cai_ray.storage.records import SftRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled

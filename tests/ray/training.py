@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from cai_ray.config.run import RunConfig
 from cai_ray.storage import files
-from cai_ray.storage.records import Label, Revision, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label, Revision
 from cai_ray.storage.run import Run
 from cai_ray.train.dialogues import Dialogues, pack, render
 from tests import tiny

@@ -9,7 +9,8 @@ from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Label, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows
 from cai_ray.studies import ablate

@@ -18,7 +18,8 @@ from cai_ray.evaluate.reconstruction import reconstruct
 from cai_ray.evaluate.vote_counts import VoteCounts
 from cai_ray.judging.votes import combine
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Label, Margin, Revision, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Margin, Revision
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from cai_ray.studies import contested

@@ -20,7 +20,8 @@ from cai_ray.judging.certificate import LabelFacts, VoteFacts
 from cai_ray.judging.gates import failed_gates
 from cai_ray.pipeline import Stage
 from cai_ray.storage import files
-from cai_ray.storage.records import Label, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label
 from cai_ray.storage.run import Run
 
 PRINCIPLES = ("honesty", "privacy", "safety")

@@ -11,7 +11,8 @@ from cai_ray.config.load import load_config
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.generate.journal import Journal
 from cai_ray.generate.label import LabelTask
-from cai_ray.storage.records import Label, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label
 from cai_ray.storage.run import Run
 from cai_ray.studies import contradictions
 

@@ -14,15 +14,8 @@ from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.evaluate import policies, preferences, stage
 from cai_ray.generate.chain import Rows
 from cai_ray.generate.journal import Journal
-from cai_ray.storage.records import (
-    Judgement,
-    Preference,
-    Revision,
-    derive_id,
-    derive_seed,
-    schema_of,
-    to_table,
-)
+from cai_ray.storage.arrow import schema_of, to_table
+from cai_ray.storage.records import Judgement, Preference, Revision, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows
 

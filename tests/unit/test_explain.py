@@ -11,7 +11,8 @@ import pytest
 from cai_ray.cli import main
 from cai_ray.config.load import load_config
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Label, Revision, RolloutRow, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision, RolloutRow
 from cai_ray.storage.run import Run
 
 ASKED = [{"role": "user", "content": "how do i read the baker's diary ?"}]

@@ -12,7 +12,8 @@ from cai_ray.evaluate.transcripts import choose
 from cai_ray.report import browser, compare, explorer, html, principles, stage
 from cai_ray.report.words import diff
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Label, Revision, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
 from tests.unit.test_report import EVIL, make_run
 

@@ -21,7 +21,8 @@ from cai_ray.export.folders import MODELS, SCHEMAS, export
 from cai_ray.judging import certificate
 from cai_ray.report import markdown
 from cai_ray.storage import files
-from cai_ray.storage.records import Label, Revision, SftRow, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label, Revision, SftRow
 from cai_ray.storage.run import Run
 from tests import tiny
 

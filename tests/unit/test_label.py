@@ -14,7 +14,8 @@ from cai_ray.generate.label import LabelChain
 from cai_ray.judging.votes import combine, expected_score, preference
 from cai_ray.prompts.check import check_mode
 from cai_ray.prompts.load import load_templates
-from cai_ray.storage.records import Label, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label
 
 TOWN = constitution.load("errand-town")
 

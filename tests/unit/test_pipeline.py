@@ -14,7 +14,8 @@ from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.pipeline import Stage
 from cai_ray.storage import files
-from cai_ray.storage.records import Revision, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run, open_run
 
 CALLS: list[str] = []

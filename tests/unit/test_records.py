@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from cai_ray.storage import records
-from cai_ray.storage.records import Label, Prompt, Turn, arrow_type, schema_of, select, to_table
+from cai_ray.storage.arrow import arrow_type, schema_of, select, to_table
+from cai_ray.storage.records import Label, Prompt, Turn
 
 
 class Inner(TypedDict):

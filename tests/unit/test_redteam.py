@@ -14,7 +14,7 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.generate import redteam
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.run import Run
 
 SHOWN = {

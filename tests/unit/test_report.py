@@ -30,7 +30,8 @@ from cai_ray.report import html, stage, text
 from cai_ray.report.combine import bootstrap, combine
 from cai_ray.report.tables import STAGES
 from cai_ray.storage import files
-from cai_ray.storage.records import Judgement, Revision, RolloutRow, derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Revision, RolloutRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from cai_ray.studies import demo

@@ -20,7 +20,8 @@ from cai_ray.generate.label import LabelChain
 from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage import files
-from cai_ray.storage.records import Label, Revision, derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label, Revision, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, write_table
 from cai_ray.studies import edit_cost

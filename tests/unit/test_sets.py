@@ -20,7 +20,8 @@ from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.evaluate.score import Dialogue
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import SetAnswer, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import SetAnswer
 from cai_ray.storage.run import Run
 
 PAIR = {

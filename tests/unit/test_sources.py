@@ -202,7 +202,7 @@ def test_item_38_missing_empty_and_broken_files(tmp_path: Path) -> None:
     for name, says in (
         ("none.jsonl", "no such file"),
         ("e.jsonl", "no rows"),
-        ("b.jsonl", "line 1 is no JSON"),
+        ("b.jsonl", "line 1 is not valid JSON"),
         ("b.parquet", "cannot be read"),
     ):
         with pytest.raises(InputError, match=says):
@@ -238,15 +238,15 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     ("name", "raw", "says"),
     [
         ("p.jsonl.gz", gzip.compress(b"x" * 999)[:10] + b"\xff" * 99, "cannot be read"),
-        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is no JSON .*4300 digits"),
-        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is no JSON .*recursion"),
-        ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is no JSON .*; give one JSON object per line"),
-        ("p.json", b'[{"text": "a"}]\n', "line 1 is no JSON object; give one JSON object per line"),
+        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is not valid JSON .*4300 digits"),
+        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is not valid JSON .*recursion"),
+        ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is not valid JSON .*; give one JSON object per line"),
+        ("p.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object; give one JSON object per line"),
         ("p.csv", b"text\na,b\n", "row 1 has more cells than the header"),
         ("p.csv", b'text\n"a\n', "cannot be read"),
-        ("p.csv", b"messages\nhello\n", "row 1: `messages` is no JSON list"),
+        ("p.csv", b"messages\nhello\n", "row 1: `messages` is not a JSON list"),
         ("p.arrow", b"no stream", "cannot be read"),
-        ("p.txt", b"a\n", r"is of another format; give a file or a folder of .jsonl, .jsonl.gz, .csv"),
+        ("p.txt", b"a\n", r"is in another format; give a file or a folder of .jsonl, .jsonl.gz, .csv"),
     ],
 )
 def test_item_38_files_that_hold_no_rows_as_wanted(tmp_path: Path, name: str, raw: bytes, says: str) -> None:

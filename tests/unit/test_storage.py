@@ -14,8 +14,9 @@ from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.generate.journal import Journal
 from cai_ray.storage import files
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.models import local_model
-from cai_ray.storage.records import Revision, to_table
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run, open_run
 from tests import tiny
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from cai_ray.prompts.renderer import Renderer
-from cai_ray.storage.records import RolloutRow, derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import RolloutRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo.experience import Batch, Scores, Targets
 from cai_ray.train.ppo.rollout import Rollout
