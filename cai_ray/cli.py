@@ -11,7 +11,16 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from typing import Any, NoReturn, TypeVar
 
 from cai_ray import __version__
-from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
+from cai_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    InputError,
+    Stopped,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
@@ -39,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as e:
         print(f"cai-ray: stopped: {e}", file=sys.stderr)
         return EXIT_STOPPED
+    except Unavailable as e:
+        print(f"cai-ray: {e}", file=sys.stderr)
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print("cai-ray: interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,0 +1,57 @@
+"""Starts Ray on this machine, also when the machine is busy.
+
+Written for Ray 2.60. Ray reports a start that took too long by exceptions of no class of their own, whose texts are
+compared here, and leaves the processes of a failed start running. How long it waits is set by environment variables
+of its own configuration (`RAY_CONFIG` in ray_config_def.h, and `ray/_private/node.py`), which have no public interface.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+WAITS = {
+    # Until the head service has written its port, and then until it answers. Ray's default is 30 s.
+    "RAY_gcs_server_port_wait_time_s": "90",
+    # Until this node is registered. Ray's default is 10 s, tried for 30 s.
+    "RAY_raylet_start_wait_time_s": "90",
+    # Until the object store can be reached, one attempt a second. Ray's default is 10.
+    "RAY_raylet_client_num_connect_attempts": "60",
+}
+"""Ray reads them while it is imported. A value that is set already stays."""
+
+_TIMED_OUT = ("timed out during startup", "Timed out waiting for file", "Failed to start GCS")
+
+
+def wait_longer() -> None:
+    """Gives Ray more time to start; call it before Ray is imported."""
+    for name, value in WAITS.items():
+        os.environ.setdefault(name, value)
+
+
+def start_local(attempts: int, **options: Any) -> bool:
+    """Starts Ray on this machine, and tries again when a start took too long.
+
+    Args:
+        options: for `ray.init`.
+
+    Returns:
+        Whether Ray runs: False if every attempt took too long.
+    """
+    import psutil
+    import ray
+
+    this_process = psutil.Process()
+    others = set(this_process.children())
+    for _ in range(attempts):
+        try:
+            ray.init(address="local", **options)  # not whatever cluster somebody else has started on this machine
+            return True
+        except Exception as e:
+            if not any(text in str(e) for text in _TIMED_OUT):
+                raise
+        ray.shutdown()
+        for process in set(this_process.children()) - others:
+            process.kill()
+            process.wait()
+    return False
