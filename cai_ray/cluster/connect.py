@@ -69,8 +69,8 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     ):
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         raise Unavailable(
-            f"Ray did not start in time, in {START_ATTEMPTS} attempts: this machine is busy (load average {load:.0f} on "
-            f"{cores} {'core' if cores == 1 else 'cores'}); run the same command again when it has less to do"
+            f"Ray did not start in time, in {START_ATTEMPTS} attempts: this machine is busy (load average {load:.0f} "
+            f"on {cores} {'core' if cores == 1 else 'cores'}); run the same command again when it has less to do"
         )
 
 
