@@ -19,7 +19,7 @@ WORKER_ENV = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "DS_ACCELERATOR": "cpu",
-    # vLLM compiles its scoring code at the first request; on CPU that costs seconds per process and gains nothing.
+    # vLLM compiles its scoring code at the first request. On CPU this costs seconds per process and gains nothing.
     "TORCH_COMPILE_DISABLE": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
@@ -36,7 +36,7 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
         InputError: no cluster answers at the configured address.
         Unavailable: this machine is too busy to start Ray.
     """
-    # Ray's own notices go to its log files; what a person should read on stderr is ours.
+    # Ray's notices go to its log files. What a person should read on stderr is ours.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wait_longer()
     import ray
@@ -75,11 +75,12 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
 
 
 def joined(config: RunConfig) -> str | None:
-    """The address of a cluster that somebody else has started; None where one is started here."""
+    """The address of an existing cluster; None if a local one is to be started."""
     return config.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def worker_env(config: RunConfig) -> dict[str, str]:
+    """Environment variables of every worker process."""
     env = dict(WORKER_ENV)
     if uses_gpu(config):
         del env["DS_ACCELERATOR"], env["TORCH_COMPILE_DISABLE"]
@@ -87,7 +88,7 @@ def worker_env(config: RunConfig) -> dict[str, str]:
 
 
 def uses_gpu(config: RunConfig) -> bool:
-    """Whether engines and training run on GPUs: as configured, or if this machine has one."""
+    """Whether engines and training run on GPUs: as configured, by default if this machine has one."""
     if config.engine.kind == "openai":
         return False
     if config.engine.device == "auto":

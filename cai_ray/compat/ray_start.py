@@ -45,7 +45,9 @@ def start_local(attempts: int, **options: Any) -> bool:
     others = set(this_process.children())
     for _ in range(attempts):
         try:
-            ray.init(address="local", **options)  # not whatever cluster somebody else has started on this machine
+            ray.init(
+                address="local", **options
+            )  # not whatever cluster somebody else has started on this machine
             return True
         except Exception as e:
             if not any(text in str(e) for text in _TIMED_OUT):

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cai_ray.cluster import meter
+from cai_ray.cluster.holder import count_paid
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
@@ -129,7 +129,7 @@ class OpenaiEngine:
             raise self._refusal(response)
         try:
             answer = _Answer.model_validate_json(response.content)
-            meter.paid(_usage(answer))
+            count_paid(_usage(answer))
             return answer
         except ValidationError as e:
             first = e.errors(include_input=False, include_url=False)[0]

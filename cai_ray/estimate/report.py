@@ -95,7 +95,7 @@ def _needed(config: RunConfig, todo: Sequence[str], kept: Sequence[str]) -> list
 def _stage(run: Run, sample: Run, name: str, own_policy: bool) -> Stage:
     made = sample.manifest(name)
     assert made is not None
-    spent = Spent.of(made["resources"])
+    spent = Spent.from_dict(made["resources"])
     if name not in cost.TRAINING:
         return _generation(run, sample, name, made, spent, own_policy)
     reckon = {"sft": _sft, "ppo": _ppo}.get(name, _preference)

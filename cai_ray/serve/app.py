@@ -16,7 +16,7 @@ import yaml
 
 from cai_ray import constitution as constitutions
 from cai_ray.cluster.connect import connect, disconnect, joined, uses_gpu, worker_env
-from cai_ray.cluster.placement import Need, check
+from cai_ray.cluster.placement import ResourceNeed, check
 from cai_ray.cluster.worker_errors import input_error
 from cai_ray.errors import InputError
 from cai_ray.serve.settings import ServeSettings, load
@@ -181,10 +181,10 @@ def _check_room(run: Run, settings: ServeSettings) -> None:
     for name, place in _places(run, settings).items():
         copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
         number = copies.get(name, settings.policy.min)
-        needs.append(Need(place, number))
+        needs.append(ResourceNeed(place, number))
         # A bundle for each GPU; the replica is in the first.
         if name.startswith("policy-") and engine.span > 1:
-            needs.append(Need({**place, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
+            needs.append(ResourceNeed({**place, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
     remedy = "serve fewer models or replicas, or use larger nodes (ray.cpus on this machine)"
     check(run.config, f"serve {','.join(settings.models)}", needs, remedy)
 

@@ -35,7 +35,9 @@ sys.exit(code)
     )
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("cai-ray: Ray did not start in time, in 2 attempts: this machine is busy (load average ")
+    assert line.startswith(
+        "cai-ray: Ray did not start in time, in 2 attempts: this machine is busy (load average "
+    )
     assert line.endswith("; run the same command again when it has less to do")
     assert done.stdout.splitlines() == ["2 []"]
 

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cai_ray.cluster.meter import Holder
-from cai_ray.cluster.placement import Need, bundle, check, marks
+from cai_ray.cluster.holder import Holder
+from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
 from cai_ray.config.run import RunConfig
 from cai_ray.storage.models import local_model
 from cai_ray.train.weights.sync import WORKER, Held, Packed
@@ -289,9 +289,12 @@ def check_room(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None 
     """
     ppo = config.ppo
     worker = bundle(ppo.cpus_per_worker, 1 if gpu else 0, config.ray.training_nodes)
-    needs = [Need(_engine_bundle(config, gpu), ppo.rollout_engines), Need(worker, ppo.workers)]
+    needs = [
+        ResourceNeed(_engine_bundle(config, gpu), ppo.rollout_engines),
+        ResourceNeed(worker, ppo.workers),
+    ]
     if beside:
-        needs.append(Need(beside, 1))
+        needs.append(ResourceNeed(beside, 1))
     what = f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers}"
     check(config, what, needs, "use fewer of them, or more nodes")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai_ray.cluster.meter import Holder
+from cai_ray.cluster.holder import Holder
 from cai_ray.errors import InputError, OverBudget
 from cai_ray.storage.records import derive_id
 from cai_ray.train.runtime.ranks import device, from_first, global_sum, rank, world_size
@@ -90,8 +90,8 @@ def _told_to_stop() -> bool:
     global _spent
     if _holder is None:
         return False
-    if global_sum(torch.tensor(float(_holder.told is not None))):
-        _spent = from_first(_holder.look() or _holder.told)
+    if global_sum(torch.tensor(float(_holder.stop_reason is not None))):
+        _spent = from_first(_holder.read_budget() or _holder.stop_reason)
     return _spent is not None
 
 

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.interrupt import interruptible
-from cai_ray.cluster.meter import Holder
-from cai_ray.cluster.placement import Need, bundle, check
+from cai_ray.cluster.placement import ResourceNeed, bundle, check
 from cai_ray.compat import ray_kv
 from cai_ray.config.ppo import WatchConfig
 from cai_ray.config.training import TrainConfig
@@ -163,7 +163,7 @@ def check_resources(run: Run, cfg: TrainConfig) -> None:
     Raises:
         InputError: it never will have.
     """
-    group = Need(worker_bundle(run, cfg), cfg.workers)
+    group = ResourceNeed(worker_bundle(run, cfg), cfg.workers)
     remedy = "use fewer `workers`" if uses_gpu(run.config) else "use fewer `workers`, or a larger `ray.cpus`"
     check(run.config, f"training with workers={cfg.workers}", [group], remedy)
 
