@@ -351,7 +351,8 @@ def check_inputs(config: RunConfig, stages: Iterable[str] = (), model_elsewhere:
     """
     from cai_ray.cluster.connect import uses_gpu
     from cai_ray.data.sources import check_disjoint, read_comparisons, read_prompts
-    from cai_ray.engine.openai import check_options, read_key
+    from cai_ray.engine.api_key import read_key
+    from cai_ray.engine.options import check_options
     from cai_ray.evaluate import harness, sets
     from cai_ray.generate import redteam
     from cai_ray.generate.label import gold_rows

@@ -11,8 +11,9 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.compat.vllm_cpu import UNIPROC, engine_from_fork_server, preload_engine
 from cai_ray.config.run import RunConfig
-from cai_ray.engine.vllm import UNIPROC, engine_args, engine_from_fork_server, import_for_engine
+from cai_ray.engine.vllm import engine_args
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.tokenizers import load_tokenizer
@@ -52,7 +53,7 @@ class Policy(LLMServer):
         self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings
     ) -> None:
         if not uses_gpu(run.config):
-            import_for_engine()
+            preload_engine()
         model = await asyncio.to_thread(run.model, role)
         tokens = load_tokenizer(model).added_tokens_decoder.values()
         self.identity = {
