@@ -364,15 +364,16 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
             )
         names = names[: names.index(args.until) + 1] if args.until else names
     if args.check:
-        from cai_ray.estimate import memory
+        from cai_ray.estimate.fit import memory_lines
+        from cai_ray.estimate.shape import elsewhere
         from cai_ray.storage.run import Run
 
-        for line in memory.report(config):
+        for line in memory_lines(config):
             print(line)
-        elsewhere = memory.elsewhere(config)
-        pipeline.check_inputs(config, names, model_elsewhere=elsewhere)
+        model_elsewhere = elsewhere(config)
+        pipeline.check_inputs(config, names, model_elsewhere=model_elsewhere)
         pipeline.check_run(Run(config), names, args.overwrite, keep)
-        if elsewhere:
+        if model_elsewhere:
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE

@@ -231,7 +231,7 @@ def test_an_estimate_as_a_table() -> None:
     assert "GPU" not in told[0] and told[0].startswith("estimate")
     assert "2.00 h" in told[1] and "1.50 USD" in told[1] and "1,200" in told[1] and "5.0 k prompt" in told[1]
     assert told[-3:] == [
-        "an estimate, from a sample that was run (prompts: revise 32 of 900), with the run's own sft",
-        "done before, and not in it: sft",
+        "estimated from a sample that was run (prompts: revise 32 of 900), with the run's own sft",
+        "already done, and not in the estimate: sft",
         "a note",
     ]
