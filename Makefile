@@ -1,5 +1,6 @@
 # `make demo` and `make test` are the two commands; both set up `.venv` first, once.
-# PYTHON=python3.12 names the interpreter that the environment is made with.
+# PYTHON names the interpreter that the environment is made with, and VENV the environment's folder. Before a release:
+# `make test-unit PYTHON=python3.12 VENV=/tmp/cai-ray-python3.12`, since the other version is what everybody runs.
 PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c "" 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
