@@ -11,6 +11,8 @@ TWO_PROCESSES := -n 2 --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONPATH
+# The environment is installed without compiled modules: Python writes them at their first import, and must be let.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rest test-unit test-cluster test-gpu check format mutants clean
