@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cai_ray.cluster import cost
 from cai_ray.cluster.cost import Spent
 from cai_ray.cluster.usage import Usage
 from cai_ray.data.sources import read_comparisons
 from cai_ray.estimate.sample import prompts_of, rows_by_kind
 from cai_ray.estimate.scale import StageEstimate, Totals, ppo_seconds, rate, scaled, whole_usage
 from cai_ray.evaluate import formats
-from cai_ray.evaluate.stage import POLICIES
 from cai_ray.generate.label import gold_rows
+from cai_ray.stages import POLICIES, STAGES
 from cai_ray.storage.run import Run
 
 
@@ -26,7 +25,7 @@ def estimate_stage(run: Run, sample: Run, name: str, own_policy: bool) -> StageE
     manifest = sample.manifest(name)
     assert manifest is not None
     spent = Spent.from_dict(manifest["resources"])
-    if name not in cost.TRAINING:
+    if STAGES[name].kind != "trains":
         return _generation(run, sample, name, manifest, spent, own_policy)
     estimate = {"sft": _sft, "ppo": _ppo}.get(name, _preference)
     return estimate(run, sample, name, manifest, spent)

@@ -12,6 +12,7 @@ from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.estimate.memory import GIB, MemoryNeed, memory_needs
 from cai_ray.estimate.shape import Shape, shape_of
+from cai_ray.stages import STAGES
 
 # Share of a GPU that vLLM takes.
 _ENGINE_SHARE = 0.92
@@ -93,7 +94,7 @@ def _remedies(
 
 def _candidates(config: RunConfig, stage: str, gpus: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that may make a stage fit: a section of the configuration, and values in it."""
-    if stage not in ("sft", "rm", "ppo", "dpo"):
+    if STAGES[stage].kind != "trains":
         yield from (
             ("engine", {"tensor_parallel": n, "max_actors": gpus // n}) for n in (2, 4, 8) if n <= gpus
         )

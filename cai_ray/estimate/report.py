@@ -16,8 +16,11 @@ from cai_ray.errors import InputError
 from cai_ray.estimate.by_stage import estimate_stage
 from cai_ray.estimate.sample import prompts_of, sampled
 from cai_ray.estimate.scale import StageEstimate
+from cai_ray.provenance.copies import fork
+from cai_ray.provenance.inputs import inputs
 from cai_ray.report import tables
 from cai_ray.report.text import columns, duration, price
+from cai_ray.stages import STAGES, stages_of, upstream_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -50,7 +53,7 @@ def estimate(
         sample = Run(small)
         shares = _sampled_prompts(config, small)
         reused = [n for n in MODELS if n not in todo and run.manifest(n) and todo]
-        pipeline.fork(run, small, reused)
+        fork(run, small, reused)
         pipeline.run_stages(small, _needed(config, todo, reused), keep=reused, say=say)
         estimates = [estimate_stage(run, sample, name, "sft" in reused) for name in todo]
     finally:
@@ -73,18 +76,14 @@ def estimate(
 def _done(run: Run, name: str) -> bool:
     manifest = run.manifest(name)
     with suppress(InputError):  # its inputs do not exist yet
-        return manifest is not None and manifest["inputs"] == pipeline.inputs(run, name)
+        return manifest is not None and manifest["inputs"] == inputs(run, name)
     return False
 
 
 def _needed(config: RunConfig, todo: Sequence[str], reused: Sequence[str]) -> list[str]:
     """The stages to run: the given ones and all that they depend on, except those whose model is reused."""
-    queue, needed = list(todo), set(todo)
-    while queue:
-        more = set(pipeline.needs(config, queue.pop())) - needed
-        needed |= more
-        queue += more
-    return [name for name in pipeline.stages_of(config) if name in needed and name not in reused]
+    needed = {*todo, *(up for name in todo for up in upstream_of(name, config.method))}
+    return [name for name in stages_of(config.method) if name in needed and name not in reused]
 
 
 def _row(stage: StageEstimate, prices: PricesConfig | None) -> dict[str, Any]:
@@ -111,12 +110,13 @@ def _sampled_prompts(config: RunConfig, small: RunConfig) -> dict[str, str]:
 
 def _notes(config: RunConfig, count: int, reused: Sequence[str], todo: Sequence[str]) -> list[str]:
     notes = []
-    if "sft" not in reused and {"compare", "label", "evaluate"} & set(todo):
+    generated = {name for name in todo if STAGES[name].kind == "generates"}
+    if "sft" not in reused and any("sft" in upstream_of(name, config.method) for name in generated):
         notes.append(
             "the sample's policies are hardly trained: trained ones may give longer or shorter answers; the estimate "
             "takes all pairs of answers to differ, since the judge is not asked about equal ones"
         )
-    if config.engine.max_num_seqs > count and {"revise", "compare", "label"} & set(todo):
+    if config.engine.max_num_seqs > count and generated - {"evaluate"}:
         notes.append(
             f"an engine works on {config.engine.max_num_seqs} rows at once, more than the sample's {count} prompts: "
             "the run's engines may be fuller, and so faster, than estimated"
