@@ -1,4 +1,4 @@
-"""What a run has cost: seconds of CPUs and GPUs that it held, tokens of endpoints, and their price in money.
+"""Accounts for what a run has cost: seconds of CPUs and GPUs, tokens of endpoints, and their price in money.
 
 Every attempt at a stage leaves one record, RUN/spent/STAGE-*.json. It is written while the stage runs (meter.py), so
 that a killed attempt is counted, too. The manifest of a completed stage has the sum of its attempts. The records stay:
@@ -23,7 +23,7 @@ _UNITS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "wall_hours": "hou
 
 
 class Spent(NamedTuple):
-    """What was held, and for how long. Reserved CPUs and GPUs count, whether in use or not."""
+    """Resources that were held, and for how long. Reserved CPUs and GPUs count, whether in use or not."""
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -75,10 +75,10 @@ def check(config: RunConfig, what: str, needs: Sequence[ResourceNeed], remedy: s
         return
     kinds = {kind for need in needs for kind in need.bundle}
     short = next(i for i, need in enumerate(needs) if placed[i] < need.number)
-    wanted = " and ".join(f"{need.number} x {_show(need.bundle, kinds)}" for need in needs)
+    needed = " and ".join(f"{need.number} x {_show(need.bundle, kinds)}" for need in needs)
     which = f" of {_show(needs[short].bundle, kinds)}" if len(needs) > 1 else ""
     raise InputError(
-        f"{what}: needs {wanted}, each on one node, and there is room for {placed[short]}{which}; "
+        f"{what}: needs {needed}, each on one node, and there is room for {placed[short]}{which}; "
         f"the cluster has {_list(cluster.up, kinds)} and {_may_add(cluster.addable, kinds)}; {remedy}"
     )
 
@@ -101,8 +101,8 @@ def count_placed(needs: Sequence[ResourceNeed], cluster: Cluster) -> list[int]:
             full, rest = divmod(min(left, each * count), each)
             nodes[place] = Nodes(resources, count - full - bool(rest))
             for bundles, times in ((each, full), (rest, bool(rest))):
-                less = {k: v - need.get(k, 0) * bundles for k, v in resources.items()}
-                nodes.append(Nodes(less, int(times)))
+                rest_of_node = {k: v - need.get(k, 0) * bundles for k, v in resources.items()}
+                nodes.append(Nodes(rest_of_node, int(times)))
             left -= full * each + rest
         placed[i] = needs[i].number - left
     return placed

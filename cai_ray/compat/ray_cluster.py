@@ -1,6 +1,6 @@
-"""What Ray knows about its cluster and about this process, and has no public interface for.
+"""Reads what Ray knows about its cluster and this process but does not offer in its public interface.
 
-Written for Ray 2.60. An autoscaler's bounds stand in the cluster's state (platforms with an autoscaler of their own) or
+Written for Ray 2.60. An autoscaler's bounds are in the cluster's state (platforms with an autoscaler of their own) or
 in the RayCluster resource that Kubernetes' operator reads; Ray translates the latter in a private module.
 """
 
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 
 class NodeGroup(NamedTuple):
-    """A kind of node that an autoscaler keeps. `most`: None where there is no bound."""
+    """A kind of node that an autoscaler starts and stops."""
 
     name: str
     resources: dict[str, float]
     most: int | None
+    """The largest number of nodes; None if there is no bound."""
 
 
 def reported_node_groups() -> list[NodeGroup]:

@@ -24,7 +24,7 @@ _TIMED_OUT = ("timed out during startup", "Timed out waiting for file", "Failed 
 
 
 def wait_longer() -> None:
-    """Gives Ray more time to start; call it before Ray is imported."""
+    """Gives Ray more time to start. Call it before Ray is imported."""
     for name, value in WAITS.items():
         os.environ.setdefault(name, value)
 

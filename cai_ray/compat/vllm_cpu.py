@@ -2,8 +2,8 @@
 
 Written for vLLM 0.29. By itself vLLM spawns the engine's process once this one is ready, and that process imports
 everything again. A fork server imports it while this process does. (A fork of this process would copy the locks of
-Ray's threads.) vLLM knows no such start method by name, and inside an actor of Ray it spawns whatever it is told, so
-the function that chooses the method is replaced while an engine starts.
+Ray's threads.) vLLM has no setting for this start method, and inside an actor of Ray it always spawns, so the
+function that chooses the method is replaced while an engine starts.
 """
 
 from __future__ import annotations

@@ -187,15 +187,15 @@ def parse(data: Any, name: str) -> Constitution:
 
 def find(path: str | Path) -> Path:
     """The file of a constitution: a path as given, or the name of one that ships with the package."""
-    given = Path(path)
-    if given.exists():
-        return given
+    file = Path(path)
+    if file.exists():
+        return file
     shipped = Path(__file__).parents[1] / "constitutions"
-    for candidate in (shipped / given.name, shipped / f"{given.name}.yaml", shipped / f"{given.name}.md"):
-        if len(given.parts) == 1 and candidate.exists():
+    for candidate in (shipped / file.name, shipped / f"{file.name}.yaml", shipped / f"{file.name}.md"):
+        if len(file.parts) == 1 and candidate.exists():
             return candidate
     names = ", ".join(shipped_names())
-    raise InputError(f"constitution {given}: no such file; give a path, or one of: {names}")
+    raise InputError(f"constitution {file}: no such file; give a path, or one of: {names}")
 
 
 def shipped_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""The key of an OpenAI-compatible endpoint. It comes from this process's environment alone."""
+"""The key of an OpenAI-compatible endpoint. It comes only from this process's environment."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def read_key(config: EngineConfig) -> str:
         )
     if not (key.isascii() and key.isprintable() and " " not in key):  # the HTTP library would print it
         raise InputError(
-            f"environment variable {variable} holds characters that no key has; export the key alone"
+            f"environment variable {variable} holds characters that no key has; export only the key"
         )
     return key

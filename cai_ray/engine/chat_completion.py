@@ -1,4 +1,4 @@
-"""What is read of an endpoint's answer: a chat completion, or an error."""
+"""Reads an endpoint's answers: chat completions, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log-probabilities of options, from a list of the likeliest tokens: all that an endpoint tells."""
+"""Computes the log-probabilities of options from the likeliest tokens, which are all that an endpoint gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_options(options: Sequence[str]) -> None:
 
 
 def option_logprobs(top: Sequence[tuple[str, float]], options: Sequence[str]) -> list[float]:
-    """Log-probability of each option as the first token, from the likeliest tokens alone.
+    """Log-probability of each option as the first token, from only the likeliest tokens.
 
     Tokens that differ from an option only in surrounding spaces are the same choice: their probabilities add up. An
     option that is not in the list is given the largest probability it can have: that of the list's least likely

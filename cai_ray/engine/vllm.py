@@ -109,7 +109,7 @@ class VllmEngine:
     async def close(self) -> None:
         self.llm.shutdown()
 
-    async def _generate(self, ids: list[int], sampling: Sampling, **more: Any) -> tuple[Any, bool]:
+    async def _generate(self, ids: list[int], sampling: Sampling, **params: Any) -> tuple[Any, bool]:
         room = self.context - len(ids)
         output = await self._request(
             ids,
@@ -117,7 +117,7 @@ class VllmEngine:
             seed=sampling.seed,
             max_tokens=max(1, min(sampling.max_tokens, room)),
             stop_token_ids=[self.renderer.end_id],
-            **more,
+            **params,
         )
         return output, output.outputs[0].finish_reason == "stop"
 

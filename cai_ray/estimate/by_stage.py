@@ -1,4 +1,4 @@
-"""What each whole stage would take, from what it took in the sample."""
+"""Estimates each whole stage from what it took in the sample."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _generation(
     work = spent.work_seconds
     if name == "evaluate":
         rows = _evaluation_calls(run)
-        more = times = rows / _evaluation_calls(sample)
+        work_times = times = rows / _evaluation_calls(sample)
         used = Usage(**{kind: round(n * times) for kind, n in manifest["tokens"].items()})
     else:
         counts = rows_by_kind(run, "compare" if name == "label" else name)
@@ -48,15 +48,15 @@ def _generation(
             typical = _usage_by_kind(sample, name, only_asked=True) or totals
         used = whole_usage(typical, counts)
         times = (used.prompt + used.generated) / max(1, before)
-        more = times
+        work_times = times
         if name == "label" and (
             gold := _usage_by_kind(sample, name, "gold") if sample.config.label.gold else {}
         ):
             n, few = len(gold_rows(run)), sum(n for n, _ in gold.values())
-            more = (times * before + _tokens(gold) * n / few) / max(1, before + _tokens(gold))
+            work_times = (times * before + _tokens(gold) * n / few) / max(1, before + _tokens(gold))
     engine = (run.feedback() if name == "label" else run).config.engine
     at_once = max(1, min(max(engine.min_actors, engine.max_actors), math.ceil(rows / 64)))
-    whole = scaled(spent, work, work * more, endpoint=times, at_once=at_once)
+    whole = scaled(spent, work, work * work_times, endpoint=times, at_once=at_once)
     tokens = {kind: n for kind, n in used._asdict().items() if kind != "calls"}
     how = f"{manifest['rows_in']} rows in {work:.1f} s" + (f", by {at_once} actors" if at_once > 1 else "")
     return StageEstimate(name, rows, tokens, whole, spent.wall_seconds - work, how)
@@ -65,10 +65,10 @@ def _generation(
 def _usage_by_kind(sample: Run, stage: str, name: str = "part", only_asked: bool = False) -> Totals:
     totals: dict[str, tuple[int, Usage]] = {}
     for row in sample.each_row(stage, ["kind", "usage"], name):
-        more = Usage(**(row["usage"] or {}))
-        if more.calls or not only_asked:
+        usage = Usage(**(row["usage"] or {}))
+        if usage.calls or not only_asked:
             n, used = totals.get(row["kind"], (0, Usage()))
-            totals[row["kind"]] = n + 1, used + more
+            totals[row["kind"]] = n + 1, used + usage
     return totals
 
 
@@ -125,10 +125,10 @@ def _trained(
 def _ppo(run: Run, sample: Run, name: str, manifest: dict[str, Any], spent: Spent) -> StageEstimate:
     config, few = run.config.ppo, sample.config.ppo
     steps = sample.metrics("ppo")
-    work, alone, both = ppo_seconds(steps, few.value_warmup_steps)
-    whole = alone * config.value_warmup_steps + both * config.steps
+    work, value_step, full_step = ppo_seconds(steps, few.value_warmup_steps)
+    whole = value_step * config.value_warmup_steps + full_step * config.steps
     total = config.value_warmup_steps + config.steps
     tokens = {"generated": round(manifest["tokens"]["generated"] * total / len(steps))}
     start = max(0.0, spent.wall_seconds - work)
-    how = f"{both:.1f} s a step, in {len(steps)} steps"
+    how = f"{full_step:.1f} s a step, in {len(steps)} steps"
     return StageEstimate(name, total * config.rollout_batch, tokens, scaled(spent, work, whole), start, how)

@@ -1,4 +1,4 @@
-"""Whether the memory of a run's stages is there, and which settings would fit if it is not (`cai-ray run --check`)."""
+"""Checks that a run's stages fit in memory, and finds settings that would fit (`cai-ray run --check`)."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class TemplateSet(BaseModel):
 
     @property
     def sha(self) -> str:
-        """A hash of the prompts, whatever the file is called."""
+        """A hash of the prompts, without the file's name."""
         return derive_id(self.model_dump(mode="json", exclude={"reasons"}))
 
     def answer_messages(self, conversation: Messages) -> list[Message]:

@@ -29,8 +29,8 @@ def put(run: Run, document: Constitution) -> None:
     if not document.enabled:
         raise InputError(f"constitution {document.name}: no principle is enabled; enable one")
     before = [d for d in read(run) if d.sha != document.sha]
-    kept = [document, *before][:KEPT]
-    files.write_json(_path(run), [d.model_dump(mode="json") for d in kept])
+    documents = [document, *before][:KEPT]
+    files.write_json(_path(run), [d.model_dump(mode="json") for d in documents])
 
 
 def read(run: Run) -> list[Constitution]:
@@ -85,8 +85,8 @@ class Constitutions:
         matches = [d for d in self.documents if len(name) >= 4 and d.sha.startswith(name)]
         if matches:
             return matches[0]
-        known = ", ".join(d.sha for d in self.documents)
-        raise InputError(f"no constitution {name!r} here; there are (the current one first): {known}")
+        hashes = ", ".join(d.sha for d in self.documents)
+        raise InputError(f"no constitution {name!r} here; there are (the current one first): {hashes}")
 
 
 def identity(document: Constitution) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors as clients see them: OpenAI's form, whatever went wrong where."""
+"""Gives every error the form of OpenAI's API, wherever it comes from."""
 
 from __future__ import annotations
 

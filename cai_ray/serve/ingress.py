@@ -1,4 +1,4 @@
-"""What each route of the server does: the policies behind the OpenAI API, the critic, and the constitution.
+"""Answers the routes of the server: the policies behind the OpenAI API, the critic, and the constitution.
 
 Text of a request never becomes structure of a prompt. The critic renders its prompts itself (cai_ray.prompts). Requests
 to the policies are rendered by vLLM, so control tokens in them are refused (policy_requests.py).
@@ -258,7 +258,7 @@ class Ingress(NamedModels):
             try:
                 await asyncio.to_thread(self.constitutions.reload)
             except (InputError, OSError):
-                logger.exception("the constitutions cannot be read; the server goes on with those it has")
+                logger.exception("the constitutions cannot be read; the server keeps those that it has")
 
     async def _document(self) -> Constitution:
         await self._refresh_constitutions()

@@ -41,7 +41,7 @@ class Policy(LLMServer):
             "sha": await asyncio.to_thread(model_sha, model),
             "control": sorted({t.content for t in tokens if t.special}),
         }
-        # The driver's description lacks what only the model's files say.
+        # This description also has what only the model's files say, which the driver could not read.
         llm_config = await asyncio.to_thread(describe_policy, run, role, settings, model)
         skip_download(llm_config)
         await super().__init__(llm_config)

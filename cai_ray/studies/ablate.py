@@ -63,15 +63,15 @@ def ablate(
         out = files.join(config.out, f"seed-{seed}") if seeds > 1 else config.out
         settings = config.model_copy(update={"out": out, "seed": seed})
         full = _run(settings, overwrite, say)
-        less = settings.model_copy(
+        ablated = settings.model_copy(
             update={
                 "out": full.path("without", "+".join(sorted(without))),
                 "without": tuple(sorted({*config.without, *without})),
             }
         )
         for stage in reuse.STAGES:
-            reuse.borrow(Run(less), full, stage)
-        pairs.append((full, _run(less, overwrite, say)))
+            reuse.borrow(Run(ablated), full, stage)
+        pairs.append((full, _run(ablated, overwrite, say)))
     return compare(pairs, without)
 
 
@@ -83,14 +83,14 @@ def _run(config: RunConfig, overwrite: bool, say: Callable[[str], None]) -> Run:
 
 def compare(pairs: Sequence[tuple[Run, Run]], without: Sequence[str]) -> dict[str, Any]:
     """What `ablate` returns, from completed runs: for each seed one with and one without the principles."""
-    judged = [(full.rows("evaluate"), less.rows("evaluate")) for full, less in pairs]
-    changes = [(_changes(full), _changes(less)) for full, less in judged]
+    judged = [(full.rows("evaluate"), ablated.rows("evaluate")) for full, ablated in pairs]
+    changes = [(_changes(full), _changes(ablated)) for full, ablated in judged]
     families = sorted({family for full, _ in changes for family in full})
     return {
         "without": list(without),
         "seeds": [full.config.seed for full, _ in pairs],
-        "runs": [{"full": full.root, "without": less.root} for full, less in pairs],
-        "did": {f: _did([(full[f], less[f]) for full, less in changes]) for f in families},
+        "runs": [{"full": full.root, "without": ablated.root} for full, ablated in pairs],
+        "did": {f: _did([(full[f], ablated[f]) for full, ablated in changes]) for f in families},
         "harm": {
             f: {
                 name: float(np.mean([np.mean(list(_harm(both[side], "rl")[f].values())) for both in judged]))
@@ -98,9 +98,9 @@ def compare(pairs: Sequence[tuple[Run, Run]], without: Sequence[str]) -> dict[st
             }
             for f in families
         },
-        "turned": rate([x for full, less in judged for x in _turned(full, less, without, named=True)]),
+        "turned": rate([x for full, ablated in judged for x in _turned(full, ablated, without, named=True)]),
         "turned_others": rate(
-            [x for full, less in judged for x in _turned(full, less, without, named=False)]
+            [x for full, ablated in judged for x in _turned(full, ablated, without, named=False)]
         ),
         "calls": {
             stage: {
@@ -141,17 +141,17 @@ def _changes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 def _did(changes: Sequence[tuple[dict[str, int], dict[str, int]]]) -> dict[str, Any]:
     """Mean over seeds of the change without the principle minus the change with it, on prompts that both runs have."""
-    seeds = [[(p, less[p] - full[p]) for p in full if p in less] for full, less in changes]
+    seeds = [[(p, ablated[p] - full[p]) for p in full if p in ablated] for full, ablated in changes]
     low, high, n = bootstrap(seeds, DRAWS, np.random.default_rng(0))
     value = float(np.mean([np.mean([d for _, d in pairs]) for pairs in seeds]))
     return {"value": value, "low": low, "high": high, "n": n}
 
 
 def _turned(
-    full: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]], without: Sequence[str], named: bool
+    full: Sequence[dict[str, Any]], ablated: Sequence[dict[str, Any]], without: Sequence[str], named: bool
 ) -> list[bool]:
     """For each refusal of a red-team prompt with the principles: whether the answer without them is not a refusal."""
-    after = {r["prompt_id"]: r for r in less if r["model"] == "rl"}
+    after = {r["prompt_id"]: r for r in ablated if r["model"] == "rl"}
     return [
         not after[r["prompt_id"]]["refused"]
         for r in full

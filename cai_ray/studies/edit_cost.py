@@ -36,7 +36,7 @@ def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
     voted = votes[0] > 0 or after.sha != run.constitution().sha
     samples = 2 * (run.manifest("compare") or {}).get("rows_out", 0)
     calls = {"revise": revisions, "compare": (samples * changed, samples), "label": votes}
-    again, kept = [], []
+    again, with_comparisons_kept = [], []
     for stage in stages_of(run.config.method):
         done = run.manifest(stage)
         if done is None:
@@ -51,8 +51,10 @@ def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
             row |= {"calls": whole and 0, "at_most": False}
         elif stage == "label":
             row["calls"] = votes[0]
-        kept.append({**row, "seconds": done["seconds"] if voted and stage not in KEPT else None})
-    return {"again": again, "kept": kept}
+        with_comparisons_kept.append(
+            {**row, "seconds": done["seconds"] if voted and stage not in KEPT else None}
+        )
+    return {"again": again, "kept": with_comparisons_kept}
 
 
 def _revisions(run: Run, after: Constitution) -> tuple[int, int, int]:
