@@ -38,7 +38,9 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     """
     # Ray's notices go to its log files. What a person should read on stderr is ours.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    wait_longer()
+    address = joined(config)
+    if address is None:
+        wait_longer()
     import ray
 
     if ray.is_initialized():
@@ -48,7 +50,6 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = joined(config)
     if address:
         try:
             ray.init(address=address, runtime_env={"env_vars": worker_env(config)}, **options)

@@ -24,7 +24,10 @@ _TIMED_OUT = ("timed out during startup", "Timed out waiting for file", "Failed 
 
 
 def wait_longer() -> None:
-    """Gives Ray more time to start. Call it before Ray is imported."""
+    """Gives Ray more time to start on this machine. Call it before Ray is imported.
+
+    A wrong address of an existing cluster would take longer to fail, so this is for local starts only.
+    """
     for name, value in WAITS.items():
         os.environ.setdefault(name, value)
 
