@@ -38,7 +38,7 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     """
     # Ray's notices go to its log files. What a person should read on stderr is ours.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    address = joined(config)
+    address = cluster_address(config)
     if address is None:
         wait_longer()
     import ray
@@ -75,7 +75,7 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
         )
 
 
-def joined(config: RunConfig) -> str | None:
+def cluster_address(config: RunConfig) -> str | None:
     """The address of an existing cluster; None if a local one is to be started."""
     return config.ray.address or os.environ.get("RAY_ADDRESS") or None
 

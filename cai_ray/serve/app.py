@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cai_ray import constitution as constitutions
-from cai_ray.cluster.connect import connect, disconnect, joined, uses_gpu, worker_env
+from cai_ray.cluster.connect import cluster_address, connect, disconnect, uses_gpu, worker_env
 from cai_ray.cluster.placement import ResourceNeed, check
 from cai_ray.cluster.worker_errors import input_error
 from cai_ray.errors import InputError
@@ -65,7 +65,7 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
         print("finishing the requests that have begun", file=sys.stderr, flush=True)
         ray_serve.delete(APPLICATION)  # it waits for requests, while the proxies still carry their answers
     finally:
-        if joined(run.config):  # a local cluster ends with all that runs on it
+        if cluster_address(run.config):  # a local cluster ends with all that runs on it
             ray_serve.shutdown()
         disconnect()
 
