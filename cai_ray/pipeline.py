@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
     "compare": Stage("cai_ray.generate.compare", ("sft",), ("compare", "prompts", "templates", "thinking")),
     "label": Stage("cai_ray.generate.label", ("compare",), ("label", "model", "templates", "constitution")),
     "rm": Stage("cai_ray.train.rm", ("sft", "label"), ("rm", "model", "templates")),
-    "ppo": Stage("cai_ray.train.ppo.loop", ("sft", "rm"), ("ppo", "prompts", "templates")),
+    "ppo": Stage("cai_ray.train.ppo.stage", ("sft", "rm"), ("ppo", "prompts", "templates")),
     "dpo": Stage("cai_ray.train.dpo", ("sft", "label"), ("dpo", "templates")),
     "evaluate": Stage(
         "cai_ray.evaluate.stage",
@@ -492,14 +492,15 @@ def _check_cluster(run: Run, name: str) -> None:
 
     section = getattr(run.config, name)
     if isinstance(section, TrainConfig):
-        from cai_ray.train.runtime.fit import check_resources
+        from cai_ray.train.runtime.group import check_resources
 
         check_resources(run, section)
         if name == "ppo":
-            from cai_ray.train.ppo import feedback, rollout
+            from cai_ray.train.ppo import feedback
+            from cai_ray.train.ppo.engine_owner import check_room
 
             gpu = uses_gpu(run.config)
-            rollout.check_room(run.config, gpu, feedback.needed(run, gpu))
+            check_room(run.config, gpu, feedback.needed(run, gpu))
     else:
         from cai_ray.generate.rows import check_resources as check_engine
 

@@ -26,6 +26,7 @@ from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import cut_alike, deal, longest_first, pad, take
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
+from cai_ray.train.runtime.ranks import rank, to_device, world_size
 
 # What the report shows of the last evaluation.
 EVAL = {
@@ -167,11 +168,10 @@ class Pairs:
 
     def micro_batches(self, batch: list[int], cfg: TrainConfig) -> list[MicroBatch]:
         """This rank's, of at most `cfg.micro_batch_tokens` with their padding; as many passes on every rank."""
-        from cai_ray.train.runtime import fit
 
         most = cfg.micro_batch_tokens
         sizes = [self._lengths[2 * i] + self._lengths[2 * i + 1] for i in batch]
-        deals = deal(sizes, fit.world_size())
+        deals = deal(sizes, world_size())
         shares = [[batch[i] for i in share] for share in deals]
         filled = np.cumsum([max(sizes[i] for i in hand if i is not None) for hand in zip_longest(*deals)])
         out: list[MicroBatch] = []
@@ -185,7 +185,7 @@ class Pairs:
                 if tokens <= most or end == start + 1:
                     break
                 end = (start + end) // 2  # they have more
-            out.append(ranks[fit.rank()])
+            out.append(ranks[rank()])
             start = end
         return out
 
@@ -207,10 +207,9 @@ class Pairs:
         Args:
             read: gives a number for each row of padded inputs (`batches.pad`).
         """
-        from cai_ray.train.runtime import fit
 
         passes = [pad([self.responses[i] for i in rows], self.pad_id) for rows in micro_batch.passes]
-        found = [read(fit.to_device(inputs)) for inputs in passes]
+        found = [read(to_device(inputs)) for inputs in passes]
         values = torch.cat([f[: len(rows)] for f, rows in zip(found, micro_batch.passes, strict=True)])
         place = {row: k for k, row in enumerate(row for rows in micro_batch.passes for row in rows)}
         pairs = micro_batch.pairs

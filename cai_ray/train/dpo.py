@@ -9,7 +9,7 @@ policy itself before the first step, so that no second model is kept, and go wit
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,21 @@ from cai_ray.storage.run import Run
 from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import direct_preference, masked, preference_metrics
-
-if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+from cai_ray.train.models import load_policy
+from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit
+from cai_ray.train.runtime.metrics import Log
+from cai_ray.train.runtime.ranks import global_sum, global_sums, world_size
+from cai_ray.train.sequences import sequence_logprobs
+from cai_ray.train.weights.state import save_model
 
 
 def run(run: Run) -> dict[str, Any]:
-    from cai_ray.train.runtime import fit
 
     source = run.model("sl")
     data = read(run, "dpo", source)
-    result = fit.fit(run, "dpo", loop, run.config.dpo, data.shared())
+    result = fit(run, "dpo", loop, run.config.dpo, data.shared())
     return {
         **data.counts,
         "init_sha": model_sha(source),
@@ -41,8 +45,6 @@ def run(run: Run) -> dict[str, Any]:
 
 def loop(config: dict[str, Any]) -> dict[str, Any]:
     """Trains on one rank of the group."""
-    from cai_ray.train.models import load_policy
-    from cai_ray.train.runtime import fit
 
     run: Run = config["run"]
     cfg, seed = run.config.dpo, run.config.seed
@@ -52,12 +54,12 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
     every = cfg.checkpoint_every or per_epoch
 
     source = run.model("sl")
-    policy = fit.distribute(load_policy(source, cfg), cfg, total)
-    state = fit.restore({"policy": policy}) or {"step": 0, "rows": [], "reference": None}
+    policy = distribute(load_policy(source, cfg), cfg, total)
+    state = restore({"policy": policy}) or {"step": 0, "rows": [], "reference": None}
     reference = state["reference"]
     if reference is None:
         reference = response_logprobs(policy, data, cfg)
-    log = fit.Log(run, "dpo", total, state["rows"])
+    log = Log(run, "dpo", total, state["rows"])
     for step in range(state["step"], total):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
@@ -76,11 +78,11 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
         if (step + 1) % per_epoch == 0:
             metrics |= evaluate(policy, data, reference, config["held"], cfg)
         log.add(step + 1, metrics)
-        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
+        if checkpoint_due(step + 1, every) or step + 1 == total:
             state = {"step": step + 1, "rows": log.rows, "reference": reference}
-            fit.save_checkpoint({"policy": policy}, state, step + 1)
+            save_checkpoint({"policy": policy}, state, step + 1)
     log.close()
-    fit.save_model(policy, source, run.path("dpo", "model"))
+    save_model(policy, source, run.path("dpo", "model"))
     return {"steps": total, "metrics": last_evaluation(log.rows)}
 
 
@@ -88,7 +90,6 @@ def update(
     policy: Trained, data: Pairs, reference: Tensor, batch: list[int], cfg: DpoConfig
 ) -> tuple[dict[str, float], float]:
     """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
-    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(batch, cfg):
@@ -96,9 +97,9 @@ def update(
         loss = direct_preference(
             r_a, r_b, p_a, beta=cfg.beta, smoothing=cfg.label_smoothing, kind=cfg.loss
         ).sum()
-        policy.backward(loss / len(batch) * fit.world_size())
+        policy.backward(loss / len(batch) * world_size())
         add(sums, {"loss": loss, **measure(r_a, r_b, p_a, human, cfg)})
-    return fit.global_sums(sums), policy.step()
+    return global_sums(sums), policy.step()
 
 
 def rewards(
@@ -129,20 +130,18 @@ def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig
 @torch.no_grad()
 def response_logprobs(policy: Trained, data: Pairs, cfg: TrainConfig) -> Tensor:
     """(comparisons, 2) float32 on CPU: the log-probability of every whole response; each rank computes its share."""
-    from cai_ray.train.runtime import fit
 
     found = torch.zeros(len(data), 2)
     for micro_batch in data.micro_batches(list(range(len(data))), cfg):
         a, b, _, _ = response_sums(policy, data, micro_batch)
         found[micro_batch.pairs] = torch.stack([a, b], 1).float().cpu()
-    return fit.global_sum(found)
+    return global_sum(found)
 
 
 def response_sums(
     policy: Trained, data: Pairs, micro_batch: MicroBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of both whole responses, labels and sources, each (pairs,)."""
-    from cai_ray.train.models import sequence_logprobs
 
     return data.sides(micro_batch, lambda inputs: sequence_logprobs(policy, inputs).sum(1))
 
@@ -152,9 +151,8 @@ def evaluate(
     policy: Trained, data: Pairs, reference: Tensor, held: list[int], cfg: DpoConfig
 ) -> dict[str, float]:
     """The same measures on held-out comparisons."""
-    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(held, cfg):
         add(sums, measure(*rewards(policy, data, reference, micro_batch, cfg), cfg))
-    return means("eval", fit.global_sums(sums))
+    return means("eval", global_sums(sums))

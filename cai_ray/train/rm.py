@@ -8,7 +8,7 @@ token that the policy emits. After training the scores of a fixed reference set 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,20 @@ from cai_ray.storage.run import Run
 from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import preference_metrics, soft_bradley_terry
-
-if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+from cai_ray.train.models import load_reward_model
+from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit, location
+from cai_ray.train.runtime.metrics import Log
+from cai_ray.train.runtime.ranks import global_sum, global_sums, rank, world_size
+from cai_ray.train.sequences import score_last, sequence_values
+from cai_ray.train.weights.state import save_model
 
 # Comparisons whose two responses are the reference set that rewards are centred and scaled on.
 REFERENCE = 256
 
 
 def run(run: Run) -> dict[str, Any]:
-    from cai_ray.train.runtime import fit
 
     cfg, seed = run.config.rm, run.config.seed
     source = run.model(cfg.init)
@@ -38,9 +42,9 @@ def run(run: Run) -> dict[str, Any]:
     extra = {
         **data.shared(),
         "reference": reference(data.rows, seed),
-        "model": fit.location(run, cfg.init),
+        "model": location(run, cfg.init),
     }
-    result = fit.fit(run, "rm", loop, cfg, extra)
+    result = fit(run, "rm", loop, cfg, extra)
     return {
         **data.counts,
         "init_sha": model_sha(source),
@@ -57,8 +61,6 @@ def reference(rows: list[dict[str, Any]], seed: int) -> list[int]:
 
 def loop(config: dict[str, Any]) -> dict[str, Any]:
     """Trains on one rank of the group."""
-    from cai_ray.train.models import load_reward_model
-    from cai_ray.train.runtime import fit
 
     run: Run = config["run"]
     cfg, seed = run.config.rm, run.config.seed
@@ -68,9 +70,9 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
     every = cfg.checkpoint_every or per_epoch
 
     source = run.model(config["model"])
-    model = fit.distribute(load_reward_model(source, cfg), cfg, total)
-    state = fit.restore({"reward": model}) or {"step": 0, "rows": []}
-    log = fit.Log(run, "rm", total, state["rows"])
+    model = distribute(load_reward_model(source, cfg), cfg, total)
+    state = restore({"reward": model}) or {"step": 0, "rows": []}
+    log = Log(run, "rm", total, state["rows"])
     for step in range(state["step"], total):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
@@ -88,13 +90,13 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
         if (step + 1) % per_epoch == 0:
             metrics |= evaluate(model, data, config["held"], cfg)
         log.add(step + 1, metrics)
-        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
-            fit.save_checkpoint({"reward": model}, {"step": step + 1, "rows": log.rows}, step + 1)
+        if checkpoint_due(step + 1, every) or step + 1 == total:
+            save_checkpoint({"reward": model}, {"step": step + 1, "rows": log.rows}, step + 1)
     log.close()
     mean, std = reward_scale(model, data, config["reference"], cfg)
     out = run.path("rm", "model")
-    fit.save_model(model, source, out)
-    if fit.rank() == 0:
+    save_model(model, source, out)
+    if rank() == 0:
         scale = {"mean": mean, "std": std, "n": 2 * len(config["reference"])}
         files.write_json(files.join(out, "reward_head.json"), scale)
     return {
@@ -107,20 +109,18 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
 
 def update(model: Trained, data: Pairs, batch: list[int], cfg: TrainConfig) -> tuple[dict[str, float], float]:
     """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
-    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(batch, cfg):
         r_a, r_b, p_a, human = scores(model, data, micro_batch)
         loss = soft_bradley_terry(r_a, r_b, p_a).sum() / len(batch)
-        model.backward(loss * fit.world_size())
+        model.backward(loss * world_size())
         add(sums, preference_metrics(r_a, r_b, p_a, human))
-    return fit.global_sums(sums), model.step()
+    return global_sums(sums), model.step()
 
 
 def scores(model: Trained, data: Pairs, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores of both responses, labels and sources, each (pairs,)."""
-    from cai_ray.train.models import score_last, sequence_values
 
     return data.sides(
         micro_batch, lambda inputs: score_last(sequence_values(model, inputs), inputs["attention_mask"])
@@ -130,24 +130,22 @@ def scores(model: Trained, data: Pairs, micro_batch: MicroBatch) -> tuple[Tensor
 @torch.no_grad()
 def evaluate(model: Trained, data: Pairs, held: list[int], cfg: RmConfig) -> dict[str, float]:
     """Loss, accuracy and margin on held-out comparisons, apart for AI and human labels (docs/method.md, item 18)."""
-    from cai_ray.train.runtime import fit
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(held, cfg):
         add(sums, preference_metrics(*scores(model, data, micro_batch)))
-    return means("eval", fit.global_sums(sums))
+    return means("eval", global_sums(sums))
 
 
 @torch.no_grad()
 def reward_scale(model: Trained, data: Pairs, chosen: list[int], cfg: RmConfig) -> tuple[float, float]:
     """Mean and standard deviation of the scores of both responses of the chosen comparisons, over all ranks."""
-    from cai_ray.train.runtime import fit
 
     sums = torch.zeros(3, dtype=torch.float64)
     for micro_batch in data.micro_batches(chosen, cfg):
         r_a, r_b, _, _ = scores(model, data, micro_batch)
         both = torch.cat([r_a, r_b]).double().cpu()
         sums += torch.stack([torch.tensor(float(len(both))).double(), both.sum(), both.square().sum()])
-    count, first, second = fit.global_sum(sums).tolist()
+    count, first, second = global_sum(sums).tolist()
     mean = first / count
     return mean, max(second / count - mean * mean, 1e-12) ** 0.5

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,15 +25,18 @@ from cai_ray.storage.run import Run
 from cai_ray.train.batches import pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
 from cai_ray.train.losses import sft_loss
-
-if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+from cai_ray.train.models import load_policy
+from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit, location
+from cai_ray.train.runtime.metrics import Log
+from cai_ray.train.runtime.ranks import device, global_sum, rank, to_device, world_size
+from cai_ray.train.sequences import sequence_logprobs
+from cai_ray.train.weights.state import save_model
 
 
 def run(run: Run) -> dict[str, Any]:
     import ray
-
-    from cai_ray.train.runtime import fit
 
     cfg, templates = run.config.sft, load_templates(run.config.templates)
     columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
@@ -63,9 +66,9 @@ def run(run: Run) -> dict[str, Any]:
     check_fits("sft", max(data.lengths), cfg.micro_batch_tokens)
     run.write_rows("sft", to_table([record for record, _ in kept], "sft"))
 
-    extra = {"data": ray.put(data), "model": fit.location(run, cfg.init), "pad_id": renderer.pad_id}
+    extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
     extra["inputs"] = data.sha
-    result = fit.fit(run, "sft", loop, cfg, extra)
+    result = fit(run, "sft", loop, cfg, extra)
     return {
         "rows_in": len(revised),
         "rows_out": len(kept),
@@ -139,9 +142,6 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
     """Trains on one rank of the group."""
     import ray
 
-    from cai_ray.train.models import load_policy
-    from cai_ray.train.runtime import fit
-
     run: Run = config["run"]
     cfg, seed = run.config.sft, run.config.seed
     data: Dialogues = ray.get(config["data"])
@@ -151,9 +151,9 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
     every = cfg.checkpoint_every or per_epoch
 
     source = run.model(config["model"])
-    policy = fit.distribute(load_policy(source, cfg), cfg, total)
-    state = fit.restore({"policy": policy}) or {"step": 0, "rows": []}
-    log = fit.Log(run, "sft", total, state["rows"])
+    policy = distribute(load_policy(source, cfg), cfg, total)
+    state = restore({"policy": policy}) or {"step": 0, "rows": []}
+    log = Log(run, "sft", total, state["rows"])
     for step in range(state["step"], total):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
@@ -171,10 +171,10 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
                 "tokens/per_s": sum(lengths[i] for i in batch) / (time.perf_counter() - started),
             },
         )
-        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
-            fit.save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
+        if checkpoint_due(step + 1, every) or step + 1 == total:
+            save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
     log.close()
-    fit.save_model(policy, source, run.path("sft", "model"))
+    save_model(policy, source, run.path("sft", "model"))
     last = log.rows[-per_epoch:]
     return {"steps": total, "loss": sum(r["sft/loss"] for r in last) / len(last)}
 
@@ -183,16 +183,14 @@ def update(
     policy: Trained, data: Dialogues, batch: list[int], cfg: TrainConfig, pad_id: int
 ) -> tuple[float, float]:
     """One optimizer step on a global batch of rows; returns its loss and the gradient's norm."""
-    from cai_ray.train.models import sequence_logprobs
-    from cai_ray.train.runtime import fit
 
     examples = [data[i] for i in batch]
     tokens = sum(sum(example.mask) for example in examples)
-    total = torch.zeros((), dtype=torch.float64, device=fit.device())
+    total = torch.zeros((), dtype=torch.float64, device=device())
     lengths = [len(example.ids) for example in examples]
-    for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, fit.rank(), fit.world_size()):
-        rows = fit.to_device(pad([examples[i] for i in group], pad_id))
+    for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, rank(), world_size()):
+        rows = to_device(pad([examples[i] for i in group], pad_id))
         loss = sft_loss(sequence_logprobs(policy, rows), rows["loss_mask"], tokens)
-        policy.backward(loss * fit.world_size())
+        policy.backward(loss * world_size())
         total += loss.detach()  # never read before the end: the host would wait for the GPU
-    return float(fit.global_sum(total)), policy.step()
+    return float(global_sum(total)), policy.step()

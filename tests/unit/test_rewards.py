@@ -16,7 +16,7 @@ from cai_ray.storage.run import Run
 from cai_ray.train.models import RewardScale, load_reward_model
 from cai_ray.train.ppo.experience import make_batch, minibatches
 from cai_ray.train.ppo.rewards import Reward, combined, describe, load_rewards, raw_scores, read_by
-from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.rollout_engine import Rollout
 from tests import tiny
 
 TALKS = [

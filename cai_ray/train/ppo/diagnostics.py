@@ -10,10 +10,11 @@ from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo.experience import Batch, Scores, Targets
-from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.rollout_engine import Rollout
+from cai_ray.train.runtime.ranks import rank
 
 
-def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
+def step_metrics(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
     """
     Args:
         sums: what `ppo.update_policy` and `ppo.update_value` return.
@@ -26,7 +27,7 @@ def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, floa
         "kl/reference_per_token": float(targets.kl.sum()) / tokens,
         "rollout/length": tokens / rows,
         "rollout/eos_rate": 1 - float(batch.truncated.float().mean()),
-        "rollout/entropy": -float((scores.logprobs * batch.mask).sum()) / tokens,
+        "rollout/entropy": -float((scores.old_logprobs * batch.mask).sum()) / tokens,
         "rollout/weight": float(targets.weights.sum()) / tokens,
         "ppo/minibatches": sums["minibatches"],
     }
@@ -60,7 +61,9 @@ def save_rollouts(
     renderer: Renderer,
     targets: Targets,
 ) -> None:
-    """The step's first few responses, for reading."""
+    """Writes the step's first few responses (`ppo.save_rollouts`) for reading. Rank 0 writes."""
+    if rank() != 0:
+        return
     kept = min(run.config.ppo.save_rollouts, len(rows))
     table = [
         {

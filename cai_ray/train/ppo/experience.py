@@ -1,4 +1,4 @@
-"""What a PPO step learns from: the rollouts of one step, and what was computed of them.
+"""What a PPO step learns from: its rollouts, their scores, and the targets of the losses.
 
 Everything here is the same on every rank. A rank scores its share of the rows, the shares are added up, and from
 there every rank has the whole batch, so that rewards, advantages and their mean are of the global batch, and a
@@ -27,16 +27,18 @@ from cai_ray.train.advantages import (
 )
 from cai_ray.train.batches import Example, rank_micro_batches
 from cai_ray.train.losses import importance_weights, kl_k1, masked
-from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.rollout_engine import Rollout
+from cai_ray.train.runtime.ranks import rank, world_size
 
 
 class Scores(NamedTuple):
-    """What the models say of the rows, before any update; (N, T) float32 of tokens, rows padded at the right."""
+    """What the models say of the rows before any update: (N, T) float32, rows padded at the right."""
 
-    logprobs: Tensor
-    """Of the policy that sampled, recomputed by the trainer."""
-    reference: Tensor
-    after: Tensor
+    old_logprobs: Tensor
+    """Log-probability of each token under the policy that the update starts from, computed by the trainer."""
+    ref_logprobs: Tensor
+    """The same under the reference."""
+    values_after: Tensor
     """The value after each token."""
     reward: Tensor
     """(N,): the reward of each row (`rewards.combined`)."""
@@ -66,17 +68,17 @@ class Batch(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the losses want, (N, T) each, and the rewards behind it, (N,)."""
+    """What the losses compare with, (N, T) each, and the rewards behind it, (N,)."""
 
-    logprobs: Tensor
+    old_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
     weights: Tensor
     score: Tensor
-    """The reward, or the penalty of a missing end."""
+    """The reward, or the penalty of a missing end (`final_scores`)."""
     kl: Tensor
-    """Sum over a row's tokens of log p - log reference."""
+    """Sum over a row's tokens of log p - log p_ref."""
 
 
 def make_batch(prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]) -> Batch:
@@ -92,6 +94,11 @@ def make_batch(prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]) ->
         mask[i, place] = 1.0
         logprobs[i, place] = torch.tensor(r.logprobs)
     return Batch(rows, torch.tensor([r.truncated for r in rollouts]), mask, logprobs)
+
+
+def plan_epochs(lengths: Sequence[int], cfg: PpoConfig, seed: int, step: int) -> list[list[Minibatch]]:
+    """The minibatches of each epoch of a step, with this rank's micro-batches."""
+    return [minibatches(lengths, cfg, seed, step, epoch, rank(), world_size()) for epoch in range(cfg.epochs)]
 
 
 def minibatches(
@@ -112,21 +119,21 @@ def make_targets(batch: Batch, scores: Scores, cfg: PpoConfig, kl_coef: float) -
     """Rewards, advantages and returns of the whole global batch."""
     mask = batch.mask
     score = final_scores(scores.reward, batch, cfg)
-    kl = masked(kl_k1(scores.logprobs, scores.reference), mask)
+    kl = masked(kl_k1(scores.old_logprobs, scores.ref_logprobs), mask)
     rewards = token_rewards(score, kl, mask, kl_coef=kl_coef)
-    values = masked(before_tokens(scores.after), mask)
+    values = masked(before_tokens(scores.values_after), mask)
     if cfg.advantage == "gae":
         bootstrap = torch.zeros_like(score)
         if cfg.missing_eos_reward is None:
-            bootstrap = bootstrap_values(scores.after, mask, batch.truncated)
+            bootstrap = bootstrap_values(scores.values_after, mask, batch.truncated)
         advantages, returns = gae(rewards, values, mask, bootstrap, gamma=cfg.gamma, lam=cfg.lam)
     else:
         advantages = group_baseline(rewards, mask, size=cfg.group, how=cfg.advantage)
         returns = torch.zeros_like(advantages)
     # Every rank has the whole batch here, so a sum over it is the sum over ranks.
     advantages = normalise(advantages, mask, cfg.whiten, lambda total: total)
-    weights = masked(importance_weights(scores.logprobs, batch.engine_logprobs, cfg.importance_cap), mask)
-    return Targets(masked(scores.logprobs, mask), values, advantages, returns, weights, score, kl.sum(1))
+    weights = masked(importance_weights(scores.old_logprobs, batch.engine_logprobs, cfg.importance_cap), mask)
+    return Targets(masked(scores.old_logprobs, mask), values, advantages, returns, weights, score, kl.sum(1))
 
 
 def final_scores(reward: Tensor, batch: Batch, cfg: PpoConfig) -> Tensor:

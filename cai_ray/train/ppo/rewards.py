@@ -25,9 +25,10 @@ from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, pad, rank_micro_batches
 from cai_ray.train.dialogues import context_length
-from cai_ray.train.models import RewardScale, load_reward_model, reward_scale, score_last, sequence_values
+from cai_ray.train.models import RewardScale, load_reward_model, reward_scale
 from cai_ray.train.ppo.experience import Batch
 from cai_ray.train.runtime.ranks import device, global_sum, rank, to_device, world_size
+from cai_ray.train.sequences import score_last, sequence_values
 
 
 @dataclass

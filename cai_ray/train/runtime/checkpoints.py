@@ -24,7 +24,7 @@ from cai_ray.storage.records import derive_id
 from cai_ray.train.runtime.ranks import device, from_first, global_sum, rank, world_size
 
 if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+    from cai_ray.train.runtime.engine import Trained
 
 
 def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step: int) -> None:

@@ -15,7 +15,8 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from cai_ray.train.weights.sync import Packed, digest, unpack
+from cai_ray.train.weights.proof import digest
+from cai_ray.train.weights.sync import Packed, unpack
 from cai_ray.train.weights.transfer import join_gloo
 
 

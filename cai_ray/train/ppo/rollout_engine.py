@@ -1,0 +1,185 @@
+"""The rollout engine: vLLM in a Ray actor, token ids in and token ids out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from cai_ray.cluster.meter import Holder
+from cai_ray.storage.models import local_model
+from cai_ray.train.weights.proof import Held
+from cai_ray.train.weights.sync import WORKER, Packed
+from cai_ray.train.weights.transfer import Way
+
+
+class StaleError(RuntimeError):
+    """An engine was asked for an epoch or version that it does not have."""
+
+
+class Rollout(NamedTuple):
+    """One sampled response."""
+
+    ids: list[int]
+    """The response's tokens as the engine produced them, the end of the turn included."""
+    logprobs: list[float]
+    """Of each token under the distribution it was drawn from (temperature applied)."""
+    truncated: bool
+    """Whether the length limit ended it."""
+    version: int
+    """The weights it was sampled with."""
+
+
+class Request(NamedTuple):
+    ids: list[int]
+    seed: int
+
+
+class RolloutEngine:
+    """vLLM in this process. Deterministic: a request's result depends on its ids, its seed and the weights.
+
+    Args:
+        model: the folder that the policy starts from, on any file system.
+        arguments: vLLM's (`engine.vllm.engine_args`).
+        end_id: the token that ends a turn (`prompts.Renderer.end_id`).
+        way: how weights come (transfer.py).
+    """
+
+    def __init__(self, model: str, arguments: dict[str, Any], end_id: int, way: Way = "ray"):
+        self.held = Holder()
+        # Before vllm is imported. One process, one batch at a time: that is what makes it deterministic.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        if way != "ray":
+            from vllm.config import WeightTransferConfig
+
+            import cai_ray.train.weights.worker  # noqa: F401  # registers what vLLM does not have
+
+            arguments = arguments | {"weight_transfer_config": WeightTransferConfig(backend=way)}
+        self.llm = LLM(
+            **(
+                arguments
+                | {
+                    "model": local_model(model),
+                    "skip_tokenizer_init": True,
+                    # Of the distribution sampled from: raw ones leave the temperature out.
+                    "logprobs_mode": "processed_logprobs",
+                    "worker_extension_cls": WORKER,
+                }
+            )
+        )
+        self.end_id = end_id
+        self.context: int = self.llm.llm_engine.model_config.max_model_len
+        self.epoch = 0
+        self.version: int | None = None
+
+    def join(self, epoch: int) -> None:
+        """Belongs to this epoch from now on, and has no weights until it is sent some."""
+        if epoch < self.epoch:
+            raise StaleError(f"epoch {epoch} is over; the engine is in {self.epoch}")
+        self.epoch, self.version = epoch, None
+
+    def update(self, epoch: int, version: int, chunks: list[Any]) -> None:
+        """Loads weights number `version` from object references; until all are in, it has none."""
+        import ray
+
+        self._expect(epoch)
+        self.version = None
+        self.llm.collective_rpc("sync_start")
+        for ref in chunks:
+            chunk: list[Packed] = ray.get(ref)
+            self.llm.collective_rpc("sync_load", args=(chunk,))
+        self.llm.collective_rpc("sync_finish")
+        self._changed(version)
+
+    def connect(self, epoch: int, init_info: dict[str, Any]) -> None:
+        """Joins the trainer's group of communication; returns when all have come."""
+        self._expect(epoch)
+        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def begin(self, epoch: int) -> None:
+        """The weights change from now on; until `finish` it has none."""
+        self._expect(epoch)
+        self.version = None
+        self.llm.collective_rpc("sync_record")
+        self.llm.collective_rpc("start_weight_update")
+
+    def receive(self, epoch: int, update_info: Any) -> None:
+        self._expect(epoch)
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def finish(self, epoch: int, version: int) -> None:
+        self._expect(epoch)
+        self.llm.collective_rpc("finish_weight_update")
+        self._changed(version)
+
+    def sample(
+        self, epoch: int, version: int, requests: list[Request], temperature: float, max_tokens: int
+    ) -> list[Rollout]:
+        """One response per request, in their order."""
+        from vllm import SamplingParams
+
+        self._expect(epoch, version)
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                min_p=0.0,
+                seed=r.seed,
+                max_tokens=min(max_tokens, self.context - len(r.ids)),
+                logprobs=0,
+                stop_token_ids=[self.end_id],
+                detokenize=False,
+            )
+            for r in requests
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": r.ids} for r in requests], params, use_tqdm=False)
+        rollouts = []
+        for output in outputs:
+            out = output.outputs[0]
+            ids = list(out.token_ids)
+            logprobs = [step[i].logprob for step, i in zip(out.logprobs, ids, strict=True)]
+            rollouts.append(Rollout(ids, logprobs, out.finish_reason != "stop", version))
+        self._check_numbers(r.logprobs for r in rollouts)
+        return rollouts
+
+    def report(self, epoch: int, version: int, probes: list[list[int]]) -> tuple[Held, list[list[float]]]:
+        """What it holds, and its log-probabilities of the probes' tokens after the first, temperature 1."""
+        from vllm import SamplingParams
+
+        self._expect(epoch)
+        answers = self.llm.collective_rpc("sync_held")
+        digests = dict(answers[0][0])
+        for other, _ in answers[1:]:  # where workers differ, none is right
+            digests |= {name: -1 for name, value in other.items() if digests.get(name) != value}
+        held = Held(self.epoch, self.version, digests, sorted({n for _, names in answers for n in names}))
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in probes], params, use_tqdm=False)
+        logprobs = [
+            [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, probes, strict=True)
+        ]
+        self._check_numbers(logprobs)
+        return held, logprobs
+
+    def _changed(self, version: int) -> None:
+        # Cached keys and values are of the weights before.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset: a request is still running")
+        self.version = version
+
+    def _check_numbers(self, rows: Iterable[Sequence[float]]) -> None:
+        """A NaN in a block of keys and values would outlive the weights that made it: in the next request that is
+        given the block, slots not yet filled are multiplied by zero, which leaves NaN."""
+        if any(map(math.isnan, (x for row in rows for x in row))):
+            self.llm.collective_rpc("sync_clear_cache")
+
+    def _expect(self, epoch: int, version: int | None = None) -> None:
+        if epoch != self.epoch:
+            raise StaleError(f"asked for epoch {epoch}; the engine is in {self.epoch}")
+        if version is not None and version != self.version:
+            raise StaleError(f"asked for weights {version}; the engine has {self.version}")
