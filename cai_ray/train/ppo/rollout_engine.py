@@ -56,8 +56,9 @@ class RolloutEngine:
         if way != "ray":
             from vllm.config import WeightTransferConfig
 
-            import cai_ray.train.weights.worker  # noqa: F401  # registers what vLLM does not have
+            from cai_ray.compat.vllm_gloo import register_gloo
 
+            register_gloo()
             arguments = arguments | {"weight_transfer_config": WeightTransferConfig(backend=way)}
         self.llm = LLM(
             **(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cai_ray.cluster.meter import Holder
+from cai_ray.compat.deepspeed import convert_to_universal, loading_universal
 from cai_ray.errors import InputError, OverBudget
 from cai_ray.storage.records import derive_id
 from cai_ray.train.runtime.ranks import device, from_first, global_sum, rank, world_size
@@ -172,15 +172,10 @@ def _load_share(trained: Trained, folder: str, tag: str, saved_by: int) -> None:
         InputError: DeepSpeed cannot.
     """
     if trained.zero_stage == 0:  # nothing is spread over ranks
-        return _load(trained, folder, tag)
-    with _universal(folder, tag, saved_by) as converted:
-        config = trained.engine._config
-        # A setting of the engine's start, at which nobody knew what would be loaded.
-        config.load_universal_checkpoint = True
-        try:
+        _load(trained, folder, tag)
+    else:
+        with _universal(folder, tag, saved_by) as converted, loading_universal(trained.engine):
             _load(trained, converted, tag)
-        finally:
-            config.load_universal_checkpoint = False
 
 
 @contextmanager
@@ -192,15 +187,8 @@ def _universal(folder: str, tag: str, saved_by: int) -> Iterator[str]:
     first = get_context().get_local_rank() == 0
     made = _scratch() / "universal"
     if first:
-        from deepspeed.checkpoint import ds_to_universal
-
-        # In this process: it holds torch and perhaps a GPU, and must not fork.
-        how = {"num_extract_workers": 1, "num_merge_workers": 1, "inject_missing_state": True}
-        how |= {"strict": True, "keep_temp_folder": False}
         try:
-            ds_to_universal.main(
-                Namespace(input_folder=os.path.join(folder, tag), output_folder=str(made / tag), **how)
-            )
+            convert_to_universal(os.path.join(folder, tag), str(made / tag))
         except (AssertionError, LookupError, NotImplementedError, ValueError) as e:
             raise InputError(
                 f"a checkpoint that {saved_by} workers saved cannot be shared out among {world_size()} "

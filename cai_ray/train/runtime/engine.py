@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cai_ray.compat.deepspeed import keep_grad_norm, skip_shared_memory_extension
 from cai_ray.config.training import TrainConfig
 from cai_ray.train.runtime.ranks import device
 
@@ -60,11 +61,9 @@ def distribute(
     if device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.ops
     from torch.optim.lr_scheduler import LambdaLR
 
-    # Compiled at the first start for 40 s otherwise, and of no use to training.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_extension()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
@@ -83,11 +82,7 @@ def distribute(
         dist_init_required=False if dist.is_initialized() else None,
     )
     if cfg.zero_stage == 0:
-        # Stage 0 clips by itself and forgets the norm.
-        def clip() -> None:
-            engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), cfg.max_grad_norm)
-
-        engine.clip_fp32_gradients = clip
+        keep_grad_norm(engine, cfg.max_grad_norm)
     return Trained(engine)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.connect import joined, uses_gpu, worker_env
 from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.meter import Holder
 from cai_ray.cluster.placement import Need, bundle, check
 from cai_ray.compat import ray_kv
+from cai_ray.compat.ray_train import local_trainer_class
 from cai_ray.config.training import TrainConfig
 from cai_ray.errors import InputError, OverBudget, Stopped
 from cai_ray.storage.filesystems import resolve
@@ -105,24 +106,10 @@ def _get_on(trainer: Callable[[], Any], key: str) -> dict[str, Any]:
 
 
 def _trainer_class(run: Run) -> Any:
-    """TorchTrainer, without its helpers where the cluster is ours alone and ends with this process.
-
-    Three actors of 120 MB each wait for what cannot happen there: the preemption of a node, a controller that
-    dies and leaves a placement group behind, a dataset (we pass none). The second asks the dashboard, which such
-    a cluster does not have, and holds up the end of every run for 12 s.
-    """
+    """TorchTrainer, on a cluster that this process started without the helpers that are of no use there."""
     from ray.train.torch import TorchTrainer
 
-    if run.config.ray.address or os.environ.get("RAY_ADDRESS"):
-        return TorchTrainer
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-    class Lean(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            needless = ("PlacementGroupCleanerCallback", "DatasetsCallback")
-            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
-
-    return Lean
+    return TorchTrainer if joined(run.config) else local_trainer_class()
 
 
 def check_resources(run: Run, cfg: TrainConfig) -> None:

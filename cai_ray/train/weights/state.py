@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cai_ray.compat.pytorch import persistent_buffers
 from cai_ray.storage import files
 from cai_ray.train.models import base_model
 from cai_ray.train.runtime.engine import Trained, gather
@@ -60,9 +61,8 @@ def state_items(model: nn.Module, gather: Gather | None = None) -> Iterator[tupl
             plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
             yield plain, parameter.detach()
     for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+        for name, buffer in persistent_buffers(module):
+            yield f"{prefix}.{name}" if prefix else name, buffer
     head = model.get_output_embeddings()
     if head is not None and head.weight is model.get_input_embeddings().weight:
         name = next(n for n, module in model.named_modules() if module is head)

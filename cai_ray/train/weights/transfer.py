@@ -14,8 +14,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -24,9 +22,6 @@ from torch import Tensor
 from cai_ray.train.runtime.ranks import rank
 from cai_ray.train.weights import sync
 from cai_ray.train.weights.sync import Sent, cast
-
-TIMEOUT = timedelta(minutes=10)
-"""Until all have come, and for a tensor to pass."""
 
 Way = Literal["ray", "gloo", "nccl"]
 Send = Callable[[int], Sent]
@@ -56,6 +51,8 @@ def make_sender(
         NCCLTrainerWeightTransferEngine,
     )
 
+    from cai_ray.compat.vllm_gloo import GlooTrainer
+
     class Source(WeightSource):
         """The gathered weights as vLLM's interface reads them."""
 
@@ -70,36 +67,12 @@ def make_sender(
             for name, tensor in tensors():
                 yield name, cast(tensor, dtype)
 
-    class Gloo(NCCLTrainerWeightTransferEngine):
-        """vLLM's trainer side with gloo in NCCL's place."""
-
-        @classmethod
-        def trainer_init(cls, init_info: Any, *, client: Any, source: Any = None) -> Any:
-            made = cls(client=client, source=source, is_sender=init_info.is_sender, packed=False)
-            if made.is_sender:
-                where = {
-                    "master_address": init_info.master_address,
-                    "master_port": init_info.master_port,
-                    "world_size": init_info.world_size,
-                }
-                # The engines' call returns when all have met.
-                with ThreadPoolExecutor(1) as thread:
-                    met = thread.submit(client.init_weight_transfer_engine, where | {"rank_offset": 1})
-                    made.model_update_group = join_gloo(rank=0, **where)
-                    met.result()
-            return made
-
-        def _broadcast(self, source: Any, meta: list[ParamMeta]) -> None:
-            for _, tensor in self._checked_iter(source, meta) if self.is_sender else source:
-                if self.is_sender:
-                    self.model_update_group.broadcast(tensor.contiguous())
-
     client = Client(pool, span) if pool else None
     address, port = _address() if client else ("", 0)
     world_size = 1 + (client.workers if client else 0)
     info = NCCLTrainerInitInfo(address, port, world_size, packed=way == "nccl", rank=rank())
     source = Source()
-    kind = NCCLTrainerWeightTransferEngine if way == "nccl" else Gloo
+    kind = NCCLTrainerWeightTransferEngine if way == "nccl" else GlooTrainer
     transfer = kind.trainer_init(info, client=client, source=source)
     size = sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in source.metadata())
 
@@ -144,29 +117,6 @@ class Client:
 
     def _all(self, method: str, *arguments: Any) -> None:
         self._pool.ask(method, [arguments] * self._pool.size)
-
-
-class GlooGroup:
-    """The trainer's rank 0 and all engines' workers, beside torch's own groups."""
-
-    def __init__(self, group: Any):
-        self._group = group
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """From rank 0 to all; in place on the others."""
-        from torch.distributed import BroadcastOptions
-
-        options = BroadcastOptions()
-        options.rootRank = 0
-        self._group.broadcast([tensor], options).wait()
-
-
-def join_gloo(*, master_address: str, master_port: int, world_size: int, rank: int) -> GlooGroup:
-    """Returns when all have come."""
-    from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
-
-    store = TCPStore(master_address, master_port, world_size, rank == 0, timeout=TIMEOUT)
-    return GlooGroup(ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, TIMEOUT))
 
 
 def _address() -> tuple[str, int]:
