@@ -1,4 +1,4 @@
-"""Policy, reference, reward model and value model from Hugging Face folders."""
+"""Loads policy, reference, reward model and value model from Hugging Face folders of causal LMs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cai_ray.train.runtime.ranks import device
 
 
 class RewardScale(NamedTuple):
-    """Centre and scale of the raw scores on a fixed reference set; `reward_head.json` holds it."""
+    """Mean and standard deviation of the raw scores on a fixed reference set; `reward_head.json` holds them."""
 
     mean: float
     std: float
 
 
 def load_policy(path: str, cfg: TrainConfig, trainable: bool = True) -> nn.Module:
-    """The causal LM of a folder or id, without dropout; with an adapter where `cfg.lora` and trainable.
+    """The causal LM of a folder or id, without dropout; with an adapter if `cfg.lora` is set and it is trained.
 
     Raises:
         InputError: the folder holds no such model.
@@ -40,12 +40,16 @@ def load_policy(path: str, cfg: TrainConfig, trainable: bool = True) -> nn.Modul
 
 
 def load_reference(path: str, cfg: TrainConfig) -> nn.Module:
-    """The frozen snapshot that the KL is measured against, in the policy's compute dtype."""
+    """The frozen snapshot that the KL is measured against, in the policy's dtype."""
     return load_policy(path, cfg, trainable=False)
 
 
 def load_reward_model(path: str, cfg: TrainConfig, trainable: bool = True) -> nn.Module:
-    """A model of one score per token, from a reward model's folder, or from a causal LM's with a new head."""
+    """A model of one score per token, from a reward model's folder, or from a causal LM's with a new head.
+
+    Raises:
+        InputError: the folder holds no such model.
+    """
     model, new_head = _load_scorer(path, cfg)
     if new_head:
         # Huang et al. 2024 (arXiv 2403.17031): normal with standard deviation 1/sqrt(d + 1). The generator is
@@ -60,8 +64,8 @@ def load_value_model(path: str, cfg: TrainConfig, from_reward: bool) -> nn.Modul
     """A model of one value per token.
 
     Args:
-        from_reward: `path` is a reward model, whose head, in the units of the normalised reward, is the first
-            value head; else `path` is a causal LM, and the values start at 0.
+        from_reward: `path` is a reward model, whose head becomes the first value head, in units of the normalised
+            reward. Otherwise `path` is a causal LM, and the values start at 0.
 
     Raises:
         InputError: the folder holds no such model, or no head where one is needed.
@@ -82,7 +86,7 @@ def load_value_model(path: str, cfg: TrainConfig, from_reward: bool) -> nn.Modul
 
 
 def reward_scale(path: str) -> RewardScale:
-    """Mean and standard deviation that a reward model's scores are normalised with; 0 and 1 by default."""
+    """Mean and standard deviation that a reward model's scores are normalised with; 0 and 1 if its folder has none."""
     data = files.read_object(
         Path(path) / "reward_head.json", "train the reward model again, or copy it again"
     )
@@ -97,12 +101,12 @@ def base_model(model: nn.Module) -> Any:
 
 
 def scales_logits(config: Any) -> bool:
-    """Whether the model does something to the logits after its head (Gemma caps them, Cohere and Granite scale)."""
+    """Whether the model changes the logits after its head (Gemma caps them, Cohere and Granite scale them)."""
     return any("logit" in name and value for name, value in config.to_dict().items())
 
 
 def _load_scorer(path: str, cfg: TrainConfig) -> tuple[Any, bool]:
-    """A classifier of one output that gives a number per token, and whether its head is new."""
+    """A classifier that gives one number per token, and whether its head is new."""
     from transformers import AutoModelForSequenceClassification
 
     model, info = _load(AutoModelForSequenceClassification, path, cfg, num_labels=1)
@@ -134,7 +138,7 @@ def _load(auto: Any, path: str, cfg: TrainConfig, **options: Any) -> tuple[Any, 
     missing = sorted(k for k in info["missing_keys"] if not k.startswith("score."))
     if missing:
         raise InputError(
-            f"model {path}: {len(missing)} tensors are missing ({missing[0]}, …); the folder is not whole, "
+            f"model {path}: {len(missing)} tensors are missing ({missing[0]}, …); the folder is incomplete, "
             "save it again"
         )
     _no_dropout(model)
@@ -142,7 +146,7 @@ def _load(auto: Any, path: str, cfg: TrainConfig, **options: Any) -> tuple[Any, 
 
 
 def _no_dropout(model: Any) -> None:
-    """Old and new log-probabilities must differ by the update alone, so training drops nothing either."""
+    """Turns dropout off, in training too: old and new log-probabilities must differ by the update alone."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -159,7 +163,7 @@ def _prepare(model: Any, cfg: TrainConfig, trainable: bool) -> nn.Module:
     if cfg.kernels == "auto" and device().type == "cuda" and find_spec("liger_kernel"):
         use_liger_kernels(
             model
-        )  # frozen ones too: the reference is to be what the policy was, to the last bit
+        )  # frozen models too: the reference must equal the first policy to the last bit
     if not trainable:
         return model.eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
@@ -182,7 +186,7 @@ def _with_adapter(model: Any, cfg: TrainConfig) -> nn.Module:
                 lora_alpha=cfg.lora.alpha,
                 lora_dropout=0.0,
                 target_modules=cfg.lora.targets,
-                # A head is new, or learns a scale of its own: it is trained whole.
+                # A scoring head is new, or learns a scale of its own: it is trained as a whole.
                 modules_to_save=["score"] if scores else None,
                 exclude_modules=["score"] if scores else None,
             ),

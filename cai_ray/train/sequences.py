@@ -1,4 +1,4 @@
-"""What a model says of whole token sequences: log-probabilities, values, scores."""
+"""Log-probabilities, values and scores of padded token sequences by one forward pass of a model."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ def sequence_values(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
-    """(B, T) float32: of each token in `loss_mask` given those before it (`losses.token_logprobs`); 0 elsewhere.
+    """(B, T) float32: log p of each token in `loss_mask` given those before it (`losses.token_logprobs`); 0 elsewhere.
 
     Args:
         model: a causal LM (`load_policy`), as it is or under DeepSpeed.
     """
     inputs = _inputs(batch)
-    asked = (batch["input_ids"], batch["loss_mask"], temperature, batch["before"])
+    targets = (batch["input_ids"], batch["loss_mask"], temperature, batch["before"])
     head = base_model(getattr(model, "module", model)).get_output_embeddings()
     if not isinstance(head, LogprobHead):
-        return head_logprobs(model(**inputs, use_cache=False).logits, None, None, *asked)
-    head.asked = asked
+        return head_logprobs(model(**inputs, use_cache=False).logits, None, None, *targets)
+    head.targets = targets
     try:
         return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
     finally:
-        head.asked = None
+        head.targets = None
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without a padding mask: what stands at the right is never attended to, and attention is faster so.
+    """The model's inputs, without a padding mask, which makes attention faster.
 
-    Padding at the left has positions that do not rise, by which transformers keeps it apart like a packed sequence. To
-    look for such it waits for the GPU, and is given none for padding at the right.
+    No token attends to padding at its right. Padding at the left has positions that do not rise, so transformers
+    separates it like a packed sequence. To look for such positions transformers waits for the GPU; for padding at the
+    right it is given none.
     """
     return {k: batch[k] for k in INPUTS if k in batch}

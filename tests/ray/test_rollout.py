@@ -168,7 +168,7 @@ def lose_while(pool: Pool, index: int, number: signal.Signals, method: str) -> N
         call = engine.llm.collective_rpc
 
         def lost(what: str, *args: Any, **more: Any) -> Any:
-            if what == {"update": "sync_load", "report": "sync_held"}[method]:
+            if what == {"update": "sync_load", "report": "sync_report"}[method]:
                 os.kill(os.getpid(), number)
             return call(what, *args, **more)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_ray.train.ppo.rollout_engine import Request, Rollout
-from cai_ray.train.weights.proof import Held
+from cai_ray.train.weights.proof import EngineWeights
 
 START_S = 1800.0
 """How long an engine may take to start: a large model is read from a slow disk."""
@@ -66,7 +66,9 @@ class Pool:
         ]
         ray.get(calls, timeout=self._deadline)
 
-    def report(self, probes: Sequence[Sequence[int]], version: int) -> list[tuple[Held, list[list[float]]]]:
+    def report(
+        self, probes: Sequence[Sequence[int]], version: int
+    ) -> list[tuple[EngineWeights, list[list[float]]]]:
         """Every engine's (`RolloutEngine.report`)."""
         return self._each("report", [(version, [list(p) for p in probes])] * len(self._engines))
 

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 from cai_ray.cluster.meter import Holder
 from cai_ray.storage.models import local_model
-from cai_ray.train.weights.proof import Held
-from cai_ray.train.weights.sync import WORKER, Packed
+from cai_ray.train.weights.proof import EngineWeights
+from cai_ray.train.weights.sync import Packed
 from cai_ray.train.weights.transfer import Way
+
+WORKER = "cai_ray.train.weights.worker.SyncWorker"
+"""The class whose methods vLLM's worker gains (`worker_extension_cls`)."""
 
 
 class StaleError(RuntimeError):
@@ -105,7 +108,7 @@ class RolloutEngine:
         """The weights change from now on; until `finish` it has none."""
         self._expect(epoch)
         self.version = None
-        self.llm.collective_rpc("sync_record")
+        self.llm.collective_rpc("sync_record_loads")
         self.llm.collective_rpc("start_weight_update")
 
     def receive(self, epoch: int, update_info: Any) -> None:
@@ -148,16 +151,20 @@ class RolloutEngine:
         self._check_numbers(r.logprobs for r in rollouts)
         return rollouts
 
-    def report(self, epoch: int, version: int, probes: list[list[int]]) -> tuple[Held, list[list[float]]]:
+    def report(
+        self, epoch: int, version: int, probes: list[list[int]]
+    ) -> tuple[EngineWeights, list[list[float]]]:
         """What it holds, and its log-probabilities of the probes' tokens after the first, temperature 1."""
         from vllm import SamplingParams
 
         self._expect(epoch)
-        answers = self.llm.collective_rpc("sync_held")
+        answers = self.llm.collective_rpc("sync_report")
         digests = dict(answers[0][0])
         for other, _ in answers[1:]:  # where workers differ, none is right
             digests |= {name: -1 for name, value in other.items() if digests.get(name) != value}
-        held = Held(self.epoch, self.version, digests, sorted({n for _, names in answers for n in names}))
+        held = EngineWeights(
+            self.epoch, self.version, digests, sorted({n for _, names in answers for n in names})
+        )
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in probes], params, use_tqdm=False)
         logprobs = [

@@ -1,4 +1,8 @@
-"""A model under DeepSpeed: optimizer, schedule, gradient clipping, ZeRO."""
+"""A model under DeepSpeed: optimizer, schedule, gradient clipping, ZeRO.
+
+DeepSpeed averages gradients over ranks. A loss is therefore world size x (sum over this rank's tokens) / (tokens of the
+global batch).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from cai_ray.train.runtime.ranks import device
 
 
 class Trained:
-    """A model under DeepSpeed. Called like the model; `module` is the model itself."""
+    """A model under DeepSpeed, called like the model itself."""
 
     def __init__(self, engine: Any):
         self.engine = engine
@@ -28,6 +32,7 @@ class Trained:
 
     @property
     def module(self) -> nn.Module:
+        """The model itself."""
         return self.engine.module
 
     @property
@@ -40,11 +45,11 @@ class Trained:
         return int(self.engine.zero_optimization_stage())
 
     def backward(self, loss: Tensor) -> None:
-        """Adds a micro-batch's gradient. `loss` is this rank's share times the world size (module docstring)."""
+        """Adds the gradient of a micro-batch; `loss` is this rank's share times the world size."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clips, updates the weights, moves the schedule on; returns the gradient's norm before clipping."""
+        """Clips the gradient, updates the weights, advances the schedule; returns the norm before clipping."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
@@ -53,10 +58,13 @@ class Trained:
 def distribute(
     model: nn.Module, cfg: TrainConfig, total_steps: int, learning_rate: float | None = None
 ) -> Trained:
-    """Puts a model under DeepSpeed with AdamW and the configured schedule over `total_steps` steps.
+    """Puts a model under DeepSpeed with AdamW; every rank calls it alike.
 
-    Every rank calls it alike. Parameters that need no gradient (a frozen base under an adapter) stay out of the
-    optimizer.
+    Parameters that need no gradient (a frozen base under an adapter) stay out of the optimizer.
+
+    Args:
+        total_steps: optimizer steps that the schedule spans.
+        learning_rate: peak rate; `cfg.learning_rate` by default.
     """
     if device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -87,9 +95,11 @@ def distribute(
 
 
 def deepspeed_config(cfg: TrainConfig, numel: int) -> dict[str, Any]:
-    """Any number of micro-batches per step: `Trained.step` is what ends an accumulation."""
-    # Buckets are buffers: the default of 5e8 numbers is 2 GB, also for a small model.
-    # DeepSpeed wants an even number.
+    """DeepSpeed's configuration for a model of `numel` trained parameters.
+
+    A step takes any number of micro-batches: `Trained.step` ends the accumulation.
+    """
+    # Buckets are buffers. The default of 5e8 numbers takes 2 GB even for a small model. The number must be even.
     bucket = int(min(5e8, -(-numel // 1024) * 1024))
     zero: dict[str, Any] = {
         "stage": cfg.zero_stage,
@@ -121,12 +131,12 @@ def schedule(step: int, cfg: TrainConfig, total_steps: int) -> float:
     done = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
     if cfg.schedule == "constant":
         return 1.0
-    left = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
+    remaining = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * remaining
 
 
-def gather(trained: Trained) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None:
-    """Makes parameters whole for a while under ZeRO-3; None where they always are."""
+def gatherer(trained: Trained) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None:
+    """A context that makes parameters whole under ZeRO-3; None at other stages, where they always are."""
     if trained.zero_stage < 3:
         return None
     import deepspeed

@@ -1,4 +1,9 @@
-"""The group of training workers (Ray Train): started, started again where it dies, its errors given to the driver."""
+"""The group of training workers: Ray Train starts it, restarts it when it dies, and brings its errors to the driver.
+
+A stage's loop is a function that runs on every rank. `fit` starts the group, and restarts it from the last checkpoint
+when a worker dies or when the whole stage was killed and is run again. Ray Train finds the checkpoints by the run's
+name, which is a hash of everything that changes the result.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +28,12 @@ from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.runtime import metrics
-from cai_ray.train.runtime.checkpoints import heed
+from cai_ray.train.runtime.checkpoints import watch_budget
 from cai_ray.train.runtime.fingerprint import fingerprint
 from cai_ray.train.runtime.ranks import world_size
 
-# The stage gives up after so many failures and one more without a checkpoint between them.
 MAX_FAILURES = 2
+"""Failures without a new checkpoint that a stage survives; the next one ends it."""
 
 Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
 
@@ -36,19 +41,20 @@ Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
 def fit(
     run: Run, stage: str, loop: Loop, cfg: TrainConfig, extra: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Runs `loop` on every rank and returns what rank 0's returned.
+    """Runs `loop` on every rank and returns what it returned on rank 0.
 
     Args:
-        loop: called with {"run": run, **extra}. It restores the last checkpoint by itself (`restore`).
-        extra: what the loop needs beside the run; large data as object references, and in `inputs` a hash of
-            it: a run on other data does not go on from these checkpoints.
+        loop: called with {"run": run, **extra}. It restores the last checkpoint itself (`checkpoints.restore`).
+        extra: what the loop needs beside the run. Large data comes as object references. `inputs` is a hash of the
+            data: a run on other data does not go on from these checkpoints.
 
     Raises:
-        InputError: the cluster is too small, or a rank found an input at fault.
-        Stopped: a rank met a gate, or the budget is spent.
+        InputError: the cluster is too small, or a rank raised one.
+        Stopped: a rank raised one, at a gate or an alarm.
+        OverBudget: the budget is spent; the same command goes on from the last checkpoint.
     """
     check_resources(run, cfg)
-    # What a worker cannot see is the driver's directory.
+    # Workers stay in the driver's directory: relative paths mean the same there.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
@@ -70,37 +76,43 @@ def fit(
             name=name,
             storage_path=folder,
             storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=0),  # counted by `_get_on`
+            failure_config=FailureConfig(max_failures=0),  # counted by `restart_until_done`
             checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_env(run.config)},
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
     )
     with metrics.progress_lines(key), interruptible():
-        outcome = _get_on(trainer, key)
+        outcome = restart_until_done(trainer, key)
     if "fault" in outcome:
         kind, text = outcome["fault"]
         raise {"InputError": InputError, "Stopped": Stopped, "OverBudget": OverBudget}[kind](text)
     return outcome["result"] or {}
 
 
-def _get_on(trainer: Callable[[], Any], key: str) -> dict[str, Any]:
-    """Starts the group again where it dies: for ever, as long as it gets from one checkpoint to the next.
+def restart_until_done(trainer: Callable[[], Any], key: str) -> dict[str, Any]:
+    """Restarts the group when it dies, without a limit as long as each start reaches a new checkpoint.
 
-    On machines that come and go a long run dies often, and should go on; a fault that comes back at the same step
-    should not be tried for ever. (Ray Train counts failures over the whole run. What it knows to be the loss of a
-    node it tries again by itself.)
+    On machines that come and go, a long run dies often and should go on. A fault that comes back at the same step
+    should end it. (Ray Train counts failures over the whole run. It restarts by itself after the loss of a node.)
+
+    Args:
+        trainer: makes a Ray Train trainer for one start.
+        key: where the workers leave the checkpoint they began from.
+
+    Raises:
+        WorkerGroupError: the group failed `MAX_FAILURES` times and once more without a new checkpoint.
     """
     from ray.train import WorkerGroupError
 
-    failures, came_from = 0, None
+    failures, last_checkpoint = 0, None
     while True:
         try:
             return trainer().fit().return_value  # type: ignore[no-any-return]
         except WorkerGroupError:
-            now = ray_kv.get(key, "from")
-            failures = failures + 1 if now == came_from else 1
-            came_from = now
+            checkpoint = ray_kv.get(key, "from")
+            failures = failures + 1 if checkpoint == last_checkpoint else 1
+            last_checkpoint = checkpoint
             if failures > MAX_FAILURES:
                 raise
 
@@ -113,10 +125,10 @@ def _trainer_class(run: Run) -> Any:
 
 
 def check_resources(run: Run, cfg: TrainConfig) -> None:
-    """Whether the training group has room.
+    """Checks that the cluster has room for the training group, now or when it grows.
 
     Raises:
-        InputError: it never will have.
+        InputError: it never will have room.
     """
     group = Need(worker_bundle(run, cfg), cfg.workers)
     remedy = "use fewer `workers`" if uses_gpu(run.config) else "use fewer `workers`, or a larger `ray.cpus`"
@@ -124,29 +136,29 @@ def check_resources(run: Run, cfg: TrainConfig) -> None:
 
 
 def worker_bundle(run: Run, cfg: TrainConfig) -> dict[str, float]:
-    """What one worker of the group takes of a node."""
+    """The resources that one worker of the group takes on a node."""
     return bundle(cfg.cpus_per_worker, 1 if uses_gpu(run.config) else 0, run.config.ray.training_nodes)
 
 
-def location(run: Run, which: str) -> str:
-    """A model's role, folder or id in a form that means the same on every node: no path relative to here."""
-    which = run.config.model if which == "base" else which
-    return os.path.abspath(which) if "://" not in which and os.path.isdir(which) else which
+def location(run: Run, model: str) -> str:
+    """A model's role, folder or id in a form that means the same on every node: local folders become absolute."""
+    model = run.config.model if model == "base" else model
+    return os.path.abspath(model) if "://" not in model and os.path.isdir(model) else model
 
 
 def _on_each_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """The loop, with errors that are the user's to mend turned into an outcome: they are not tried again."""
+    """Runs the loop; errors that the user must mend become an outcome, so that they are not tried again."""
     from ray.train import get_checkpoint
 
     holder, budget = Holder(), config["run"].config.budget
-    heed(holder if budget.given else None)
+    watch_budget(holder if budget.given else None)
     loop, key = config.pop("_loop"), config.pop("_key")
-    ray_kv.put(key, "from", str(get_checkpoint()).encode())  # every rank says the same
-    if fault := ray_kv.get(key, "fault"):  # told by a rank of the attempt before
+    ray_kv.put(key, "from", str(get_checkpoint()).encode())  # the same on every rank
+    if fault := ray_kv.get(key, "fault"):  # left by a rank of the group before
         return {"fault": json.loads(fault)}
-    metrics.told_to(key)
+    metrics.report_to(key)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    # What is drawn at random (an adapter's first weights) is the same on every rank and in every attempt.
+    # Random initial weights (an adapter's) are the same on every rank and in every start.
     torch.manual_seed(derive_seed(config["run"].config.seed, "fit"))
     try:
         return {"result": loop(config)}

@@ -1,4 +1,15 @@
-"""The proof that weights arrived in the rollout engines."""
+"""The proof that weights arrived in the rollout engines.
+
+`prove` believes nothing that sending says. It compares the engines with what the trainer computes in a pass of its own:
+
+1. epoch and version: the engine's last completed load is this one;
+2. a digest of each tensor's bits, exact however small the step: of the engine's parameter if it has one of that name,
+   else (packed, fused) of what its loader consumed;
+3. the log-probabilities that the engine's forward pass gives for probe tokens. Some are of rows that the update was
+   about to move, so that old weights, or old packed copies of them, show in the results.
+
+Digests see a step too small for the third. The third sees what digests cannot: whether the kernels use the weights.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +23,18 @@ from torch import Tensor
 from cai_ray.train.weights.sync import cast
 
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.15, "float16": 0.05}
-"""Largest |engine - trainer| on a probe token. fp32 on CPU: 6e-6 measured; bf16: 0.07."""
+"""Largest |engine - trainer| allowed on a probe token. Measured: 6e-6 for fp32 on CPU, 0.07 for bf16."""
 
 MOVED = 4.0
-"""A token is moved when the update changed it by more than so many tolerances: then old weights would show."""
+"""A token has moved if the update changed it by more than so many tolerances: then old weights would show."""
 
 
 class SyncError(RuntimeError):
     """An engine does not hold the weights that the trainer has; the run must not go on."""
 
 
-class Held(NamedTuple):
-    """What an engine says of its weights."""
+class EngineWeights(NamedTuple):
+    """What an engine reports about its weights."""
 
     epoch: int
     version: int | None
@@ -33,10 +44,12 @@ class Held(NamedTuple):
 
 
 class Proof(NamedTuple):
+    """The numbers of a proof that succeeded."""
+
     gap: float
     """Largest |engine - trainer| over all probe tokens."""
     moved: float
-    """Largest change of a probe token's log-probability by the update; nan for the first version."""
+    """Largest change of a probe token's log-probability by the update; NaN for the first version."""
     shown: int
     """Probe tokens on which the version before would have failed the proof."""
     seconds: float
@@ -54,23 +67,27 @@ def prove(
     """Compares every engine of the pool with the trainer.
 
     Args:
-        digests: of the trainer's tensors (`digests_of`), from a pass of its own.
+        digests: digests of the trainer's tensors (`digests_of`), from a pass of its own.
+        version: the number that the engines must hold.
         probes: sequences of token ids.
-        now: per probe, the trainer's log-probabilities of its tokens after the first, temperature 1.
+        now: for each probe, the trainer's log-probabilities of its tokens after the first, at temperature 1.
         before: the same under the version before; None if there is none.
+        tolerance: largest difference allowed (`TOLERANCE`).
 
     Raises:
         SyncError: an engine holds something else, or gives other probabilities.
     """
     started = time.perf_counter()
-    wanted = torch.cat(list(now)).double()
+    current = torch.cat(list(now)).double()
     old = torch.cat(list(before)).double() if before is not None else None
     gap = 0.0
     for number, (held, logprobs) in enumerate(pool.report(probes, version)):
-        check_held(held, digests, pool.epoch, version, f"engine {number}")
-        got = torch.cat([torch.tensor(row, dtype=torch.float64) for row in logprobs])
-        gap = max(gap, check_probes(got, wanted, old, tolerance, f"engine {number}, weights {version}"))
-    change = (wanted - old).abs() if old is not None else torch.zeros(0)
+        check_weights(held, digests, pool.epoch, version, f"engine {number}")
+        engine_logprobs = torch.cat([torch.tensor(row, dtype=torch.float64) for row in logprobs])
+        gap = max(
+            gap, check_probes(engine_logprobs, current, old, tolerance, f"engine {number}, weights {version}")
+        )
+    change = (current - old).abs() if old is not None else torch.zeros(0)
     return Proof(
         gap=gap,
         moved=float(change.max()) if change.numel() else float("nan"),
@@ -79,7 +96,9 @@ def prove(
     )
 
 
-def check_held(held: Held, digests: Mapping[str, int], epoch: int, version: int, who: str) -> None:
+def check_weights(
+    held: EngineWeights, digests: Mapping[str, int], epoch: int, version: int, who: str
+) -> None:
     """Raises SyncError unless an engine holds exactly these tensors, of this epoch and version."""
     if (held.epoch, held.version) != (epoch, version):
         raise SyncError(
@@ -100,7 +119,7 @@ def check_probes(got: Tensor, now: Tensor, before: Tensor | None, tolerance: flo
     """The largest |got - now| over tokens.
 
     Raises:
-        SyncError: it is above the tolerance; the message says if the tokens that moved look like the version before.
+        SyncError: it is above the tolerance. The message says whether tokens that moved look like the version before.
     """
     gaps = (got - now).abs()
     worst = float(gaps.max())
@@ -119,13 +138,14 @@ def check_probes(got: Tensor, now: Tensor, before: Tensor | None, tolerance: flo
 
 
 def digests_of(tensors: Iterable[tuple[str, Tensor]], dtype: str | None = None) -> dict[str, int]:
+    """The digest of each tensor as it is sent, in `dtype`."""
     return {name: digest(cast(tensor, dtype)) for name, tensor in tensors}
 
 
 def digest(tensor: Tensor, step: int = 1 << 22) -> int:
-    """A number of a tensor's bits and their order: sum of bits[i] * (2 i + 1) * odd, modulo 2^64.
+    """A number that depends on a tensor's bits and their order: sum of bits[i] * (2 i + 1) * odd, modulo 2^64.
 
-    Integer arithmetic only, so that it is the same on every device. One changed element always changes it.
+    It takes integer arithmetic only, so it is the same on every device. One changed element always changes it.
     """
     flat = tensor.detach().reshape(-1)
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]

@@ -1,4 +1,4 @@
-"""A model's tensors, whole and under their plain names: for the engines and for folders."""
+"""A model's whole tensors by the names of its Hugging Face folder: for the engines, and to save the folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cai_ray.compat.pytorch import persistent_buffers
 from cai_ray.storage import files
 from cai_ray.train.models import base_model
-from cai_ray.train.runtime.engine import Trained, gather
+from cai_ray.train.runtime.engine import Trained, gatherer
 from cai_ray.train.runtime.ranks import rank, world_size
 
 TOKENIZER_FILES = (
@@ -35,11 +35,12 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
 def state_items(model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors one by one, named as in a plain folder, adapters merged, a tied head included.
+    """Yields a model's tensors one by one, named as in a plain folder, adapters merged, a tied head included.
+
+    A tensor is valid until the next one is asked for: copy it to keep it.
 
     Args:
-        gather: makes the given parameters whole while its context lasts (ZeRO-3); all ranks iterate alike. A
-            tensor is good until the next one is asked for; copy what is kept.
+        gather: makes the given parameters whole while its context lasts (ZeRO-3). All ranks iterate alike.
     """
     gather = gather or (lambda _: nullcontext())
     model = base_model(model)
@@ -71,11 +72,12 @@ def state_items(model: nn.Module, gather: Gather | None = None) -> Iterator[tupl
 
 
 def save_folder(model: nn.Module, source: str, out: str, state: Mapping[str, Tensor] | None = None) -> None:
-    """Writes a Hugging Face folder: configuration, safetensors, tokenizer and chat template of `source`.
+    """Writes a Hugging Face folder: configuration, safetensors, and the tokenizer and chat template of `source`.
 
     Args:
-        state: the tensors (`state_items`), where the model's own are partitioned over ranks.
-        out: any URI; the folder is written beside and copied, so that half a model is never at a local `out`.
+        source: the folder or id that the model was loaded from.
+        out: any URI. The folder is written elsewhere and copied, so that a local `out` never holds half a model.
+        state: the tensors (`state_items`), if the model's own are partitioned over ranks.
     """
     base = base_model(model)
     items = state.items() if state is not None else state_items(model)
@@ -89,7 +91,7 @@ def save_folder(model: nn.Module, source: str, out: str, state: Mapping[str, Ten
 
 
 def copy_tokenizer(source: str, folder: str) -> None:
-    """The tokenizer files of a folder as they are; of an id, as transformers loads them."""
+    """Copies the tokenizer files of a folder unchanged; of an id, saves them as transformers loads them."""
     if Path(source).is_dir():
         for name in TOKENIZER_FILES:
             if (Path(source) / name).exists():
@@ -101,16 +103,13 @@ def copy_tokenizer(source: str, folder: str) -> None:
 
 
 def gathered_state(trained: Trained) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors one by one, adapters merged, a tied head included; every rank iterates to the end.
-
-    A tensor is good until the next one is asked for.
-    """
+    """Yields a trained model's whole tensors one by one (`state_items`); every rank iterates to the end."""
     with torch.no_grad():
-        yield from state_items(trained.module, gather(trained))
+        yield from state_items(trained.module, gatherer(trained))
 
 
 def save_model(trained: Trained, source: str, uri: str) -> None:
-    """Writes a Hugging Face folder with the tokenizer of `source`; every rank calls it, rank 0 writes."""
+    """Writes a Hugging Face folder with the tokenizer of `source` to a URI; every rank calls it, rank 0 writes."""
     state: dict[str, Tensor] = {}
     for name, tensor in gathered_state(trained):
         if rank() == 0:

@@ -18,53 +18,57 @@ from cai_ray.train.weights.sync import Packed, unpack
 
 
 class SyncWorker:
-    """Called by `collective_rpc` on every worker of an engine."""
+    """Methods that vLLM's worker gains; `collective_rpc` calls them on every worker of an engine."""
 
     _sync_received: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
     _sync_loaded: set[str]
-    _sync_usual: Callable[..., Any] | None = None
+    _sync_original_load: Callable[..., Any] | None = None
 
-    def sync_record(self) -> None:
-        """Notes from now on what the model's loader takes: what never comes this far leaves no digest."""
+    def sync_record_loads(self) -> None:
+        """Records what the model's loader consumes from now on: a tensor that never comes this far has no digest."""
         model = worker_model(self)
         self._sync_received, self._sync_loaded = {}, set()
-        if self._sync_usual is not None:
+        if self._sync_original_load is not None:
             return
-        self._sync_usual = usual = model.load_weights
+        self._sync_original_load = original = model.load_weights
 
-        def noting(weights: Iterable[tuple[str, Tensor]]) -> Any:
-            def seen() -> Iterator[tuple[str, Tensor]]:
+        def recording_load(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            def recorded() -> Iterator[tuple[str, Tensor]]:
                 for name, tensor in weights:
                     self._sync_received[name] = (digest(tensor), tuple(tensor.shape), tensor.dtype)
                     yield name, tensor
 
-            loaded = usual(seen())
+            loaded = original(recorded())
             self._sync_loaded |= set(loaded or ())
             return loaded
 
-        model.load_weights = noting
+        model.load_weights = recording_load
 
     def sync_start(self) -> None:
-        self.sync_record()
+        """Prepares the model for new tensors."""
+        self.sync_record_loads()
         start_reload(self)
 
     def sync_load(self, chunk: list[Packed]) -> None:
+        """Loads some tensors."""
         load_tensors(self, unpack(chunk))
 
     def sync_finish(self) -> None:
+        """Ends the load: the model computes with the new tensors from now on."""
         finish_reload(self)
 
     def sync_clear_cache(self) -> None:
+        """Sets the cached keys and values to zero."""
         clear_cache(self)
 
-    def sync_held(self) -> tuple[dict[str, int], list[str]]:
-        """Digests by the names of the sender, and the parameters that the last load did not fill."""
+    def sync_report(self) -> tuple[dict[str, int], list[str]]:
+        """Digests by the sender's names, and the names of parameters that the last load did not fill."""
         parameters = dict(worker_model(self).named_parameters())
         received = getattr(self, "_sync_received", {})
         digests = {}
-        for name, (of_bytes, shape, dtype) in received.items():
+        for name, (received_digest, shape, dtype) in received.items():
             own = parameters.get(name)
-            digests[name] = of_bytes
+            digests[name] = received_digest
             # Embeddings are padded with rows at the end; packed weights are empty, fused ones have other names.
             if (
                 own is not None
