@@ -1,4 +1,4 @@
-"""What a practitioner looks at: the numbers of one PPO step, and a few of its responses to read."""
+"""The metrics of one PPO step, and a few of its responses to read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from cai_ray.train.runtime.ranks import rank
 
 
 def step_metrics(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
-    """
+    """The metrics of a step, by the names of metrics.jsonl (docs/training.md says how to read them).
+
     Args:
-        sums: what `ppo.update_policy` and `ppo.update_value` return.
+        sums: what `update.update_policy` and `update.update_value` return.
     """
     tokens, rows = float(batch.mask.sum()), len(batch.rows)
     out = {
@@ -47,7 +48,7 @@ def step_metrics(batch: Batch, scores: Scores, targets: Targets, sums: dict[str,
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the valid tokens: 1 is perfect, 0 is a constant's."""
+    """1 - Var(returns - values) / Var(returns) over the tokens of the mask: 1 is perfect, 0 is a constant's."""
     chosen = mask != 0
     error, target = (returns - values)[chosen], returns[chosen]
     return float(1 - error.var() / target.var().clamp(min=1e-8))
@@ -64,7 +65,7 @@ def save_rollouts(
     """Writes the step's first few responses (`ppo.save_rollouts`) for reading. Rank 0 writes."""
     if rank() != 0:
         return
-    kept = min(run.config.ppo.save_rollouts, len(rows))
+    count = min(run.config.ppo.save_rollouts, len(rows))
     table = [
         {
             "step": step + 1,
@@ -77,7 +78,7 @@ def save_rollouts(
             "length": len(rollouts[i].ids),
             "truncated": rollouts[i].truncated,
         }
-        for i in range(kept)
+        for i in range(count)
     ]
     if table:
         run.write_rows("ppo", to_table(table, "rollouts"), part=step + 1)

@@ -1,4 +1,7 @@
-"""Who owns the rollout engines: an actor of the driver's, which outlives training workers."""
+"""Makes and owns the rollout engines: vLLM in Ray actors of their own, in a placement group.
+
+The driver makes the `EngineOwner` before training starts, because actors made by a training worker would die with it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class EngineSpec(NamedTuple):
 
 
 class EngineOwner:
-    """Owns the engines and counts the epochs; an actor of the driver's, which outlives training workers."""
+    """Owns the engines and counts the epochs. It is an actor of the driver and outlives training workers."""
 
     def __init__(self, make: EngineSpec, engines: int):
         self._make = make
@@ -48,12 +51,12 @@ class EngineOwner:
         self._epoch = 0
 
     def join(self) -> tuple[int, list[Any]]:
-        """A new epoch, and the engines as they are."""
+        """Begins a new epoch; returns its number and the engines."""
         self._epoch += 1
         return self._epoch, self._engines
 
     def replace(self, index: int) -> Any:
-        """Kills an engine and makes another in its place."""
+        """Kills an engine and makes another in its place; returns the new one."""
         import ray
 
         ray.kill(self._engines[index])
@@ -61,6 +64,7 @@ class EngineOwner:
         return self._engines[index]
 
     def close(self) -> None:
+        """Kills all engines and removes their placement group."""
         import ray
         import ray.util
 
@@ -72,13 +76,15 @@ class EngineOwner:
 def open_engines(
     config: RunConfig, model: str, end_id: int, gpu: bool, beside: Mapping[str, float] | None = None
 ) -> Any:
-    """The owner of `ppo.rollout_engines` engines, for the driver to hold; the engines start in the background.
+    """Starts `ppo.rollout_engines` engines in the background; returns their owner, for the driver to hold.
 
     Args:
-        beside: what else of the cluster the stage will take (`feedback.needed`).
+        model: the folder or URI that the policy starts from.
+        end_id: the token that ends a turn.
+        beside: the resources of the feedback model, if the stage needs it too (`feedback.needed`).
 
     Raises:
-        InputError: the cluster will never have room for it all.
+        InputError: the cluster will never have room for everything.
     """
     import ray
     from ray.util.placement_group import placement_group
@@ -98,10 +104,13 @@ def open_engines(
 
 
 def check_room(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None = None) -> None:
-    """Engines and workers run at once: with too little for both, one would wait for the other for ever.
+    """Checks that engines and training workers fit the cluster together: otherwise one waits for the other forever.
+
+    Args:
+        beside: the resources of the feedback model, if the stage needs it too (`feedback.needed`).
 
     Raises:
-        InputError: the cluster will never have room for it all.
+        InputError: the cluster will never have room for everything.
     """
     ppo = config.ppo
     worker = bundle(ppo.cpus_per_worker, 1 if gpu else 0, config.ray.training_nodes)

@@ -1,8 +1,8 @@
 """What a PPO step learns from: its rollouts, their scores, and the targets of the losses.
 
-Everything here is the same on every rank. A rank scores its share of the rows, the shares are added up, and from
-there every rank has the whole batch, so that rewards, advantages and their mean are of the global batch, and a
-row may be on another rank in the next epoch. What is kept per token is a few numbers.
+Everything here is the same on every rank. A rank scores its share of the rows; after the sum over ranks every rank
+has the whole batch. So rewards, advantages and their mean are those of the global batch, and a row may be on another
+rank in the next epoch. That is a few numbers per token.
 """
 
 from __future__ import annotations
@@ -45,25 +45,28 @@ class Scores(NamedTuple):
 
 
 class Minibatch(NamedTuple):
+    """The rows of one optimizer step, as indices in the batch."""
+
     rows: list[int]
-    """All its rows, over all ranks."""
+    """Its rows on all ranks."""
     groups: list[list[int]]
-    """This rank's micro-batches of them."""
+    """Its micro-batches on this rank."""
 
 
 class Batch(NamedTuple):
-    """The rows of one step: N rollouts, padded to T tokens where they are tensors."""
+    """The rows of one step: N rollouts, each a prompt and a response; tensors are padded to T tokens."""
 
     rows: list[Example]
     truncated: Tensor
-    """(N,) bool."""
+    """(N,) bool: whether the length limit ended the response."""
     mask: Tensor
-    """(N, T) float32: 1 on what the policy wrote."""
+    """(N, T) float32: the response mask, 1 on the tokens that the policy wrote."""
     engine_logprobs: Tensor
-    """(N, T), as the engine gave them; 0 outside the mask."""
+    """(N, T): log-probabilities as the engine gave them; 0 outside the mask."""
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens of each row."""
         return [len(row.ids) for row in self.rows]
 
 
@@ -82,7 +85,7 @@ class Targets(NamedTuple):
 
 
 def make_batch(prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]) -> Batch:
-    """Joins prompts and responses: the ids that the engine saw and those that it produced."""
+    """Joins prompts and responses: the ids that the engine saw and the ids that it produced."""
     rows = [
         Example([*prompt, *r.ids], [0] * len(prompt) + [1] * len(r.ids))
         for prompt, r in zip(prompts, rollouts, strict=True)
@@ -104,7 +107,7 @@ def plan_epochs(lengths: Sequence[int], cfg: PpoConfig, seed: int, step: int) ->
 def minibatches(
     lengths: Sequence[int], cfg: PpoConfig, seed: int, step: int, epoch: int, rank: int, world: int
 ) -> list[Minibatch]:
-    """The step's rows in a random order, cut into minibatches that do not depend on the number of ranks."""
+    """The step's rows in a random order, split into minibatches that do not depend on the number of ranks."""
     order = list(range(len(lengths)))
     random.Random(derive_seed(seed, "minibatches", step, epoch)).shuffle(order)
     out = []
@@ -116,7 +119,11 @@ def minibatches(
 
 
 def make_targets(batch: Batch, scores: Scores, cfg: PpoConfig, kl_coef: float) -> Targets:
-    """Rewards, advantages and returns of the whole global batch."""
+    """Rewards, advantages and returns of the global batch.
+
+    Args:
+        kl_coef: coefficient of the KL penalty in the rewards.
+    """
     mask = batch.mask
     score = final_scores(scores.reward, batch, cfg)
     kl = masked(kl_k1(scores.old_logprobs, scores.ref_logprobs), mask)
@@ -137,10 +144,10 @@ def make_targets(batch: Batch, scores: Scores, cfg: PpoConfig, kl_coef: float) -
 
 
 def final_scores(reward: Tensor, batch: Batch, cfg: PpoConfig) -> Tensor:
-    """(N,): the rewards; for a row cut off, the penalty.
+    """(N,): the rewards; for truncated rows, the penalty `ppo.missing_eos_reward`.
 
-    Without a penalty a row cut off earns nothing here: the value after its last token stands for what it did not
-    come to (`make_targets`). Without a value model it earns its reward.
+    Without a penalty, a truncated row earns nothing here: the value after its last token stands for the rest
+    (`make_targets`). Without a value model too, it earns its reward.
     """
     if cfg.missing_eos_reward is None and cfg.advantage != "gae":
         return reward
@@ -149,7 +156,7 @@ def final_scores(reward: Tensor, batch: Batch, cfg: PpoConfig) -> Tensor:
 
 
 def draw(prompts: int, start: int, count: int, seed: int) -> list[int]:
-    """Prompts number `start` to `start + count` of an endless series of shuffles; it needs no state."""
+    """Prompts `start` to `start + count` of an endless series of shuffles; it needs no state."""
     return [_shuffle(prompts, i // prompts, seed)[i % prompts] for i in range(start, start + count)]
 
 

@@ -1,4 +1,4 @@
-"""Rank 0's hold on the rollout engines."""
+"""Rank 0's access to the rollout engines: calls all of them and replaces those that die or are stuck."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from cai_ray.train.ppo.rollout_engine import Request, Rollout
 from cai_ray.train.weights.proof import EngineWeights
 
 START_S = 1800.0
-"""How long an engine may take to start: a large model is read from a slow disk."""
+"""Seconds that an engine may take to start: a large model may be read from a slow disk."""
 
 
 class Pool:
-    """Rank 0's hold on the engines during one start of the training group.
+    """The rollout engines during one start of the training group.
+
+    Making a pool joins the engines and raises the sync epoch: an engine answers only for the epoch and version that it
+    is asked for. An engine that dies or passes its deadline is killed, replaced and sent the weights again.
 
     Args:
-        owner: from `open_engines`.
-        deadline_s: how long one call may take; an engine that takes longer is replaced.
+        owner: the actor that owns the engines (`engine_owner.open_engines`).
+        deadline_s: seconds that one call may take.
+
+    Raises:
+        RayActorError, GetTimeoutError: from any call, an engine fails, and so does the one that replaces it.
     """
 
     def __init__(self, owner: Any, deadline_s: float):
@@ -32,7 +38,7 @@ class Pool:
         self._each("join", [()] * len(self._engines), START_S)
 
     def update(self, refs: list[Any], version: int) -> None:
-        """Loads the chunks behind object references into every engine. They are kept for engines made later."""
+        """Loads the chunks behind object references into every engine; they are kept for engines made later."""
         self._sent = (refs, version)
         self._each("update", [(version, refs)] * len(self._engines))
 
@@ -50,32 +56,33 @@ class Pool:
 
     @property
     def size(self) -> int:
+        """The number of engines."""
         return len(self._engines)
 
     def ask(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
-        """One call of every engine, in which they may wait for one another: none is replaced.
+        """Calls a method of every engine, in which engines may wait for one another; none is replaced.
 
         Raises:
-            RayActorError, GetTimeoutError: one died or is late.
+            RayActorError, GetTimeoutError: an engine died or is late.
         """
         import ray
 
         calls = [
-            getattr(engine, method).remote(self.epoch, *given)
-            for engine, given in zip(self._engines, arguments, strict=True)
+            getattr(engine, method).remote(self.epoch, *values)
+            for engine, values in zip(self._engines, arguments, strict=True)
         ]
         ray.get(calls, timeout=self._deadline)
 
     def report(
         self, probes: Sequence[Sequence[int]], version: int
     ) -> list[tuple[EngineWeights, list[list[float]]]]:
-        """Every engine's (`RolloutEngine.report`)."""
+        """Each engine's report (`RolloutEngine.report`)."""
         return self._each("report", [(version, [list(p) for p in probes])] * len(self._engines))
 
     def _each(
         self, method: str, arguments: list[tuple[Any, ...]], deadline_s: float | None = None
     ) -> list[Any]:
-        """Calls every engine at once. One that dies or is late is replaced, and asked once more."""
+        """Calls all engines at once. One that dies or is late is replaced and called once more."""
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError
 
@@ -83,14 +90,14 @@ class Pool:
             return getattr(self._engines[i], method).remote(self.epoch, *arguments[i])
 
         calls = [call(i) for i in range(len(self._engines))]
-        until = time.monotonic() + (deadline_s or self._deadline)
+        deadline = time.monotonic() + (deadline_s or self._deadline)
         answers: list[Any] = []
         for i, pending in enumerate(calls):
             try:
-                answers.append(ray.get(pending, timeout=max(0.0, until - time.monotonic())))
+                answers.append(ray.get(pending, timeout=max(0.0, deadline - time.monotonic())))
             except (RayActorError, GetTimeoutError):
                 self._replace(i, weights=method != "update")
-                # A second failure is not caught: the group starts anew from its last checkpoint.
+                # A second failure is not caught: the group restarts from its last checkpoint.
                 answers.append(ray.get(call(i), timeout=self._deadline))
         return answers
 

@@ -1,4 +1,4 @@
-"""PPO's prompts: read, encoded, and drawn for each step."""
+"""PPO's prompts: read from the sources, encoded, and drawn for each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cai_ray.train.ppo.experience import draw
 from cai_ray.train.ppo.rewards import Reader
 
 Prompt = dict[str, Any]
-"""`id`, `messages`, `kind`, `family`, and `ids`, the tokens up to where the policy writes."""
+"""`id`, `messages`, `kind`, `family`, and `ids`, the tokens up to where the policy begins to write."""
 
 
 def read_training_prompts(
@@ -24,10 +24,10 @@ def read_training_prompts(
     """The training prompts with their token ids, and how many do not fit the context or cannot be encoded.
 
     Args:
-        readers: of the reward models that read text (`rewards.read_by`).
+        readers: readers of the reward models that read text (`rewards.make_readers`).
 
     Raises:
-        InputError: none is left, or a row would not fit a micro-batch.
+        InputError: no prompt is left, or a row would not fit a micro-batch.
     """
     config, cfg = run.config, run.config.ppo
     rows = [r for r in read_prompts(cfg.prompts or config.prompts, config.seed) if r["split"] == "train"]
@@ -57,7 +57,7 @@ def encode_prompts(
             ids = renderer.prompt_ids(templates.answer_messages(row["messages"]))
             for reader in readers:
                 reader(row["messages"], (), False)
-        except RowError:  # such as roles that the chat template refuses
+        except RowError:  # such as roles that a chat template refuses
             continue
         if len(ids) < context:
             ready.append({"ids": ids} | {key: row[key] for key in ("id", "messages", "kind", "family")})
@@ -70,12 +70,14 @@ def policy_renderer(run: Run) -> Renderer:
 
 
 def policy_context(run: Run) -> int:
+    """Tokens of the policy's context in the engines."""
     from cai_ray.engine.vllm import model_context
 
     return run.config.engine.max_model_len or model_context(run.model("sl"))
 
 
 def step_prompts(prompts: list[Prompt], cfg: PpoConfig, step: int, seed: int) -> list[Prompt]:
+    """The prompts of a step, each `ppo.group` times in a row."""
     start = step * cfg.rollout_batch
     drawn = draw(len(prompts), start // cfg.group, cfg.rollout_batch // cfg.group, seed)
     return [prompts[i] for i in drawn for _ in range(cfg.group)]

@@ -35,18 +35,23 @@ class Rollout(NamedTuple):
 
 
 class Request(NamedTuple):
+    """A prompt to sample one response for."""
+
     ids: list[int]
     seed: int
 
 
 class RolloutEngine:
-    """vLLM in this process. Deterministic: a request's result depends on its ids, its seed and the weights.
+    """vLLM in this process. It is deterministic: a response depends on its request and the weights alone.
 
     Args:
         model: the folder that the policy starts from, on any file system.
-        arguments: vLLM's (`engine.vllm.engine_args`).
-        end_id: the token that ends a turn (`prompts.Renderer.end_id`).
-        way: how weights come (transfer.py).
+        arguments: vLLM's arguments (`engine.vllm.engine_args`).
+        end_id: the token that ends a turn (`Renderer.end_id`).
+        way: how weights arrive (weights/transfer.py).
+
+    Raises:
+        StaleError: from a call, the engine does not have the epoch or version that was asked for.
     """
 
     def __init__(self, model: str, arguments: dict[str, Any], end_id: int, way: Way = "ray"):
@@ -69,7 +74,7 @@ class RolloutEngine:
                 | {
                     "model": local_model(model),
                     "skip_tokenizer_init": True,
-                    # Of the distribution sampled from: raw ones leave the temperature out.
+                    # Those of the distribution sampled from: raw ones ignore the temperature.
                     "logprobs_mode": "processed_logprobs",
                     "worker_extension_cls": WORKER,
                 }
@@ -81,13 +86,13 @@ class RolloutEngine:
         self.version: int | None = None
 
     def join(self, epoch: int) -> None:
-        """Belongs to this epoch from now on, and has no weights until it is sent some."""
+        """Enters an epoch; the engine has no weights until it is sent some."""
         if epoch < self.epoch:
             raise StaleError(f"epoch {epoch} is over; the engine is in {self.epoch}")
         self.epoch, self.version = epoch, None
 
     def update(self, epoch: int, version: int, chunks: list[Any]) -> None:
-        """Loads weights number `version` from object references; until all are in, it has none."""
+        """Loads weights number `version` from object references; until all are loaded, the engine has none."""
         import ray
 
         self._expect(epoch)
@@ -97,28 +102,30 @@ class RolloutEngine:
             chunk: list[Packed] = ray.get(ref)
             self.llm.collective_rpc("sync_load", args=(chunk,))
         self.llm.collective_rpc("sync_finish")
-        self._changed(version)
+        self._weights_changed(version)
 
     def connect(self, epoch: int, init_info: dict[str, Any]) -> None:
-        """Joins the trainer's group of communication; returns when all have come."""
+        """Joins the trainer's communication group; returns when all have joined."""
         self._expect(epoch)
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
 
     def begin(self, epoch: int) -> None:
-        """The weights change from now on; until `finish` it has none."""
+        """Begins to receive weights; until `finish` the engine has none."""
         self._expect(epoch)
         self.version = None
         self.llm.collective_rpc("sync_record_loads")
         self.llm.collective_rpc("start_weight_update")
 
     def receive(self, epoch: int, update_info: Any) -> None:
+        """Receives the tensors that vLLM's `update_info` describes."""
         self._expect(epoch)
         self.llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish(self, epoch: int, version: int) -> None:
+        """Ends the load: from now on the engine has weights number `version`."""
         self._expect(epoch)
         self.llm.collective_rpc("finish_weight_update")
-        self._changed(version)
+        self._weights_changed(version)
 
     def sample(
         self, epoch: int, version: int, requests: list[Request], temperature: float, max_tokens: int
@@ -154,13 +161,13 @@ class RolloutEngine:
     def report(
         self, epoch: int, version: int, probes: list[list[int]]
     ) -> tuple[EngineWeights, list[list[float]]]:
-        """What it holds, and its log-probabilities of the probes' tokens after the first, temperature 1."""
+        """The weights that the engine holds, and log p of the probes' tokens after the first, at temperature 1."""
         from vllm import SamplingParams
 
         self._expect(epoch)
         answers = self.llm.collective_rpc("sync_report")
         digests = dict(answers[0][0])
-        for other, _ in answers[1:]:  # where workers differ, none is right
+        for other, _ in answers[1:]:  # if workers differ, none is right
             digests |= {name: -1 for name, value in other.items() if digests.get(name) != value}
         held = EngineWeights(
             self.epoch, self.version, digests, sorted({n for _, names in answers for n in names})
@@ -174,15 +181,17 @@ class RolloutEngine:
         self._check_numbers(logprobs)
         return held, logprobs
 
-    def _changed(self, version: int) -> None:
-        # Cached keys and values are of the weights before.
+    def _weights_changed(self, version: int) -> None:
+        # Cached keys and values belong to the weights before.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset: a request is still running")
         self.version = version
 
     def _check_numbers(self, rows: Iterable[Sequence[float]]) -> None:
-        """A NaN in a block of keys and values would outlive the weights that made it: in the next request that is
-        given the block, slots not yet filled are multiplied by zero, which leaves NaN."""
+        """Clears the cache if a number is NaN: in a block of keys and values, NaN would outlive the weights.
+
+        In the next request that gets the block, slots not yet filled are multiplied by zero, which leaves NaN.
+        """
         if any(map(math.isnan, (x for row in rows for x in row))):
             self.llm.collective_rpc("sync_clear_cache")
 

@@ -1,4 +1,4 @@
-"""Responses to PPO's prompts: which, when, and by which weights."""
+"""Decides which responses are sampled when, and with which weights."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Sampler:
             self._sampled[step].set_result(ahead)
         self._seconds: dict[int, float] = {}
         self.seconds = 0.0
-        """How long the engines took for the step taken last."""
+        """Seconds that the engines took for the step taken last."""
 
     def start(self, version: int) -> None:
-        """The engines hold weights number `version`, and sample what is to be sampled by these."""
+        """Lets the engines sample the steps that are to use weights number `version`, which they hold."""
         for step in range(version, min(version + self._cfg.async_steps + 1, self._total)):
             if step not in self._sampled:
                 self._sampled[step] = self._thread.submit(self._sample, step, version)
 
     def take(self, step: int) -> tuple[list[Prompt], list[Rollout]]:
-        """The step's prompts and one response for each, as soon as they are there."""
+        """The step's prompts and one response for each, as soon as they are sampled."""
         rollouts = self._sampled.pop(step).result()
         self.seconds = self._seconds.pop(step, 0.0)
         return step_prompts(self._prompts, self._cfg, step, self._seed), rollouts
 
     def wait_until_idle(self) -> None:
-        """Until the engines are idle.
+        """Waits until the engines are idle.
 
         Raises:
             Exception: what sampling has failed with.
@@ -68,9 +68,9 @@ class Sampler:
             sampled.result()
 
     def ahead(self, step: int) -> list[Rollout] | None:
-        """The responses to go into the checkpoint before a step: those by weights that no engine has any more.
+        """The responses that the checkpoint before a step must hold, if weights that no engine has any more made them.
 
-        Those by the weights that the checkpoint holds are sampled again, and are the same.
+        Responses by the weights in the checkpoint are sampled again and are the same.
         """
         return self._sampled[step].result() if self._cfg.async_steps and step in self._sampled else None
 
@@ -84,7 +84,7 @@ class Sampler:
 def sample(
     pool: Pool, prompts: list[Prompt], cfg: PpoConfig, step: int, seed: int, version: int
 ) -> list[Rollout]:
-    """One response for each prompt of a step."""
+    """One response for each prompt of a step, sampled with weights number `version`."""
     start, rows = step * cfg.rollout_batch, step_prompts(prompts, cfg, step, seed)
     requests = [
         Request(row["ids"], derive_seed(seed, "rollout", row["id"], start + i)) for i, row in enumerate(rows)

@@ -1,7 +1,7 @@
-"""What PPO's four models say: log-probabilities, values and rewards of token sequences.
+"""Scores a batch with PPO's four models: log-probabilities, values and rewards of token sequences.
 
-Old log-probabilities are recomputed by the trainer, in the micro-batches of the update, so that the ratio is 1
-before the first step and differs from 1 by the update alone. The engine's are compared with them, and only weigh.
+The trainer recomputes old log-probabilities in the micro-batches of the update, so that the ratio is 1 before the first
+step and differs from 1 by the update alone. The engine's are compared with them and only serve as importance weights.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 @dataclass
 class Models:
+    """PPO's models on a rank: policy and value model under DeepSpeed, reference and reward models frozen."""
+
     policy: Trained
     value: Trained | None
-    """None where advantages need none (`ppo.advantage`)."""
+    """None if the advantages need no values (`ppo.advantage`)."""
     reference: nn.Module | None
-    """None under LoRA: then it is the policy with its adapter off."""
+    """None with LoRA: then the reference is the policy with its adapter off."""
     rewards: list[Reward]
 
     @property
@@ -45,6 +47,7 @@ class Models:
 
 
 def load_models(run: Run, cfg: PpoConfig, renderer: Renderer) -> Models:
+    """Loads the four kinds of models; policy and value model with their optimizers."""
     sl = run.model("sl")
     updates = cfg.epochs * (cfg.rollout_batch // cfg.minibatch)
     value = None
@@ -124,16 +127,17 @@ def score(
 
 
 def keeps_graphs(minibatch: Minibatch, lengths: Sequence[int], cfg: PpoConfig) -> bool:
-    """Whether scoring keeps the graphs of the first minibatch, which saves the update its first passes forward.
+    """Whether scoring keeps the graphs of the first minibatch, which saves the update its first forward passes.
 
-    Only if those of both models take no more memory than one full micro-batch of one; and not under ZeRO-3, which
-    wants a pass backward before others go forward.
+    It does if the graphs of both models take no more memory than one full micro-batch of one model. Under ZeRO-3 it
+    does not: there, other forward passes may only follow after the backward pass.
     """
     tokens = sum(len(group) * max(lengths[i] for i in group) for group in minibatch.groups if group)
     return cfg.zero_stage < 3 and 2 * tokens <= cfg.micro_batch_tokens
 
 
 def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+    """(B, T): the reference's log-probabilities (`sequences.sequence_logprobs`)."""
     if models.reference is not None:
         return sequence_logprobs(models.reference, inputs, temperature)
     with models.policy.module.disable_adapter():  # type: ignore[operator]
@@ -142,19 +146,19 @@ def reference_logprobs(models: Models, inputs: dict[str, Tensor], temperature: f
 
 @torch.no_grad()
 def probe_logprobs(policy: Trained, probes: list[list[int]], cfg: PpoConfig, pad_id: int) -> list[Tensor]:
-    """Per probe, the log-probabilities of its tokens after the first, temperature 1. Every rank computes all."""
+    """For each probe, log p of its tokens after the first, at temperature 1. Every rank computes all."""
     out: list[Tensor] = [torch.zeros(0)] * len(probes)
     for group in micro_batches([len(ids) for ids in probes], cfg.micro_batch_tokens):
-        found = sequence_logprobs(
+        logprobs = sequence_logprobs(
             policy.engine, to_device(pad([probes[i] for i in group], pad_id)), 1.0
         ).cpu()
-        for i, row in zip(group, found, strict=True):
+        for i, row in zip(group, logprobs, strict=True):
             out[i] = row[1 : len(probes[i])]
     return out
 
 
 def logprob_gap(scores: Scores, batch: Batch) -> float:
-    """Mean |engine - trainer| over sampled tokens."""
+    """Mean |log p of the engine - log p of the trainer| over the sampled tokens."""
     gaps = ((scores.old_logprobs - batch.engine_logprobs) * batch.mask).abs()
     return float(gaps.sum() / batch.mask.sum())
 
@@ -180,15 +184,18 @@ def check_gap(scores: Scores, batch: Batch, fresh: bool, cfg: PpoConfig) -> dict
 
 
 def difference(new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    """The largest |new - old| of a token that counts, as a tensor: to read it, the host waits for the GPU."""
+    """The largest |new - old| over the tokens of the mask, as a tensor: to read it, the host waits for the GPU."""
     return ((new.detach() - old) * mask).abs().max()
 
 
 def check_ratio(worst: float, cfg: PpoConfig) -> None:
-    """Before the first step of an update, the policy is the one that the old log-probabilities are of.
+    """Checks that, before the first step of an update, the policy still gives the old log-probabilities.
 
     Args:
-        worst: the largest `difference` of the two.
+        worst: the largest `difference` between the two.
+
+    Raises:
+        RuntimeError: it is more than rounding.
     """
     if not worst <= RATIO_TOLERANCE[cfg.dtype]:
         raise RuntimeError(

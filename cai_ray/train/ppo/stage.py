@@ -16,7 +16,7 @@ from cai_ray.train.ppo import feedback
 from cai_ray.train.ppo.engine_owner import close_engines, open_engines
 from cai_ray.train.ppo.loop import loop
 from cai_ray.train.ppo.prompts import policy_renderer, read_training_prompts
-from cai_ray.train.ppo.rewards import read_by
+from cai_ray.train.ppo.rewards import make_readers
 from cai_ray.train.ppo.watch import read_watch_prompts
 from cai_ray.train.runtime.group import check_resources, fit
 
@@ -33,7 +33,7 @@ def run(run: Run) -> dict[str, Any]:
     config, cfg = run.config, run.config.ppo
     check_resources(run, cfg)
     renderer = policy_renderer(run)
-    readers = read_by(run, cfg, renderer)
+    readers = make_readers(run, cfg, renderer)
     prompts, errors = read_training_prompts(run, renderer, readers)
     inputs = derive_id(
         [(p["id"], p["ids"]) for p in prompts],

@@ -1,9 +1,9 @@
-"""Snapshots of the policy while PPO runs, measured by an opinion that PPO does not train against.
+"""Snapshots of the policy while PPO runs, rated by a second opinion that PPO does not train against.
 
-Every `ppo.watch.every` steps the policy answers development prompts. The second opinion of its responses is that of
-the feedback model, which compares them with the SL-CAI policy's, or of another reward model; the embedded world's judge
-is never asked here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
-stage's result, and an alarm says where the policy leaves what its reward stands for (alarms.py).
+Every `ppo.watch.every` steps the policy answers development prompts. The second opinion on its responses comes from
+the feedback model, which compares them with the SL-CAI policy's, or from another reward model. The embedded world's
+judge is never used here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
+stage's result. An alarm shows when the policy leaves what its reward stands for (alarms.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cai_ray.train.batches import rank_micro_batches
 from cai_ray.train.ppo.alarms import Snapshot, alarms, best_of, measure
 from cai_ray.train.ppo.experience import make_batch
 from cai_ray.train.ppo.prompts import Prompt, encode_prompts
-from cai_ray.train.ppo.rewards import Reader, Reward, combined, load_reward, raw_scores, reader_of
+from cai_ray.train.ppo.rewards import Reader, Reward, combined, load_reward, make_reader, raw_scores
 from cai_ray.train.ppo.rollout_engine import Request
 from cai_ray.train.ppo.rollouts import Rollouts
 from cai_ray.train.ppo.scoring import Models
@@ -36,13 +36,13 @@ def read_watch_prompts(run: Run, renderer: Renderer, readers: Sequence[Reader]) 
     """The development prompts with their token ids.
 
     Args:
-        readers: of the reward models that read text (`rewards.read_by`).
+        readers: readers of the reward models that read text (`rewards.make_readers`).
 
     Raises:
-        InputError: there is none that can be used.
+        InputError: no prompt can be used.
     """
     cfg = run.config.ppo.watch
-    if not cfg.asks_feedback and (second := reader_of(run, run.config.ppo, renderer, cfg.opinion)):
+    if not cfg.asks_feedback and (second := make_reader(run, run.config.ppo, renderer, cfg.opinion)):
         readers = [*readers, second]
     rows = read_prompts(cfg.prompts, run.config.seed)
     rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
@@ -208,7 +208,7 @@ class Watch:
             self._needed = self._best()
 
     def _labels(self, texts: list[str]) -> list[float | None]:
-        """How likely the feedback model prefers each response to the SL-CAI policy's; one half for the same text."""
+        """P(the feedback model prefers each response to the SL-CAI policy's); one half for the SL-CAI policy itself."""
         import ray
 
         if not self.history:
@@ -252,11 +252,11 @@ class Watch:
                 "prompt_id": p["id"],
                 **{key: p[key] for key in ("messages", "kind", "family")},
                 "response": text,
-                "truncated": cut,
+                "truncated": is_truncated,
                 "reward": score,
                 "opinion": opinion,
             }
-            for p, text, cut, score, opinion in zip(
+            for p, text, is_truncated, score, opinion in zip(
                 self.prompts, texts, truncated, reward, opinions, strict=True
             )
         ]
