@@ -19,10 +19,11 @@ from cai_ray.errors import InputError
 from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
-from cai_ray.train.batches import pad, rank_micro_batches
+from cai_ray.train.batches import Example, pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
 from cai_ray.train.losses import sft_loss
 from cai_ray.train.models import load_policy
@@ -55,15 +56,7 @@ def run(run: Run) -> dict[str, Any]:
         )
     source = run.model(cfg.init)
     renderer, limit = Renderer(source, templates.chat_template), context_length(source)
-    rendered = [
-        (
-            r,
-            render(
-                renderer, templates, r["messages"][:-1], r["messages"][-1]["content"], limit, r["truncated"]
-            ),
-        )
-        for r in records
-    ]
+    rendered = [(r, render_record(r, renderer, templates, limit)) for r in records]
     fitting = [(record, example) for record, example in rendered if example is not None]
     if not fitting:
         raise InputError(f"sft: no row fits the context of {source} ({limit} tokens)")
@@ -88,6 +81,14 @@ def run(run: Run) -> dict[str, Any]:
         "model_sha": folder_sha(run.path("sft", "model")),
         **result,
     }
+
+
+def render_record(
+    record: dict[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
+) -> Example | None:
+    """The tokens of a row of schema `sft`; None if it does not fit the context of `limit` tokens."""
+    *conversation, answer = record["messages"]
+    return render(renderer, templates, conversation, answer["content"], limit, record["truncated"])
 
 
 def to_records(

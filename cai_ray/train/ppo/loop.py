@@ -38,6 +38,7 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
     rollouts = Rollouts(run, args, models.policy, state, total, pad_id)
     rollouts.send_and_prove(state.step)
     watch = Watch(run, args, renderer, models, rollouts, state.snapshots)
+    watch.start()
     rollouts.start(state.step)
 
     while state.step < total and not watch.ends():
@@ -73,10 +74,8 @@ def loop(args: dict[str, Any]) -> dict[str, Any]:
                 clip = cfg.value_clip if train_policy else None  # from a new head, values must move far
                 sums |= update_value(models.value, batch, targets, done, cfg, pad_id, clip, cached_forwards)
 
-        metrics = (
-            step_metrics(batch, scores, targets, sums) | reward_metrics | synced | timers.metrics() | gap
-        )
-        metrics |= {"ppo/learning_rate": learning_rate, "kl/coef": state.kl_coef} | rollouts.metrics()
+        metrics = step_metrics(batch, scores, targets, sums) | reward_metrics | synced | timers.metrics()
+        metrics |= gap | {"ppo/learning_rate": learning_rate, "kl/coef": state.kl_coef} | rollouts.metrics()
         metrics["tokens/per_s"] = float(batch.mask.sum()) / timers.total
         log.add(step + 1, metrics | watched)
         save_rollouts(run, step, prompts, responses, renderer, targets)

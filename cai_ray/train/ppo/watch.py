@@ -61,8 +61,7 @@ class Watch:
         args: what the loop was given: `watch_prompts`, and `feedback`, the feedback model's actor, if that gives the
             second opinion.
         rollouts: whose engines answer the prompts; they hold the policy's weights and are idle.
-        history: the snapshots of the checkpoint that the run goes on from. Without any, the SL-CAI policy, which the
-            engines hold, is measured first.
+        history: the snapshots of the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -92,7 +91,10 @@ class Watch:
             rows = self.run.rows("ppo", name="snapshot")
             first = {row["prompt_id"]: row["response"] for row in rows if row["step"] == 0}
             self.before = [first[p["id"]] for p in self.prompts]
-        else:
+
+    def start(self) -> None:
+        """Measures the SL-CAI policy, which the engines hold, if there is no snapshot yet."""
+        if self.cfg.watch.every and not self.history:
             self.take_snapshot(0)
 
     def snapshot_if_due(self, step: int, total: int) -> dict[str, float]:
@@ -123,10 +125,9 @@ class Watch:
             return combined(raw, models, cfg.reward_clip).tolist()
 
         reward = scores(self.rewards)
-        if self.second is not None:
-            opinions: list[float | None] = list(scores([self.second]))
-        else:
-            opinions = from_first(self._labels(texts) if rank() == 0 else None)
+        opinions: Sequence[float | None] = (
+            self._labels(texts) if self.second is None else scores([self.second])
+        )
         labelled = [o for o in opinions if o is not None]
         if not labelled:
             raise Stopped(
@@ -208,7 +209,10 @@ class Watch:
             self._needed = self._best()
 
     def _labels(self, texts: list[str]) -> list[float | None]:
-        """P(the feedback model prefers each response to the SL-CAI policy's); one half for the SL-CAI policy itself."""
+        """P(the feedback model prefers each response to the SL-CAI policy's); one half for the SL-CAI policy itself.
+
+        Rank 0 asks the feedback model.
+        """
         import ray
 
         if not self.history:
@@ -222,7 +226,10 @@ class Watch:
             }
             for p, text, before in zip(self.prompts, texts, self.before, strict=True)
         ]
-        return ray.get(self.feedback.prefer.remote(pairs))
+        labels: list[float | None] = from_first(
+            ray.get(self.feedback.prefer.remote(pairs)) if rank() == 0 else None
+        )
+        return labels
 
     def _best(self) -> int:
         """The step of the best snapshot."""
@@ -243,7 +250,7 @@ class Watch:
         texts: list[str],
         truncated: list[bool],
         reward: list[float],
-        opinions: list[float | None],
+        opinions: Sequence[float | None],
     ) -> None:
         rows = [
             {
