@@ -12,20 +12,11 @@ from typing import Any, NoReturn, TypeVar
 
 from cai_ray import __version__
 from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
+from cai_ray.stages import POLICIES, STAGES, stages_of
 
 T = TypeVar("T")
 
-STAGE_HELP = {
-    "revise": "responses, critiques and revisions of the helpful model",
-    "sft": "the SL-CAI policy, fine-tuned on the revisions",
-    "compare": "pairs of samples of the SL-CAI policy",
-    "label": "the feedback model's soft preferences",
-    "rm": "the reward model, on AI labels and human helpfulness comparisons",
-    "ppo": "the RL-CAI policy",
-    "dpo": "the policy by direct preference optimisation, in the place of rm and ppo (method: dpo)",
-    "evaluate": "base, SL-CAI and final policy on held-out prompts",
-    "report": "report.json and one HTML page",
-}
+STAGE_HELP = {name: stage.help for name, stage in STAGES.items() if not stage.before}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,9 +170,7 @@ def parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk to a run's policy")
     chat.add_argument("run")
-    chat.add_argument(
-        "--model", default="rl", choices=("base", "sl", "rl"), help="which policy (default: rl)"
-    )
+    chat.add_argument("--model", default="rl", choices=POLICIES, help="which policy (default: rl)")
     chat.set_defaults(function=_chat)
 
     serve = commands.add_parser("serve", help="policy and critic endpoints of a run")
@@ -345,7 +334,7 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
 
     config, keep = _load(args), getattr(args, "keep", [])
     if names is None:
-        names = pipeline.stages_of(config)
+        names = stages_of(config.method)
         if args.until and args.until not in names:
             raise InputError(
                 f"--until {args.until} is no stage of method={config.method}; use one of {', '.join(names)}"
@@ -416,12 +405,12 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cai_ray import pipeline
+    from cai_ray.provenance.status import status
     from cai_ray.report import text
     from cai_ray.storage.run import open_run
 
     run = open_run(args.run)
-    rows = pipeline.status(run)
+    rows = status(run)
     if args.json:
         print(json.dumps(rows))
         return EXIT_DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cai_ray.config.ppo import WatchConfig
 from cai_ray.config.training import TrainConfig
 from cai_ray.prompts.load import load_templates
+from cai_ray.stages import upstream_of
 from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -15,13 +16,10 @@ _HOW = {"checkpoint_every", "keep_checkpoints", "cpus_per_worker", "workers", "m
 
 _BOUNDS = {"on_alarm", "patience"} | {n for n in WatchConfig.model_fields if n.startswith("max_")}
 
-_UPSTREAM = ("revise", "sft", "compare", "label", "rm")
-
 
 def fingerprint(run: Run, stage: str, cfg: TrainConfig) -> str:
     """A hash of what a stage's result depends on: a changed one starts anew beside the old checkpoints."""
-    before = _UPSTREAM[: _UPSTREAM.index(stage)] if stage in _UPSTREAM else _UPSTREAM
-    upstream = {s: m["id"] for s in before if (m := run.manifest(s))}
+    upstream = {s: m["id"] for s in upstream_of(stage, run.config.method) if (m := run.manifest(s))}
     settings = cfg.model_dump(mode="json", exclude={**dict.fromkeys(_HOW, True), "watch": _BOUNDS})
     model, templates = model_sha(run.model("base")), load_templates(run.config.templates)
     return derive_id(stage, settings, run.config.seed, templates.sha, model, upstream)
