@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from cai_ray.cluster.usage import Usage
-from cai_ray.compat.ray_cluster import in_worker
+from cai_ray.compat.ray_core import is_worker
 from cai_ray.compat.ray_kv import get, put
 
 BEAT = 1.0
@@ -143,7 +143,7 @@ def _current_attempt() -> str:
 def _assigned_resources() -> dict[str, float]:
     import ray
 
-    if not in_worker():
+    if not is_worker():
         return {"cpus": 0.0, "gpus": 0.0}
     assigned = ray.get_runtime_context().get_assigned_resources()
     return {"cpus": float(assigned.get("CPU", 0)), "gpus": float(assigned.get("GPU", 0))}

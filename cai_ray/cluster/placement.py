@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cai_ray.compat.ray_cluster import kubernetes_autoscaling, reported_node_groups
+from cai_ray.compat.ray_autoscaler import kubernetes_config, reported_node_groups
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 
@@ -130,7 +130,7 @@ def _autoscaled_kinds(config: RunConfig) -> dict[str, Nodes] | None:
     Ray has no interface for this, so the autoscaler's configuration is read from where the autoscaler has it.
     """
     if groups := reported_node_groups():
-        return {g.name: Nodes(g.resources, _UNBOUNDED if g.most is None else g.most) for g in groups}
+        return {g.name: Nodes(g.resources, g.max_count if g.max_count >= 0 else _UNBOUNDED) for g in groups}
     named = config.ray.autoscaling_config
     if not (named or config.ray.address or os.environ.get("RAY_ADDRESS")):
         return {}  # a local cluster has no autoscaler
@@ -146,8 +146,10 @@ def _autoscaled_kinds(config: RunConfig) -> dict[str, Nodes] | None:
     if not (name and os.path.exists(_SECRETS)):
         return {}
     with open(f"{_SECRETS}/namespace", encoding="utf-8") as f:
-        autoscaling = kubernetes_autoscaling(name, f.read().strip())
-    return worker_kinds(autoscaling) if autoscaling else autoscaling
+        autoscaling = kubernetes_config(name, f.read().strip())
+    if autoscaling is None:
+        return None
+    return worker_kinds(autoscaling) if autoscaling else {}
 
 
 def worker_kinds(autoscaling: Mapping[str, Any]) -> dict[str, Nodes]:

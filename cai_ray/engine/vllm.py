@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from cai_ray.cluster.usage import Usage
-from cai_ray.compat.vllm_cpu import UNIPROC, engine_from_fork_server, preload_engine
+from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import_for_engine
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
@@ -73,11 +73,12 @@ class VllmEngine:
 
     def __init__(self, model: str, templates: TemplateSet, config: EngineConfig, gpu: bool = False):
         if not gpu:
-            preload_engine()
+            import_for_engine()
         from vllm import SamplingParams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from cai_ray.compat.vllm_engine import AsyncLLM
 
         self.renderer = Renderer(model, templates.chat_template)
         args = AsyncEngineArgs(**engine_args(model, config, gpu), skip_tokenizer_init=True)
@@ -122,7 +123,7 @@ class VllmEngine:
         return output, output.outputs[0].finish_reason == "stop"
 
     async def _request(self, ids: list[int], **params: Any) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from cai_ray.compat.vllm_engine import EngineDeadError
 
         if len(ids) >= self.context:
             raise RowError(f"prompt of {len(ids)} tokens does not fit the context of {self.context}")

@@ -17,7 +17,7 @@ from fastapi import HTTPException, Request
 from ray.exceptions import RayError
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from cai_ray.compat.ray_serve import NamedModels
+from cai_ray.compat.ray_serve_llm import ModelIngress
 from cai_ray.constitution import Constitution, parse
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
@@ -44,7 +44,7 @@ from cai_ray.storage.run import Run
 logger = logging.getLogger("ray.serve")
 
 
-class Ingress(NamedModels):
+class Ingress(ModelIngress):
     """The only way in. Its methods are routes (api.py).
 
     Args:
@@ -63,7 +63,9 @@ class Ingress(NamedModels):
         settings: ServeSettings,
     ):
         self.adapters = {name: m for m in llm_deployments for name in adapters_of(m, settings)}
-        super().__init__(llm_deployments | {name: llm_deployments[m] for name, m in self.adapters.items()})
+        handles = llm_deployments | {name: llm_deployments[m] for name, m in self.adapters.items()}
+        # Only the names of the cards are used: `models` and `model_data` below describe the models.
+        super().__init__(handles, dict.fromkeys(handles))
         self.parts = {**llm_deployments, "feedback": critic} | ({"reward": scorer} if scorer else {})
         self.critic = critic
         self.scorer = scorer
@@ -149,7 +151,7 @@ class Ingress(NamedModels):
 
     async def _control_tokens(self, model: str | None) -> list[str]:
         """A policy's special tokens, as text."""
-        name = await translate_errors(self.resolve_model(model))
+        name = await translate_errors(self.model_id(model))
         self._check_model(name)  # a name with a colon passes the line before
         tokens: list[str] = (await self._description(self.adapters.get(name, name)))["control"]
         return tokens

@@ -6,11 +6,10 @@ import asyncio
 from typing import Any
 
 from ray.serve.llm import LLMConfig
-from ray.serve.llm.deployment import LLMServer
 
 from cai_ray.cluster.connect import uses_gpu, worker_env
-from cai_ray.compat.ray_serve import ServedEngine, skip_download
-from cai_ray.compat.vllm_cpu import preload_engine
+from cai_ray.compat.ray_serve_llm import EngineServer
+from cai_ray.compat.vllm_process import import_for_engine
 from cai_ray.config.run import RunConfig
 from cai_ray.engine.vllm import engine_args
 from cai_ray.errors import InputError
@@ -25,16 +24,14 @@ from cai_ray.storage.run import Run
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class Policy(LLMServer):
+class Policy(EngineServer):
     """One policy and its adapters. Its files are fetched to the node where it runs, from wherever the run is."""
-
-    _default_engine_cls = ServedEngine
 
     async def __init__(  # type: ignore[misc]  # as its base class
         self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings
     ) -> None:
         if not uses_gpu(run.config):
-            preload_engine()
+            import_for_engine()
         model = await asyncio.to_thread(run.model, role)
         tokens = load_tokenizer(model).added_tokens_decoder.values()
         self.identity = {
@@ -43,7 +40,8 @@ class Policy(LLMServer):
         }
         # This description also has what only the model's files say, which the driver could not read.
         llm_config = await asyncio.to_thread(describe_policy, run, role, settings, model)
-        skip_download(llm_config)
+        # The files are here. Ray's task that would fetch them leaves an idle process of half a GiB at every start.
+        llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().__init__(llm_config)
 
     def describe(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Starts vLLM's engine on a CPU in half the time, from a fork server.
+"""How vLLM's engine process starts on a CPU.
 
-Written for vLLM 0.29. By itself vLLM spawns the engine's process once this one is ready, and that process imports
-everything again. A fork server imports it while this process does. (A fork of this process would copy the locks of
-Ray's threads.) vLLM has no setting for this start method, and inside an actor of Ray it always spawns, so the
-function that chooses the method is replaced while an engine starts.
+vllm 0.29.0: an engine beside an asynchronous front end is a process of its own. vLLM spawns it when this process has
+imported everything, and it imports everything again. A fork server has it imported by then, which halves the start. (A
+fork of this process would copy the locks of Ray's threads.) vLLM knows no such method by name, and inside an actor of
+Ray it spawns whatever it was told, so its function that chooses the method is replaced for a moment.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""The executor that does its work in the engine's own process."""
+"""vLLM's executor that works in the engine's own process, by the name that its arguments take."""
 
 
-def preload_engine() -> None:
-    """Begins to import vllm for the engine's process; call it before this process imports vllm."""
+def import_for_engine() -> None:
+    """Starts a fork server that imports vllm for the engine's process while this process imports it."""
     multiprocessing.set_forkserver_preload(
         [__name__, "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"]
     )
@@ -49,7 +49,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def engine_from_fork_server() -> Iterator[None]:
-    """Makes vLLM start its engine from the fork server within the block."""
+    """An engine that is made within takes its process from the fork server."""
     from vllm.v1.engine import utils
 
     usual = utils.get_mp_context
