@@ -1,8 +1,8 @@
 """Starts Ray on this machine, also when the machine is busy.
 
-Written for Ray 2.60. Ray reports a start that took too long by exceptions of no class of their own, whose texts are
-compared here, and leaves the processes of a failed start running. How long it waits is set by environment variables
-of its own configuration (`RAY_CONFIG` in ray_config_def.h, and `ray/_private/node.py`), which have no public interface.
+ray 2.60.0: how long a start may take is set by environment variables of Ray's own configuration (ray_config_def.h and
+`ray/_private/node.py`), which have no public interface. A start that takes too long raises exceptions without a class of
+their own, so their texts are compared. The processes of a failed start stay, so they are ended here.
 """
 
 from __future__ import annotations
