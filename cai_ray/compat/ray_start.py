@@ -1,8 +1,8 @@
 """Starts Ray on this machine, also when the machine is busy.
 
 ray 2.60.0: how long a start may take is set by environment variables of Ray's own configuration (ray_config_def.h and
-`ray/_private/node.py`), which have no public interface. A start that takes too long raises exceptions without a class of
-their own, so their texts are compared. The processes of a failed start stay, so they are ended here.
+`ray/_private/node.py`), which have no public interface. A start that takes too long raises exceptions of no class of
+its own, so their texts are compared. The processes of a failed start stay, so they are ended here.
 """
 
 from __future__ import annotations
