@@ -11,21 +11,21 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from typing import Any, NoReturn, TypeVar
 
 from cai_ray import __version__
-from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
+from cai_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    InputError,
+    Stopped,
+    Unavailable,
+)
+from cai_ray.stages import POLICIES, STAGES, stages_of
 
 T = TypeVar("T")
 
-STAGE_HELP = {
-    "revise": "responses, critiques and revisions of the helpful model",
-    "sft": "the SL-CAI policy, fine-tuned on the revisions",
-    "compare": "pairs of samples of the SL-CAI policy",
-    "label": "the feedback model's soft preferences",
-    "rm": "the reward model, on AI labels and human helpfulness comparisons",
-    "ppo": "the RL-CAI policy",
-    "dpo": "the policy by direct preference optimisation, in the place of rm and ppo (method: dpo)",
-    "evaluate": "base, SL-CAI and final policy on held-out prompts",
-    "report": "report.json and one HTML page",
-}
+STAGE_HELP = {name: stage.help for name, stage in STAGES.items() if not stage.before}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as e:
         print(f"cai-ray: stopped: {e}", file=sys.stderr)
         return EXIT_STOPPED
+    except Unavailable as e:
+        print(f"cai-ray: {e}", file=sys.stderr)
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print("cai-ray: interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -179,9 +182,7 @@ def parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk to a run's policy")
     chat.add_argument("run")
-    chat.add_argument(
-        "--model", default="rl", choices=("base", "sl", "rl"), help="which policy (default: rl)"
-    )
+    chat.add_argument("--model", default="rl", choices=POLICIES, help="which policy (default: rl)")
     chat.set_defaults(function=_chat)
 
     serve = commands.add_parser("serve", help="policy and critic endpoints of a run")
@@ -345,22 +346,23 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
 
     config, keep = _load(args), getattr(args, "keep", [])
     if names is None:
-        names = pipeline.stages_of(config)
+        names = stages_of(config.method)
         if args.until and args.until not in names:
             raise InputError(
                 f"--until {args.until} is no stage of method={config.method}; use one of {', '.join(names)}"
             )
         names = names[: names.index(args.until) + 1] if args.until else names
     if args.check:
-        from cai_ray.estimate import memory
+        from cai_ray.estimate.fit import memory_lines
+        from cai_ray.estimate.shape import elsewhere
         from cai_ray.storage.run import Run
 
-        for line in memory.report(config):
+        for line in memory_lines(config):
             print(line)
-        elsewhere = memory.elsewhere(config)
-        pipeline.check_inputs(config, names, model_elsewhere=elsewhere)
+        model_elsewhere = elsewhere(config)
+        pipeline.check_inputs(config, names, model_elsewhere=model_elsewhere)
         pipeline.check_run(Run(config), names, args.overwrite, keep)
-        if elsewhere:
+        if model_elsewhere:
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE
@@ -416,12 +418,12 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cai_ray import pipeline
+    from cai_ray.provenance.status import status
     from cai_ray.report import text
     from cai_ray.storage.run import open_run
 
     run = open_run(args.run)
-    rows = pipeline.status(run)
+    rows = status(run)
     if args.json:
         print(json.dumps(rows))
         return EXIT_DONE

@@ -8,10 +8,11 @@ from cai_ray.storage.records import TokenUsage
 
 
 class Usage(NamedTuple):
-    """Tokens: of prompts, of them found in the prefix cache, and generated; and how often an engine was asked."""
+    """Token counts of engine calls, and the number of calls."""
 
     prompt: int = 0
     cached: int = 0
+    """Those of the prompt tokens that were in the prefix cache."""
     generated: int = 0
     calls: int = 0
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from cai_ray.constitution import Constitution
 from cai_ray.evaluate.outcomes import rates
-from cai_ray.evaluate.policies import POLICIES
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
 from cai_ray.judging.calibration import measure_calibration
 from cai_ray.judging.statistics import rate, share
 from cai_ray.judging.votes import survives_swap
+from cai_ray.stages import POLICIES
 from cai_ray.storage.records import Judgement, Label, Revision, SnapshotRow
 from cai_ray.storage.run import Run
 from cai_ray.town import judge

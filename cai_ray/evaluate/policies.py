@@ -14,12 +14,11 @@ from cai_ray.generate.rows import map_sets
 from cai_ray.judging.quality import without_thinking
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.stages import POLICIES
 from cai_ray.storage.arrow import schema_of
 from cai_ray.storage.records import Judgement, Prompt, Revision, TokenUsage, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import delete_rows
-
-POLICIES = ("base", "sl", "rl")
 
 Purpose = Literal["rates", "greedy", "transcript"]
 """What an answer is for: the rates of the report, the harm at temperature 0, or a conversation shown in the report."""

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.holder import holding
 from cai_ray.storage.records import Turn
 from cai_ray.storage.run import Run
 
@@ -35,7 +35,7 @@ def rewards(run: Run, dialogues: Sequence[Dialogue]) -> list[float | None]:
 
 
 def _metered(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
-    with meter.holding():
+    with holding():
         return _score(run, dialogues)
 
 
@@ -46,7 +46,8 @@ def _score(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
     from cai_ray.prompts.renderer import Renderer
     from cai_ray.train.batches import micro_batches, pad
     from cai_ray.train.dialogues import render
-    from cai_ray.train.models import load_reward_model, reward_scale, score_last, sequence_values
+    from cai_ray.train.models import load_reward_model, reward_scale
+    from cai_ray.train.sequences import score_last, sequence_values
 
     folder, config = run.model("rm"), run.config
     templates = load_templates(config.templates)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from cai_ray.cluster import meter
+from cai_ray.cluster.holder import Holder
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
 from cai_ray.engine.protocol import Engine
@@ -50,7 +50,7 @@ class ChainActor:
         journals: dict[str, Journal],
         gpu: bool,
     ):
-        self.held = meter.Holder()
+        self.held = Holder()
         self.chain, self.run, self.models, self.gpu = chain, run, models, gpu
         self.model = next(iter(models.values()))
         self.engine = self._make_engine()
@@ -79,7 +79,7 @@ class ChainActor:
         of its rows."""
         slice = Slice(**batch.to_pylist()[0])
         outcomes = [Outcome(False)]
-        if not self.held.told:
+        if not self.held.stop_reason:
             rows = await asyncio.to_thread(slice.read)
             left = [row for row in rows if row["id"] not in self.finished_ids[slice.name]]
             outcomes = [Outcome(True)] * (len(rows) - len(left))
@@ -87,7 +87,7 @@ class ChainActor:
                 async with self._engine_of(self.models[slice.name]):
                     outcomes += await asyncio.gather(*(self._process(row, slice.name) for row in left))
                 if not self.held.working:
-                    await asyncio.to_thread(self.held.tell)
+                    await asyncio.to_thread(self.held.report_now)
         processed, errors = zip(*outcomes, strict=True)
         yield pa.table(
             {
@@ -102,7 +102,7 @@ class ChainActor:
         """Waits until no slice of another model is open, and then has the engine changed, once."""
         async with self.slice_closed:
             await self.slice_closed.wait_for(lambda: self.model == model or not self.open_slices)
-            if self.model != model and not self.held.told:
+            if self.model != model and not self.held.stop_reason:
                 since = time.monotonic()
                 await self.engine.close()
                 self.model = model
@@ -124,7 +124,7 @@ class ChainActor:
                 async with self.slots:
                     if self.fault:  # the stage has ended, but Ray Data lets its actors live on for seconds
                         raise self.fault
-                    if self.held.told:
+                    if self.held.stop_reason:
                         return Outcome(False)
                     with writer.busy():
                         result = await self._walk(row, self.journals[name])

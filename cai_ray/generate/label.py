@@ -18,18 +18,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired
 
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import LabelConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.gold_comparisons import GoldComparison, read_gold_comparisons
+from cai_ray.data.preflight import Preflight
+from cai_ray.engine.api_key import read_key
+from cai_ray.engine.check import check_engine
+from cai_ray.engine.options import check_options
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, RowError
 from cai_ray.generate import reuse
 from cai_ray.generate.chain import Rows
 from cai_ray.generate.draw import draw
-from cai_ray.generate.rows import map_sets
+from cai_ray.generate.rows import check_resources, map_sets
 from cai_ray.judging import certificate
 from cai_ray.judging.votes import combine, expected_score, preference, slot_bias
+from cai_ray.prompts.check import check_mode
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
 from cai_ray.prompts.templates import TemplateSet
@@ -235,6 +241,30 @@ def run(run: Run) -> dict[str, Any]:
     proof |= {"constitution_sha": chain.constitution.sha}
     files.write_json(run.path("label", "certificate.json"), proof)
     return summaries["part"]
+
+
+def check(run: Run, preflight: Preflight) -> None:
+    """Raises InputError if the feedback model, its options, the templates or the gold comparisons cannot be used."""
+    config, templates = run.config, preflight.templates
+    feedback = run.feedback().config
+    check_engine(feedback, "label.engine" if config.label.engine else "engine")
+    check_mode(templates, config.label.mode)
+    answers = [templates.options, *([templates.scores or ()] if config.label.mode == "score" else [])]
+    if feedback.engine.kind == "openai":  # its tokenizer and chat template cannot be seen from here
+        for options in answers:
+            check_options(options)
+        if "label" in preflight.stages and preflight.models_here:
+            read_key(feedback.engine)
+    elif renderer := preflight.renderer(config.label.model):
+        for options in answers:
+            renderer.option_ids(options)
+    gold_rows(run)
+
+
+def check_room(run: Run) -> None:
+    """Raises InputError if the cluster will never have room for the feedback model's engines."""
+    config = run.feedback().config
+    check_resources(config, uses_gpu(config))
 
 
 def _read_labels(run: Run, name: str) -> dict[str, certificate.LabelFacts | None]:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu, worker_env
 from cai_ray.cluster.interrupt import interruptible
-from cai_ray.cluster.placement import Need, bundle, check, marks
+from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
 from cai_ray.cluster.worker_errors import worker_errors
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import OverBudget
@@ -175,10 +175,10 @@ def _follow(outcomes: Any, progress: Mapping[str, SetProgress]) -> None:
         for name in pc.unique(processed["name"]).to_pylist():
             own = pc.equal(processed["name"], name)
             progress[name].add(processed["error"].filter(own).to_pylist())
-        if budget and budget.at_rest():
+        if budget and budget.idle():
             break
-    if budget and budget.told and any(p.rows < p.total for p in progress.values()):
-        raise OverBudget(budget.told)
+    if budget and budget.stop_reason and any(p.rows < p.total for p in progress.values()):
+        raise OverBudget(budget.stop_reason)
 
 
 def _summary(run: Run, published: Published, total: int, model: str, seconds: float) -> dict[str, Any]:
@@ -216,6 +216,6 @@ def check_resources(config: RunConfig, gpu: bool) -> None:
     check(
         config,
         f"engine.min_actors={engine.min_actors}",
-        [Need(actor, engine.min_actors)],
+        [ResourceNeed(actor, engine.min_actors)],
         f"lower {lower}, or use larger nodes",
     )

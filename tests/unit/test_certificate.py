@@ -18,7 +18,7 @@ from cai_ray.judging import certificate
 from cai_ray.judging.calibration import measure_calibration, reliability
 from cai_ray.judging.certificate import LabelFacts, VoteFacts
 from cai_ray.judging.gates import failed_gates
-from cai_ray.pipeline import Stage
+from cai_ray.stages import STAGES, Stage
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Label
@@ -267,8 +267,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        stages[name] = Stage(module.__name__, needs, (name,), uses_ray=False)
-    monkeypatch.setattr(pipeline, "STAGES", stages)
+        stages[name] = Stage(name, module.__name__, "reads", needs, (name,))
+    for name, stage in stages.items():
+        monkeypatch.setitem(STAGES, name, stage)
     return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cai_ray.cli import STAGE_HELP, main
-from cai_ray.pipeline import STAGES
+from cai_ray.stages import STAGES
 
 
 def cai_ray(*args: str) -> subprocess.CompletedProcess[str]:
