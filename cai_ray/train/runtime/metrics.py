@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
 from cai_ray.compat.ray_kv import forget, get, put
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -53,7 +53,10 @@ class Log:
         self._ends.append(time.monotonic())
         if rank() != 0:
             return
-        tell(progress(self.stage, step, self.total, metrics, step_seconds(self._ends)))
+        seconds = step_seconds(self._ends)
+        details = ", ".join(_details(step, self.total, metrics, seconds))
+        line = progress(self.stage, step, self.total, metrics, seconds)
+        tell(Progress(self.stage, step, self.total, "steps", details, line))
         for feed in self._feeds:
             feed.log(self.rows[-1])
         if time.monotonic() - self._written > 30:  # whoever watches a long run sees it grow
@@ -79,13 +82,17 @@ def progress(
     Args:
         seconds: what a step takes now; None while that is not known.
     """
-    parts = [f"{stage}: step {step} of {total}"]
-    parts += [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
+    return ", ".join([f"{stage}: step {step} of {total}", *_details(step, total, metrics, seconds)])
+
+
+def _details(step: int, total: int, metrics: Mapping[str, Any], seconds: float | None) -> list[str]:
+    """What is shown beside the number of the step: metrics, speed and the time left."""
+    parts = [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
     if (speed := metrics.get("tokens/per_s")) is not None:
         parts.append(f"{_short(speed)} tokens/s")
     if seconds is not None and step < total:
         parts.append(f"{_duration(seconds * (total - step))} left")
-    return ", ".join(parts)
+    return parts
 
 
 def step_seconds(ends: Sequence[float]) -> float | None:
@@ -112,23 +119,21 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress_lines(key: str) -> Iterator[None]:
-    """Prints on stderr what rank 0 says: where it is every few seconds (on a terminal more often), and its warnings."""
+    """Shows on stderr what rank 0 tells: its progress (as lines, every ten seconds) and its warnings."""
     done = threading.Event()
 
     def watch() -> None:
-        shown, last, every = b"", 0.0, 0.5 if sys.stderr.isatty() else 10.0
         warned: set[str] = set()
         ended = False
-        while not ended:
-            ended = done.wait(0.5)  # what was said last is read after the end
-            for text in json.loads(get(key, "warnings") or b"[]"):
-                if text not in warned:  # a group that was started again may say it again
-                    print(f"  warning: {text}", file=sys.stderr, flush=True)
-                warned.add(text)
-            line = get(key, "progress")
-            if line and line != shown and not ended and time.monotonic() - last >= every:
-                shown, last = line, time.monotonic()
-                print(f"  {line.decode()}", file=sys.stderr, flush=True)
+        with ProgressDisplay(every=10) as display:
+            while not ended:
+                ended = done.wait(POLL_S)  # what was said last is read after the end
+                for text in json.loads(get(key, "warnings") or b"[]"):
+                    if text not in warned:  # a group that was started again may say it again
+                        display.print(f"warning: {text}")
+                    warned.add(text)
+                if not ended and (progress := get(key, "progress")):
+                    display.show(Progress(*json.loads(progress)))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -151,10 +156,10 @@ def told_to(key: str) -> None:
     _warnings.clear()
 
 
-def tell(line: str) -> None:
-    """Tells the driver where rank 0 is; it prints the line now and then."""
+def tell(progress: Progress) -> None:
+    """Tells the driver where rank 0 is, which shows it now and then."""
     if _told:
-        put(_told, "progress", line.encode())
+        put(_told, "progress", json.dumps(progress).encode())
 
 
 def warn(text: str) -> None:
