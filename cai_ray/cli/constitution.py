@@ -116,9 +116,6 @@ def diff(
     """Show what an edit changes, principle by principle and word by word."""
     from cai_ray import constitution
     from cai_ray.constitution.differences import differences, lines
-    from cai_ray.report.terminal import print_table
-    from cai_ray.storage.run import open_run
-    from cai_ray.studies import edit_cost
 
     old, new = constitution.load(before), constitution.load(after)
     changes = differences(old, new)
@@ -127,9 +124,14 @@ def diff(
         "after": new.sha,
         "changes": [c._asdict() for c in changes],
     }
-    opened = open_run(run) if run else None
-    if opened:
+    cost_table: list[list[str]] = []
+    if run:
+        from cai_ray.storage.run import open_run
+        from cai_ray.studies import edit_cost
+
+        opened = open_run(run)
         result["cost"] = edit_cost.cost(opened, new)
+        cost_table = edit_cost.lines(result["cost"], opened.root)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
@@ -137,9 +139,11 @@ def diff(
         print(line)
     same = len(new.principles) - sum(c.what != "removed" for c in changes)
     print(f"{len(changes)} principles differ, {same} are the same; {old.sha} -> {new.sha}")
-    if opened:
+    if cost_table:
+        from cai_ray.report.terminal import print_table
+
         print()
-        print_table(edit_cost.lines(result["cost"], opened.root))
+        print_table(cost_table)
 
 
 @app.command("import")

@@ -151,7 +151,7 @@ def map_sets(
         if kept := len(journal.finished()):
             line = f"  {errors[name].label}: {kept} of {totals[name]} rows were finished before"
             print(line, file=sys.stderr, flush=True)
-    with interruptible(), worker_errors(), _Progress(list(errors.values())):
+    with interruptible(), worker_errors(), _RowProgress(list(errors.values())):
         counted = meter.current()
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             walked = batch.filter(batch["walked"])
@@ -321,7 +321,7 @@ def check_resources(config: RunConfig, gpu: bool) -> None:
     )
 
 
-class _Progress:
+class _RowProgress:
     """Shows on stderr how many rows are done, of the set that is being walked."""
 
     def __init__(self, sets: list[_Errors]):
