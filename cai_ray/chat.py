@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
-from typing import Literal
 
 from cai_ray.cluster.connect import uses_gpu, worker_env
 from cai_ray.data.formats import clean
@@ -15,17 +14,18 @@ from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
 from cai_ray.report.text import name_of, visible
+from cai_ray.stages import Policy, maker_of
 from cai_ray.storage.records import derive_seed
 from cai_ray.storage.run import Run
 
 
-def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
+def run(run: Run, which: Policy) -> int:
     """Answers lines of stdin until it ends or is interrupted, and returns the exit code.
 
     Raises:
         InputError: the policy is not trained yet, or cannot be loaded.
     """
-    if which != "base" and run.manifest({"sl": "sft", "rl": run.config.method}[which]) is None:
+    if (stage := maker_of(which, run.config.method)) and run.manifest(stage) is None:
         raise InputError(
             f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
         )

@@ -37,9 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cai_ray.stages import has_stage, stages_that
+
+TRAINING = [name for name in stages_that("trains") if has_stage("ppo", name)]
 WAYS = [
     f"{stage} {way}"
-    for stage in ("sft", "rm", "ppo")
+    for stage in TRAINING
     for way in ("plain", "ours", "ours, torch", "ours, mask", "ours, fine", "ours, logits")
     if (stage, way) != ("rm", "ours, logits")
 ]
@@ -69,7 +72,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="measurements of each way (default 3)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps in each (default 4)")
     parser.add_argument("--peak-tflops", type=float, help="of the card, dense bf16 (default: by its name)")
-    parser.add_argument("--only", nargs="+", default=["sft", "rm", "ppo"], help="these stages or ways alone")
+    parser.add_argument("--only", nargs="+", default=TRAINING, help="these stages or ways alone")
     parser.add_argument("--small", action="store_true", help="a small model: to see that it runs")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -212,7 +215,7 @@ def flops(stage: str, data: Data, shape: dict[str, int]) -> float:
     tokens, counted = sum(data.lengths), sum(sum(row.mask) for row in data.rows)
     body = 6 * backbone * tokens + 6 * layers * d * sum(n * n for n in data.lengths)
     head = 6 * d * shape["vocab_size"] * counted
-    return {"sft": body + head, "rm": body, "ppo": 2 * body + head}[stage]
+    return body if stage == "rm" else 2 * body + head if stage == "ppo" else body + head
 
 
 def _wait() -> None:

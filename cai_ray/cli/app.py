@@ -16,8 +16,9 @@ from typer.main import get_command
 from cai_ray import __version__
 from cai_ray.cli import config, constitution, results, run, serve, studies, town
 from cai_ray.cli.failures import report_failure, usage_line
-from cai_ray.cli.options import STAGES, EstimateCommand, new_app
+from cai_ray.cli.options import EstimateCommand, new_app
 from cai_ray.errors import EXIT_DONE, EXIT_INPUT
+from cai_ray.stages import STAGES
 
 app = new_app("Constitutional AI on Ray: from a written constitution to a trained policy.")
 

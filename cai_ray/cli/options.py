@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cai_ray.errors import InputError
-
-
-class Stage(NamedTuple):
-    help: str
-    before: bool = False
-
-
-STAGES = {
-    "revise": Stage("responses, critiques and revisions of the helpful model"),
-    "sft": Stage("the SL-CAI policy, fine-tuned on the revisions"),
-    "compare": Stage("pairs of samples of the SL-CAI policy"),
-    "label": Stage("the feedback model's soft preferences"),
-    "rm": Stage("the reward model, on AI labels and human helpfulness comparisons"),
-    "ppo": Stage("the RL-CAI policy"),
-    "dpo": Stage("the policy by direct preference optimisation, in the place of rm and ppo (method: dpo)"),
-    "evaluate": Stage("base, SL-CAI and final policy on held-out prompts"),
-    "report": Stage("report.json and one HTML page"),
-    "redteam": Stage("more red-team prompts, written by the model after the run's own", before=True),
-}
+from cai_ray.stages import STAGES
 
 
 class Group(TyperGroup):

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def status(run: RunFolder, as_json: Json = False) -> None:
     """Show which stages of a run are done, and what they cost."""
-    from cai_ray import pipeline
+    from cai_ray.provenance import status
     from cai_ray.report.terminal import print_table
     from cai_ray.storage.run import open_run
 
     opened = open_run(run)
-    rows = pipeline.status(opened)
+    rows = status.status(opened)
     if as_json:
         print(json.dumps(rows))
     else:

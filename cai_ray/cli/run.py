@@ -25,6 +25,7 @@ from cai_ray.cli.options import (
     stage_name,
 )
 from cai_ray.errors import InputError
+from cai_ray.stages import stages_of
 
 if TYPE_CHECKING:
     from cai_ray.config.run import RunConfig
@@ -52,10 +53,8 @@ def run(
     as_json: EstimateJson = False,
 ) -> None:
     """Run all stages in order; completed ones are skipped."""
-    from cai_ray import pipeline
-
     settings = _load(config, overrides, out)
-    names = pipeline.stages_of(settings)
+    names = stages_of(settings.method)
     if until:
         if until not in names:
             raise InputError(

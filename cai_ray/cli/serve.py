@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from cai_ray.cli.options import RunFolder, listed, port
 from cai_ray.errors import InputError
+from cai_ray.stages import Policy
 
 
 def chat(
     run: RunFolder,
-    model: Annotated[Literal["base", "sl", "rl"], typer.Option("--model", help="Which policy.")] = "rl",
+    model: Annotated[Policy, typer.Option("--model", help="Which policy.")] = "rl",
 ) -> int:
     """Talk to a run's policy."""
     from cai_ray import chat

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.cost import PricesConfig
 from cai_ray.config.run import RunConfig
+from cai_ray.stages import STAGES
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
 FOLDER = "spent"
-TRAINING = ("sft", "rm", "ppo", "dpo")
-"""Stages on training GPUs; all others are on those that generate."""
 HOUR = 3600.0
 _UNITS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "wall_hours": "hours"}
 
@@ -115,7 +114,7 @@ def money(spent: Spent, stage: str, prices: PricesConfig | None) -> float | None
     if prices is None:
         return None
     gpu = prices.gpu_hour
-    if stage not in TRAINING and prices.generation_gpu_hour is not None:
+    if STAGES[stage].kind != "trains" and prices.generation_gpu_hour is not None:
         gpu = prices.generation_gpu_hour
     held = spent.gpu_seconds * (gpu or 0) + spent.cpu_seconds * (prices.cpu_hour or 0)
     return held / HOUR + _tokens(spent.endpoint, prices)

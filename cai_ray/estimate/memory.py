@@ -20,6 +20,7 @@ from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.config.training import TrainConfig
 from cai_ray.errors import InputError
+from cai_ray.stages import ROLES, STAGES, maker_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -246,7 +247,7 @@ def _remedies(
     stage = next(
         n.stage for n in needs if faults([n], have, gib) or faults(_stage(needs, n.stage), have, gib)
     )
-    section = stage if stage in ("sft", "rm", "ppo", "dpo") else None
+    section = stage if STAGES[stage].kind == "trains" else None
     tried: list[dict[str, dict[str, Any]]] = []
     if section:
         rollouts = config.engine.tensor_parallel if section == "ppo" else 0
@@ -330,8 +331,8 @@ def _line(need: Need) -> str:
 
 def shape_of(config: RunConfig, role: str) -> Shape:
     """The shape of a model by its role; one that is not trained yet has that of the model it starts from."""
-    while role in ("sl", "rl", "rm"):
-        role = {"sl": config.sft.init, "rl": "sl", "rm": config.rm.init}[role]
+    while stage := maker_of(role, config.method) if role in ROLES else None:
+        role = getattr(getattr(config, stage), "init", "sl")
     name = Run(config).model(role)
     fields = config.check.model if name == config.model else None
     return _shape(name, tuple(sorted((k, repr(v)) for k, v in (fields or {}).items())))

@@ -20,10 +20,12 @@ from cai_ray.errors import InputError
 from cai_ray.estimate.sample import prompts_of, rows_by_kind, sampled
 from cai_ray.estimate.scale import Stage, Totals, ppo_seconds, rate, scaled, whole_usage
 from cai_ray.evaluate import formats
-from cai_ray.evaluate.stage import POLICIES
 from cai_ray.generate.label import gold_rows
+from cai_ray.provenance.copies import fork
+from cai_ray.provenance.inputs import inputs
 from cai_ray.report import tables
 from cai_ray.report.text import columns, duration, price
+from cai_ray.stages import POLICIES, STAGES, stages_of, upstream_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -54,7 +56,7 @@ def estimate(
         sample = Run(small)
         shares = _shares(config, small)
         kept = [n for n in MODELS if n not in todo and run.manifest(n) and todo]
-        pipeline.fork(run, small, kept)
+        fork(run, small, kept)
         needed = _needed(config, todo, kept)
         pipeline.run_stages(small, needed, keep=kept, say=say)
         made = [_stage(run, sample, name, "sft" in kept) for name in todo]
@@ -78,25 +80,21 @@ def estimate(
 def _done(run: Run, name: str) -> bool:
     manifest = run.manifest(name)
     with suppress(InputError):  # what it reads is not made yet
-        return manifest is not None and manifest["inputs"] == pipeline.inputs(run, name)
+        return manifest is not None and manifest["inputs"] == inputs(run, name)
     return False
 
 
 def _needed(config: RunConfig, todo: Sequence[str], kept: Sequence[str]) -> list[str]:
     """The stages to run: these, and what they rest on."""
-    wanted, found = list(todo), set(todo)
-    while wanted:
-        more = set(pipeline.needs(config, wanted.pop())) - found
-        found |= more
-        wanted += more
-    return [name for name in pipeline.stages_of(config) if name in found and name not in kept]
+    needed = {*todo, *(up for name in todo for up in upstream_of(name, config.method))}
+    return [name for name in stages_of(config.method) if name in needed and name not in kept]
 
 
 def _stage(run: Run, sample: Run, name: str, own_policy: bool) -> Stage:
     made = sample.manifest(name)
     assert made is not None
     spent = Spent.of(made["resources"])
-    if name not in cost.TRAINING:
+    if STAGES[name].kind != "trains":
         return _generation(run, sample, name, made, spent, own_policy)
     reckon = {"sft": _sft, "ppo": _ppo}.get(name, _preference)
     return reckon(run, sample, name, made, spent)
@@ -224,12 +222,13 @@ def _shares(config: RunConfig, small: RunConfig) -> dict[str, str]:
 
 def _notes(config: RunConfig, count: int, kept: Sequence[str], todo: Sequence[str]) -> list[str]:
     notes = []
-    if "sft" not in kept and {"compare", "label", "evaluate"} & set(todo):
+    generated = {name for name in todo if STAGES[name].kind == "generates"}
+    if "sft" not in kept and any("sft" in upstream_of(name, config.method) for name in generated):
         notes.append(
             "policies of the sample are hardly trained: trained ones may answer longer or shorter; comparisons are "
             "reckoned as if no two answers were alike, for which nothing is asked"
         )
-    if config.engine.max_num_seqs > count and {"revise", "compare", "label"} & set(todo):
+    if config.engine.max_num_seqs > count and generated - {"evaluate"}:
         notes.append(
             f"an engine takes {config.engine.max_num_seqs} rows at once, more than the {count} prompts of the sample: "
             "the run's engines may be fuller, and faster, than this"

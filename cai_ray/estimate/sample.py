@@ -63,8 +63,9 @@ def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
         files.write_bytes(path, text.encode())
         (data if stage == "revise" else data[stage])["prompts"] = [{"path": path}]
     data |= {"out": files.join(folder, "run"), "budget": {}, "sinks": [], "max_error_rate": 1.0}
-    for section in ("revise", "compare", "evaluate"):
-        data[section]["limit"] = None
+    for stage in rows:
+        if "limit" in data[stage]:
+            data[stage]["limit"] = None
     for engine in (data["engine"], data["label"]["engine"]):
         if engine:
             engine |= {"min_actors": 1, "max_actors": 1}

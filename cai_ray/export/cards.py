@@ -17,6 +17,7 @@ from cai_ray.constitution import Constitution
 from cai_ray.export import snippets
 from cai_ray.report import text
 from cai_ray.report.markdown import escaped, fence, page, table
+from cai_ray.stages import upstream_of
 
 
 class Facts(NamedTuple):
@@ -52,7 +53,7 @@ KINDS = {
     "sl": Kind(
         "SL-CAI policy",
         "A language model, fine-tuned on its own answers after it had criticised and revised them by a constitution.",
-        ("revise", "sft"),
+        (*upstream_of("sft", "ppo"), "sft"),
         ("sft",),
         "text-generation",
         _POLICY_LIMITS,
@@ -61,7 +62,7 @@ KINDS = {
         "reward model",
         "It scores answers. It was trained on a feedback model's soft preferences by a constitution, and on human "
         "comparisons of helpfulness where there were any.",
-        ("compare", "label", "rm"),
+        tuple(s for s in (*upstream_of("rm", "ppo"), "rm") if s not in (*upstream_of("sft", "ppo"), "sft")),
         ("reward-model",),
         "text-classification",
         (
@@ -74,7 +75,7 @@ KINDS = {
     "rl": Kind(
         "RL-CAI policy",
         "The SL-CAI policy after reinforcement learning (PPO) against the reward model of the same run.",
-        ("revise", "sft", "compare", "label", "rm", "ppo"),
+        (*upstream_of("ppo", "ppo"), "ppo"),
         ("ppo", "rlaif"),
         "text-generation",
         (
@@ -86,7 +87,7 @@ KINDS = {
 KINDS["dpo"] = KINDS["rl"]._replace(
     about="The SL-CAI policy after direct preference optimisation (DPO) on a feedback model's soft preferences by a "
     "constitution, and on human comparisons of helpfulness where there were any.",
-    settings=("revise", "sft", "compare", "label", "dpo"),
+    settings=(*upstream_of("dpo", "dpo"), "dpo"),
     tags=("dpo", "rlaif"),
     limits=_POLICY_LIMITS,
 )

@@ -24,20 +24,17 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray.errors import InputError
 from cai_ray.export import cards
-from cai_ray.pipeline import needs, stages_of
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
 from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.records import MESSAGES
 from cai_ray.storage.records import SCHEMAS as RECORDS
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
-
-MODELS = {"ppo": {"sl": "sft", "rm": "rm", "rl": "ppo"}, "dpo": {"sl": "sft", "rl": "dpo"}}
-"""By the run's method: the stage that makes the model of a role."""
 
 _text, _float = pa.string(), pa.float64()
 SCHEMAS = {
@@ -93,7 +90,7 @@ def export(run: Run, out: str) -> Exported:
         InputError: the folder holds something, or the run has nothing to export yet.
     """
     _check_empty(out)
-    manifests = {name: m for name in stages_of(run.config) if (m := _current(run, name))}
+    manifests = {name: m for name in stages_of(run.config.method) if (m := _current(run, name))}
     if not manifests:
         raise InputError(f"{run.root}: nothing to export yet; finish a stage with `cai-ray run` first")
     path = run.path("constitution.yaml")
@@ -112,7 +109,7 @@ def export(run: Run, out: str) -> Exported:
     )
     files.write_bytes(files.join(out, "constitution.yaml"), document)
     done = Exported(["constitution.yaml"], [])
-    for role, stage in MODELS[run.config.method].items():
+    for role, stage in models_of(run.config.method).items():
         if _present(run, facts, f"models/{role}", stage, done):
             _model(run, facts, role, templates, files.join(out, "models", role))
     rows: dict[str, int] = {}
@@ -153,7 +150,7 @@ def _current(run: Run, name: str) -> dict[str, Any] | None:
     manifest = run.manifest(name)
     if manifest is None:
         return None
-    for upstream in needs(run.config, name):
+    for upstream in needs_of(name, run.config.method):
         before = _current(run, upstream)
         if before is None or before["id"] != manifest["inputs"].get(upstream):
             return None
@@ -172,7 +169,7 @@ def _check_empty(out: str) -> None:
 
 
 def _model(run: Run, facts: cards.Facts, role: str, templates: TemplateSet, out: str) -> None:
-    source = run.path(MODELS[run.config.method][role], "model")
+    source = run.path(models_of(run.config.method)[role], "model")
     files.upload_folder(source, out)
     if templates.chat_template:  # the run's, in the place of the model's own
         files.write_bytes(files.join(out, "chat_template.jinja"), templates.chat_template.encode())

@@ -7,6 +7,7 @@ from typing import Any
 
 from cai_ray.report.text import name_of, safe
 from cai_ray.report.words import diff
+from cai_ray.stages import POLICIES
 
 KINDS = {"revision": "critique and revision", "answer": "answers of the policies"}
 
@@ -74,7 +75,7 @@ def answer(item: Mapping[str, Any]) -> str:
             marks.append(f"reward {said['reward']:+.2f}")
         body = safe(said["text"]) if first is None else diff(first, said["text"])
         first = said["text"] if first is None else first
-        style = model if model in ("base", "sl", "rl") else "control"
+        style = model if model in POLICIES else "control"
         turns.append(turn(name_of(model), body, style, note=", ".join(marks)))
     return _entry(item, "answer", " ".join(sorted(named)), turns, item["prompt_id"])
 

@@ -9,6 +9,7 @@ from cai_ray.cluster.cost import Spent
 from cai_ray.judging.certificate import is_tie
 from cai_ray.report import tables
 from cai_ray.report.text import duration, price
+from cai_ray.stages import has_stage, stages_that
 from cai_ray.storage.run import Run
 
 ACCEPTED = {
@@ -26,7 +27,7 @@ def read(run: Run) -> dict[str, Any]:
         revision: how many were accepted, and what one took of its stage: the four, and tokens. None where it is not
         known.
     """
-    prices, names = run.config.prices, ["redteam", *tables.of_method(run.config.method)]
+    prices, names = run.config.prices, [name for name in measured() if has_stage(run.config.method, name)]
     manifests = {name: found for name in names if (found := run.manifest(name))}
     by_stage = cost.by_stage(run, manifests)
     made = {manifest["id"] for manifest in manifests.values() if "id" in manifest}
@@ -110,10 +111,15 @@ def section(report: dict[str, Any]) -> str:
     )
 
 
+def measured() -> list[str]:
+    """The stages that a report says something about, of both methods: all but the report itself."""
+    return stages_that("generates", "trains")
+
+
 def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[list[str]]:
     """Two runs' stages and sums, each cell of both; nothing where neither has records."""
     rows = []
-    for name in [n for n in ("redteam", *tables.STAGES) if n in a["stages"] or n in b["stages"]] + ["all"]:
+    for name in [n for n in measured() if n in a["stages"] or n in b["stages"]] + ["all"]:
         both = [found["total"] if name == "all" else found["stages"].get(name, {}) for found in (a, b)]
         cells = [_numbers(held, found) for held, found in zip(both, (a, b), strict=True)]
         pairs = zip(*cells, strict=True)
@@ -123,9 +129,7 @@ def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[list[str]]:
 
 def _names(report: dict[str, Any]) -> list[str]:
     held = report["cost"]["stages"]
-    return [
-        n for n in ("redteam", *tables.STAGES) if n in report["stages"] or n in held
-    ]  # JSON keeps no order
+    return [n for n in measured() if n in report["stages"] or n in held]  # JSON keeps no order
 
 
 def _cells(name: str, stage: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from cai_ray.report import browser, charts, costs, labels, measures, principles, snapshots, tables
 from cai_ray.report.text import (
-    TRAINED,
     colour,
     families,
     in_order,
@@ -21,6 +20,7 @@ from cai_ray.report.text import (
     safe,
     summary,
 )
+from cai_ray.stages import POLICIES
 
 # A page of texts that models wrote: even if one slipped through, nothing but our script may run, or be fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{script}'; base-uri 'none'; form-action 'none'"
@@ -93,7 +93,7 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> str:
-    shown = [m for m in TRAINED if m in report["models"] and report[m]["harm"]["value"] is not None]
+    shown = [m for m in POLICIES if m in report["models"] and report[m]["harm"]["value"] is not None]
     tiles = "".join(
         f'<div class="tile {colour(m)}"><b>{percent(report[m]["harm"]["value"])}</b>'
         f"<span>harm, {safe(name_of(m))} ({interval(report[m]['harm'])})<br>"

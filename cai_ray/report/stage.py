@@ -11,7 +11,8 @@ from cai_ray import constitution as constitutions
 from cai_ray.data.sources import read_comparisons
 from cai_ray.evaluate.attribution import attribution
 from cai_ray.report import costs, explorer, html, snapshots, text, transcripts
-from cai_ray.report.tables import STAGES, of_method
+from cai_ray.report.costs import measured
+from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -82,7 +83,7 @@ def alarms(run: Run, report: dict[str, Any]) -> list[str]:
     found = list((run.manifest("ppo") or {}).get("alarms") or ())
     found += snapshots.parted(report["snapshots"])
     kept: dict[tuple[str, str], list[str]] = {}
-    for name in STAGES:
+    for name in measured():
         manifest = run.manifest(name) or {}
         for stage, changed in (manifest.get("kept") or {}).items():
             kept.setdefault((stage, ", ".join(changed)), []).append(name)
@@ -121,7 +122,7 @@ def human_harmlessness_labels(run: Run) -> int:
 def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
     """Wall seconds and tokens of each completed stage, from its manifest."""
     found = {}
-    for name in of_method(run.config.method):
+    for name in stages_of(run.config.method)[:-1]:
         if manifest := run.manifest(name):
             found[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
             for key in ("rows_in", "rows_out", "errors", "engine_seconds"):

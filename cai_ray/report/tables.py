@@ -7,14 +7,6 @@ from typing import Any
 
 from cai_ray.report.text import interval, name_of, percent, rates, safe
 
-STAGES = ("revise", "sft", "compare", "label", "rm", "ppo", "dpo", "evaluate")
-
-
-def of_method(method: str) -> list[str]:
-    """The stages that a run has."""
-    other = {"ppo": ("dpo",), "dpo": ("rm", "ppo")}[method]
-    return [s for s in STAGES if s not in other]
-
 
 def results(report: dict[str, Any]) -> str:
     """The main table: a row per rate, a column per policy, intervals beneath the values."""

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-NAMES = {
-    "base": "base",
-    "sl": "SL-CAI",
-    "rl": "RL-CAI",
+from cai_ray.stages import POLICIES, ROLES
+
+NAMES: dict[str, str] = {
+    **{role: ROLES[role].title for role in POLICIES},
     "shuffled": "shuffled labels",
     "respect_only": "respect alone",
 }
-TRAINED = ("base", "sl", "rl")
 METRICS = {
     "harm": "harm",
     "harm_greedy": "harm, temperature 0",
@@ -41,9 +40,9 @@ def name_of(model: str) -> str:
 
 def colour(model: str, models: Sequence[str] = ()) -> str:
     """The style of a policy; the controls among several policies take turns."""
-    if model in TRAINED:
+    if model in POLICIES:
         return model
-    controls = [m for m in models if m not in TRAINED]
+    controls = [m for m in models if m not in POLICIES]
     return f"control c{controls.index(model) % 3}" if model in controls else "control"
 
 

@@ -20,6 +20,7 @@ from cai_ray.cluster.placement import Need, check
 from cai_ray.cluster.worker_errors import input_error
 from cai_ray.errors import InputError
 from cai_ray.serve.settings import ServeSettings, load
+from cai_ray.stages import POLICIES, maker_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run, open_run
 
@@ -84,7 +85,7 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
 
     models = settings.models or (_furthest(run),)
     for role in models:
-        stage = {"sl": "sft", "rl": run.config.method}.get(role)
+        stage = maker_of(role, run.config.method)
         if stage and run.manifest(stage) is None:
             raise InputError(
                 f"{run.root}: no {role} policy is trained yet; run `cai-ray run` up to {stage} first"
@@ -105,8 +106,9 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
 
 
 def _furthest(run: Run) -> str:
-    for role, stage in {"rl": run.config.method, "sl": "sft"}.items():
-        if run.manifest(stage) is not None:
+    for role in reversed(POLICIES):
+        stage = maker_of(role, run.config.method)
+        if stage and run.manifest(stage) is not None:
             return role
     raise InputError(
         f"{run.root}: no policy is trained yet; run `cai-ray run` up to sft or {run.config.method} first"

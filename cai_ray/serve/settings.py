@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from cai_ray.config.load import set_value, validate_as
 from cai_ray.config.section import Section
 from cai_ray.serve.keys import Key
+from cai_ray.stages import POLICIES, Policy
 
 
 class Replicas(Section):
@@ -36,7 +37,7 @@ class Replicas(Section):
 class ServeSettings(Section):
     run: str
     """The run's directory, any URI."""
-    models: tuple[Literal["base", "sl", "rl"], ...] = ()
+    models: tuple[Policy, ...] = ()
     """Policies to serve, each by this name and with an engine of its own; by default the one furthest in training."""
     adapters: dict[str, str] = Field(default={})
     """LoRA adapters on the first of the models, by the name that clients ask for: folders as PEFT saves them, any
@@ -69,7 +70,7 @@ class ServeSettings(Section):
     def _names_differ(self) -> ServeSettings:
         if twice := next((m for m in self.models if self.models.count(m) > 1), None):
             raise ValueError(f"models names {twice!r} twice; name each once")
-        if taken := next((a for a in self.adapters if a in ("base", "sl", "rl") or ":" in a or not a), None):
+        if taken := next((a for a in self.adapters if a in POLICIES or ":" in a or not a), None):
             raise ValueError(f"adapters: {taken!r} is no name for one; choose another, without colons")
         return self
 

@@ -22,6 +22,7 @@ from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
 from cai_ray.report.combine import bootstrap
 from cai_ray.report.text import columns, interval, percent
+from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -74,7 +75,7 @@ def ablate(
 
 
 def _run(config: RunConfig, overwrite: bool, say: Callable[[str], None]) -> Run:
-    stages = pipeline.stages_of(config)
+    stages = stages_of(config.method)
     say(f"run {config.out}" + (f" without {', '.join(config.without)}" if config.without else ""))
     return pipeline.run_stages(config, stages, overwrite=overwrite, say=say)
 

@@ -12,10 +12,12 @@ from cai_ray.cluster.connect import disconnect
 from cai_ray.config.load import load_config, validate
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
+from cai_ray.provenance.copies import share
 from cai_ray.report import stage as report_stage
 from cai_ray.report import text
 from cai_ray.report.combine import combine
 from cai_ray.report.terminal import print_table
+from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -104,7 +106,7 @@ def add(
     for key, value in sections.items():
         data[key] = {**data[key], **value} if isinstance(value, dict) else value
     settings = validate({**data, "out": out}, CONFIG)
-    pipeline.share(done, settings)
+    share(done, settings)
     other, rows = _result(_run(settings, f"seed {settings.seed}, {text.name_of(name)}", overwrite))
     report[name] = other[policy]
     report["models"].append(name)
@@ -132,7 +134,7 @@ def _run(settings: RunConfig, who: str, overwrite: bool) -> Run:
     def say(line: str) -> None:
         print(f"[{who}] {line}", file=sys.stderr, flush=True)
 
-    return pipeline.run_stages(settings, pipeline.stages_of(settings), overwrite=overwrite, say=say)
+    return pipeline.run_stages(settings, stages_of(settings.method), overwrite=overwrite, say=say)
 
 
 def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:

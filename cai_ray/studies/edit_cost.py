@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cai_ray import pipeline
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 from cai_ray.generate import label, revise
 from cai_ray.generate.draw import draw
+from cai_ray.stages import stages_of, upstream_of
 from cai_ray.storage.run import Run
 
-KEPT = ("revise", "sft", "compare")
+KEPT = tuple(upstream_of("label", "ppo"))
 
 
 def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
@@ -36,11 +36,11 @@ def cost(run: Run, after: Constitution) -> dict[str, list[dict[str, Any]]]:
     samples = 2 * (run.manifest("compare") or {}).get("rows_out", 0)
     calls = {"revise": revisions, "compare": (samples * changed, samples), "label": votes}
     again, kept = [], []
-    for stage in pipeline.stages_of(run.config):
+    for stage in stages_of(run.config.method):
         done = run.manifest(stage)
         if done is None:
             continue
-        reached = {"revise": changed, "sft": changed, "compare": changed}.get(stage, changed or voted)
+        reached = changed or (voted and stage not in KEPT)
         now, whole = calls.get(stage, (None, None))
         if stage == "label" and changed:  # other answers are compared
             now = whole

@@ -17,6 +17,8 @@ from cai_ray.config.load import load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError, OverBudget
 from cai_ray.estimate import lines, sample, scale
+from cai_ray.provenance.inputs import inputs
+from cai_ray.provenance.status import status
 from cai_ray.report import costs
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
@@ -126,9 +128,9 @@ def test_a_budget_that_cannot_be(tmp_path: Path, given: str, says: str) -> None:
 
 
 def test_prices_and_limits_change_no_stage(tmp_path: Path) -> None:
-    plain = pipeline.inputs(Run(load(tmp_path)), "revise")
+    plain = inputs(Run(load(tmp_path)), "revise")
     bounded = load(tmp_path, "prices={gpu_hour: 2}", "budget={gpu_hours: 1, money: 5}")
-    assert pipeline.inputs(Run(bounded), "revise") == plain
+    assert inputs(Run(bounded), "revise") == plain
 
 
 def test_over_its_budget_a_run_starts_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +165,7 @@ def test_what_was_thrown_away_is_in_the_sum(tmp_path: Path) -> None:
     assert found["stages"]["sft"]["money"] == pytest.approx(0.02)
     assert found["set_aside"]["cpu_seconds"] == 6
     assert (found["total"]["wall_seconds"], found["total"]["money"]) == (15, pytest.approx(0.026))
-    rows = {row["stage"]: row for row in pipeline.status(run)}
+    rows = {row["stage"]: row for row in status(run)}
     assert (rows["sft"]["cpu_seconds"], rows["rm"]["cpu_seconds"]) == (20, 1)
     assert "cpu_seconds" not in rows["revise"]
 
