@@ -28,7 +28,7 @@ from cai_ray.errors import OverBudget
 from cai_ray.generate.actor import ChainActor, rows_in_flight
 from cai_ray.generate.chain import Chain, Gives, Rows, Takes
 from cai_ray.generate.journal import SLICE_ROWS, Journal, Published, Slice
-from cai_ray.generate.progress import ProgressLines, SetProgress
+from cai_ray.generate.row_progress import RowProgress, SetProgress
 from cai_ray.storage.models import model_sha
 from cai_ray.storage.run import Run
 
@@ -97,7 +97,7 @@ def map_sets(
             for name, total in totals.items()
         }
         _print_finished(journals, progress)
-        with interruptible(), worker_errors(), ProgressLines(list(progress.values())):
+        with interruptible(), worker_errors(), RowProgress(list(progress.values())):
             _follow(outcomes, progress)
     published = {name: journal.publish() for name, journal in journals.items()}
     seconds = time.time() - started

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
 from cai_ray.errors import InputError
 
 # If all of the first rows fail, and they are this many, that is no accident.
@@ -49,8 +49,8 @@ class SetProgress:
             )
 
 
-class ProgressLines:
-    """Prints a line to stderr every few seconds: rows done so far, of the set that is being processed."""
+class RowProgress:
+    """Shows on stderr how many rows are done, of the set that is being processed."""
 
     def __init__(self, sets: list[SetProgress]):
         self.sets = sets
@@ -66,11 +66,27 @@ class ProgressLines:
 
     def _watch(self) -> None:
         started = time.time()
-        while not self.stop.wait(_LINE_EVERY_S):
-            current = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
-            rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
-            elapsed = time.time() - started
-            left = f", {elapsed * (total - rows) / rows:.0f} s left" if rows else ""
-            failed = f", {current.errors.total()} failed" if current.errors else ""
-            line = f"  {current.label}: {current.rows} of {current.total} rows{failed}, {elapsed:.0f} s{left}"
-            print(line, file=sys.stderr, flush=True)
+        with ProgressDisplay() as display:
+            while not self.stop.wait(POLL_S if display.drawn else _LINE_EVERY_S):
+                display.show(self._progress(time.time() - started))
+
+    def _progress(self, elapsed: float) -> Progress:
+        current = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
+        rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
+        failed = [f"{current.errors.total()} failed"] if current.errors else []
+        left = [f"{elapsed * (total - rows) / rows:.0f} s left"] if rows else []
+        return Progress(
+            current.label,
+            current.rows,
+            current.total,
+            "rows",
+            ", ".join([f"{rows / elapsed:.1f} rows/s", *failed, *left]),
+            ", ".join(
+                [
+                    f"{current.label}: {current.rows} of {current.total} rows",
+                    *failed,
+                    f"{elapsed:.0f} s",
+                    *left,
+                ]
+            ),
+        )
