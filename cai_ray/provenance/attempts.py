@@ -15,6 +15,7 @@ from cai_ray.provenance.changes import changed_keys, differences, settings_of
 from cai_ray.provenance.inputs import inputs
 from cai_ray.stages import STAGES
 from cai_ray.storage import files
+from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows
 
@@ -88,6 +89,14 @@ def _has_work(run: Run, name: str) -> bool:
     if STAGES[name].kind != "trains":
         rows = files.list_files(run.path(name, "journal"), ".parquet", recursive=True)
         return any(path.rsplit("/", 1)[1].startswith("done-") for path in rows)
-    checkpoints = files.list_files(run.path(name, "checkpoints"), recursive=True)
-    rollouts = name == "ppo" and has_rows(run.path(name))
-    return rollouts or any("/checkpoint_" in path for path in checkpoints)
+    return bool(checkpointed(run, name)) or (name == "ppo" and has_rows(run.path(name)))
+
+
+def checkpointed(run: Run, name: str) -> set[str]:
+    """The names by which Ray Train finds checkpoints of a stage: RUN/STAGE/checkpoints/NAME/checkpoint_…/…"""
+    _, folder = resolve(run.path(name, "checkpoints"))
+    inside = [
+        path[len(folder) :].strip("/")
+        for path in files.list_files(run.path(name, "checkpoints"), recursive=True)
+    ]
+    return {path.split("/")[0] for path in inside if "/checkpoint_" in path.rpartition("/")[0]}
