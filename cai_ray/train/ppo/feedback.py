@@ -44,7 +44,7 @@ class FeedbackModel:
         return list(await asyncio.gather(*map(one, rows)))
 
 
-def needed(run: Run, gpu: bool) -> dict[str, float] | None:
+def actor_resources(run: Run, gpu: bool) -> dict[str, float] | None:
     """The resources that the actor takes on a node; None if PPO does not use the feedback model."""
     watch = run.config.ppo.watch
     return _bundle(run.feedback().config, gpu) if watch.every and watch.asks_feedback else None
