@@ -40,11 +40,11 @@ class SetContent(TypedDict):
 
     messages: list[Turn]
     options: NotRequired[list[str]]
-    """Of choices and comparisons."""
+    """The answers to choose from (choices and comparisons)."""
     correct: NotRequired[list[int]]
     """Places of the right ones among the options."""
     unsafe: NotRequired[bool]
-    """Of refusals: whether the request is one to decline."""
+    """Whether the request is one to decline (refusals)."""
 
 
 class SetRow(SetContent):

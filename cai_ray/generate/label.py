@@ -197,7 +197,7 @@ class _SlotAnswer(NamedTuple):
     """What the feedback model says of two responses in one order."""
 
     logprobs: list[float]
-    """Of the option in the first slot, and of the one in the second."""
+    """Log-probability of the option in the first slot, then of the one in the second."""
     reasoning: str | None
     usage: Usage
 
