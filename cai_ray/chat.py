@@ -14,7 +14,8 @@ from cai_ray.engine.make import make_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
-from cai_ray.report.text import name_of, visible
+from cai_ray.report.roles import title_of
+from cai_ray.report.text import visible
 from cai_ray.storage.records import derive_seed
 from cai_ray.storage.run import Run
 
@@ -27,7 +28,7 @@ def run(run: Run, which: Literal["base", "sl", "rl"]) -> int:
     """
     if which != "base" and run.manifest({"sl": "sft", "rl": run.config.method}[which]) is None:
         raise InputError(
-            f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
+            f"{run.root}: the {title_of(which)} policy is not trained yet; choose another with --model"
         )
     # Between question and answer, a terminal is no place for an engine's warnings.
     for key, value in {**worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
@@ -50,7 +51,7 @@ def talk(engine: Engine, run: Run, which: str) -> None:
     templates = load_templates(config.templates)
     if terminal:
         print(
-            f"{name_of(which)} of {config.name}. Ctrl-D ends{'; /new begins anew' if goes_on else ''}.",
+            f"{title_of(which)} of {config.name}. Ctrl-D ends{'; /new begins anew' if goes_on else ''}.",
             file=sys.stderr,
         )
     history: list[dict[str, str]] = []

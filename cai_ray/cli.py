@@ -326,14 +326,14 @@ def _stage(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     if args.other is None:
         return _stage(args)
-    from cai_ray.report import compare
+    from cai_ray.report import side_by_side
     from cai_ray.storage import files
     from cai_ray.storage.run import open_run
 
-    found = compare.compare(open_run(args.config), open_run(args.other))
+    found = side_by_side.compare(open_run(args.config), open_run(args.other))
     if args.out:
-        files.write_bytes(files.join(args.out, "index.html"), compare.page(found).encode())
-    for line in [json.dumps(found)] if args.json else compare.lines(found):
+        files.write_bytes(files.join(args.out, "index.html"), side_by_side.page(found).encode())
+    for line in [json.dumps(found)] if args.json else side_by_side.lines(found):
         print(line)
     return EXIT_DONE
 

@@ -22,8 +22,7 @@ from cai_ray.estimate.scale import Stage, Totals, ppo_seconds, rate, scaled, who
 from cai_ray.evaluate import formats
 from cai_ray.evaluate.stage import POLICIES
 from cai_ray.generate.label import gold_rows
-from cai_ray.report import tables
-from cai_ray.report.text import columns, duration, price
+from cai_ray.report.text import columns, duration, price, token_counts
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -258,7 +257,7 @@ def lines(found: dict[str, Any]) -> list[str]:
                 *told,
                 price(row["money"], found["currency"]),
                 rows,
-                tables.tokens(row.get("tokens")),
+                token_counts(row.get("tokens")),
                 row.get("how", ""),
             ]
         )

@@ -16,7 +16,7 @@ from cai_ray.config.run import RunConfig
 from cai_ray.constitution import Constitution
 from cai_ray.export import snippets
 from cai_ray.report import text
-from cai_ray.report.markdown import escaped, fence, page, table
+from cai_ray.export.markdown import escaped, fence, page, table
 
 
 class Facts(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cai_ray.report.markdown import fence
+from cai_ray.export.markdown import fence
 
 Messages = list[dict[str, str]]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cai_ray.errors import InputError
 from cai_ray.evaluate.outcomes import outcomes
-from cai_ray.report.text import in_order
+from cai_ray.report.roles import METHODS, in_order
 
 
 def combine(
@@ -56,7 +56,7 @@ def combine(
                 "steps": _mean([r[method]["steps"] for r in reports]),
                 "seeds": [r[method]["steps"] for r in reports],
             }
-            for method in ("ppo", "dpo")
+            for method in METHODS
         },
         "snapshots": _mean([r["snapshots"] for r in reports]),
         **{name: _mean([r.get(name) or {} for r in reports]) for name in ("ratings", "wording", "critic")},

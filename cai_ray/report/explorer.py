@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from cai_ray.constitution import Constitution
-from cai_ray.report.text import in_order
-from cai_ray.report.transcripts import assemble, by_prompt
+from cai_ray.report.conversations import assemble, by_prompt
+from cai_ray.report.roles import in_order
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import iter_tables
 

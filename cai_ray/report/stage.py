@@ -10,8 +10,9 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray.data.sources import read_comparisons
 from cai_ray.evaluate.attribution import attribution
-from cai_ray.report import costs, explorer, html, snapshots, text, transcripts
-from cai_ray.report.tables import STAGES, of_method
+from cai_ray.report import conversations, costs, explorer, html, snapshots
+from cai_ray.report.roles import METHODS, STAGES, in_order, stages_of, title_of
+from cai_ray.report.text import percent
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -42,13 +43,13 @@ def build(run: Run) -> dict[str, Any]:
     opened = files.read_json(run.path("run.json"))
     models = measured["models"]
     # A directory may hold what another method left: it is no part of this run.
-    steps = {m: run.metrics(m) if m == run.config.method else [] for m in ("ppo", "dpo")}
+    steps = {m: run.metrics(m) if m == run.config.method else [] for m in METHODS}
     found = _finite(
         {
             "name": run.config.name,
             "model": run.config.model,
             "seed": run.config.seed,
-            "models": text.in_order(models),
+            "models": in_order(models),
             **models,
             "revision_harm": measured.get("revision_harm") or [],
             "revision_harm_selective": measured.get("revision_harm_selective") or [],
@@ -63,7 +64,7 @@ def build(run: Run) -> dict[str, Any]:
             "constitution_sha": opened["constitution_sha"],
             "constitution": _summary(constitution),
             "human_harmlessness_labels": human_harmlessness_labels(run),
-            "transcripts": transcripts.read(run, constitution),
+            "transcripts": conversations.read(run, constitution),
             **{
                 name: measured.get(name) or {}
                 for name in ("ratings", "wording", "critic", "judge", "sets", "harness")
@@ -80,7 +81,7 @@ def build(run: Run) -> dict[str, Any]:
 def alarms(run: Run, report: dict[str, Any]) -> list[str]:
     """What a reader should know before the figures, each in a line."""
     found = list((run.manifest("ppo") or {}).get("alarms") or ())
-    found += snapshots.parted(report["snapshots"])
+    found += snapshots.overoptimised(report["snapshots"])
     kept: dict[tuple[str, str], list[str]] = {}
     for name in STAGES:
         manifest = run.manifest(name) or {}
@@ -94,8 +95,8 @@ def alarms(run: Run, report: dict[str, Any]) -> list[str]:
     for model, wording in report["wording"].items():
         rose = wording["boilerplate"] is not None and before is not None and wording["boilerplate"] - before
         if rose and rose > BOILERPLATE:
-            share = text.percent(wording["boilerplate"], 0)
-            found.append(f"{text.name_of(model)}: {share} of its answers say {wording['phrase']!r}")
+            share = percent(wording["boilerplate"], 0)
+            found.append(f"{title_of(model)}: {share} of its answers say {wording['phrase']!r}")
     if report["attribution"]:
         coverage = report["attribution"]["coverage"]
         if families := coverage["families_without_principle"]:
@@ -121,7 +122,7 @@ def human_harmlessness_labels(run: Run) -> int:
 def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
     """Wall seconds and tokens of each completed stage, from its manifest."""
     found = {}
-    for name in of_method(run.config.method):
+    for name in stages_of(run.config.method):
         if manifest := run.manifest(name):
             found[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
             for key in ("rows_in", "rows_out", "errors", "engine_seconds"):

@@ -13,8 +13,9 @@ from cai_ray.config.load import load_config, validate
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.report import stage as report_stage
-from cai_ray.report import text
+from cai_ray.report import terminal
 from cai_ray.report.combine import combine
+from cai_ray.report.roles import title_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -104,7 +105,7 @@ def add(
         data[key] = {**data[key], **value} if isinstance(value, dict) else value
     settings = validate({**data, "out": out}, CONFIG)
     pipeline.share(done, settings)
-    other, rows = _result(_run(settings, f"seed {settings.seed}, {text.name_of(name)}", overwrite))
+    other, rows = _result(_run(settings, f"seed {settings.seed}, {title_of(name)}", overwrite))
     report[name] = other[policy]
     report["models"].append(name)
     judged.extend({**row, "model": name} for row in rows if row["model"] == policy)
@@ -142,10 +143,10 @@ def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
     seeds = report["seeds"]
     over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95 % intervals\n")
-    print(text.table(report))
+    print(terminal.results(report))
     if report["certificate"]:
-        print(f"\n{text.certificate(report['certificate'])}")
+        print(f"\n{terminal.certificate(report['certificate'])}")
     print(f"\nhuman harmlessness labels: {report['human_harmlessness_labels']}\n")
     for number, item in enumerate(report["transcripts"], 1):
-        print(text.transcript(item, number), end="\n\n")
+        print(terminal.transcript(item, number), end="\n\n")
     print(f"report: {files.join(folder, 'index.html')}  ({seconds:.0f} s)", flush=True)

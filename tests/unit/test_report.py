@@ -26,9 +26,10 @@ from cai_ray.evaluate.outcomes import outcomes, rates
 from cai_ray.evaluate.transcripts import choose
 from cai_ray.judging import certificate
 from cai_ray.judging.statistics import rate
-from cai_ray.report import html, stage, text
+from cai_ray.report import html, stage, terminal
 from cai_ray.report.combine import bootstrap, combine
-from cai_ray.report.tables import STAGES
+from cai_ray.report.label_quality import certificate_tables
+from cai_ray.report.roles import STAGES, in_order
 from cai_ray.storage import files
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
@@ -232,7 +233,7 @@ def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
     for report in (reports[0], combine(reports, rows, draws=10)):
         proof = report["certificate"]
         assert proof["gold"]["overall"]["n"] == 20
-        page, shown = Page(html.page(report)), text.certificate(proof)
+        page, shown = Page(html.page(report)), terminal.certificate(proof)
         for said in (page.text, shown):
             for expected in (
                 "slot bias",
@@ -247,7 +248,7 @@ def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
         assert page.tags.count("script") == 1  # our own
         bins = sum(1 for b in proof["gold"]["overall"]["raw"]["reliability"] if b["n"])
         assert shown.count("–0.") + shown.count("–1.00") == bins > 3
-    assert text.certificate_tables({**proof, "gold": None}) == []
+    assert certificate_tables({**proof, "gold": None}) == []
     assert "Certificate" not in Page(html.page({**reports[0], "certificate": None})).text
 
 
@@ -306,8 +307,8 @@ def test_transcripts_hold_answers_in_the_order_of_training(town_run: Run) -> Non
     assert len(told) == 3
     assert len({t["family"] for t in told}) == 3
     for t in told:
-        assert text.in_order(t["answers"]) == ["base", "sl", "rl"]
-        shown = text.transcript(t, 1)
+        assert in_order(t["answers"]) == ["base", "sl", "rl"]
+        shown = terminal.transcript(t, 1)
         assert shown.index("base says") < shown.index("sl says") < shown.index("rl says")
         assert [s["changed"] for s in t["steps"]] == [False, True]
     assert told[0]["steps"][0]["title"] == "Speak kindly"
@@ -348,6 +349,45 @@ def test_page_escapes_what_models_wrote_and_fetches_nothing(town_run: Run) -> No
     assert "@import" not in made
     assert "<script>alert(1)</script>" in parsed.text
     assert not {"\x1b", "\x00"} & set(made)
+
+
+def hostile(value: Any, key: str = "") -> Any:
+    """A copy in which every text is hostile, but for names that are looked up elsewhere in the report."""
+    if isinstance(value, dict):
+        return {k: hostile(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(v, key) for v in value]
+    return EVIL if isinstance(value, str) and key not in ("models", "id", "principle_id") else value
+
+
+def test_a_hostile_text_in_every_place_of_the_report_stays_text(town_run: Run) -> None:
+    report = stage.build(town_run)
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 100}
+    report["rl"]["harm_by_family"][EVIL] = rate
+    report["sets"] = {EVIL: {"models": {EVIL: {EVIL: rate}}}}
+    report["harness"] = {EVIL: {EVIL: {EVIL: {"value": 0.5, "stderr": 0.1}}}}
+    report["wording"] = {
+        "rl": {"boilerplate": 0.5, "phrase": "a", "words": 9.0, "unique": 1.0, "distinct_2": None}
+    }
+    report["versions"] = {EVIL: "1"}
+    report["alarms"] = ["a"]
+    report["cost"] |= {
+        "currency": "a",
+        "total": {**report["cost"]["total"], "wall_seconds": 1.0, "money": 2.0},
+    }
+    plain, page = Page(html.page(report)), html.page(hostile(report))
+    page.encode()
+    parsed = Page(page)
+    assert parsed.open == [] and not {"\x1b", "\x00"} & set(page)
+    assert parsed.tags.count("script") == 1 and set(parsed.tags) <= set(plain.tags)
+    assert {name for name, _ in parsed.attributes} <= {name for name, _ in plain.attributes}
+    shown = {
+        text.partition('"')[0] for text in page.split('<section id="') if "alert(1)&lt;/script&gt;" in text
+    }
+    assert shown >= {
+        "results", "families", "certificate", "transcripts", "constitution", "browser", "alarms", "wording", "sets",
+        "harness", "stages", "reproduce",
+    }  # fmt: skip
 
 
 def test_page_names_everything_it_must(town_run: Run) -> None:
@@ -397,7 +437,7 @@ def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
     assert combine(reports, rows, draws=500) == both
     json.dumps(both, allow_nan=False)
     assert Page(html.page(both)).open == []
-    assert "SL-CAI" in text.table(both)
+    assert "SL-CAI" in terminal.results(both)
 
 
 def test_combine_of_one_seed_keeps_its_intervals(town_run: Run) -> None:
@@ -435,7 +475,7 @@ def test_bootstrap_draws_prompts_and_not_outcomes() -> None:
 def test_terminal_text_has_no_escape_sequences(town_run: Run) -> None:
     item = stage.build(town_run)["transcripts"][0]
     item["response"] = EVIL
-    shown = text.transcript(item, 1)
+    shown = terminal.transcript(item, 1)
     assert "\x1b" not in shown
     assert "\x00" not in shown
     shown.encode()
