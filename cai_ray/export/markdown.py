@@ -1,37 +1,78 @@
-"""Markdown around texts that are not ours: whatever they hold, they are text and nothing else."""
+"""The one way from data to Markdown: templates in which every text is escaped, like those of the report for HTML.
+
+Whatever a template is given is text and nothing else, unless it is `Markdown`: what the functions here return.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cai_ray.report import text
+from cai_ray.report.text import visible
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
+# What makes a line a heading, a rule, or an item of a list.
+_START = re.compile(r"^(\d*)(?=[-+=#]+(\s|$)|(?<=\d)[.)](\s|$))")
 
 
-def escaped(value: str) -> str:
-    """A text as one line of markdown that shows it and does nothing else."""
-    line = " ".join(text.visible(value).split())
-    return _SPECIAL.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+class Markdown(str):
+    """Markdown that a template prints as it is."""
+
+    __slots__ = ()
 
 
-def fence(value: str, language: str) -> str:
-    """A block of code that nothing in it can end."""
-    value = text.visible(value).strip("\n")
-    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", value)), default=0))
-    return f"{ticks}{language}\n{value}\n{ticks}"
+def render(template: str, **data: Any) -> str:
+    """Fills a template of the folder `templates`. A variable that it uses and nobody gave is an error."""
+    return _environment().get_template(template).render(data).rstrip("\n") + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[escaped(c) for c in row] for row in (head, *rows)]
-    lines.insert(1, ["---"] * len(head))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def escaped(value: Any) -> Markdown:
+    """A text as one line of Markdown that shows it and does nothing else."""
+    line = " ".join(visible(str(value)).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markdown(_START.sub(r"\1\\", _SPECIAL.sub(r"\\\1", line)))
 
 
-def page(front: dict[str, Any], parts: Sequence[str]) -> str:
-    top = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" if front else ""
-    return top + "\n\n".join(parts) + "\n"
+def code(value: str) -> Markdown:
+    """A text as code within a line, which nothing in it can end."""
+    line = " ".join(visible(value).split())
+    ticks = _longer_than_any_in(line, 1)
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return Markdown(f"{ticks}{space}{line}{space}{ticks}")
+
+
+def code_block(value: str, language: str) -> Markdown:
+    """A block of code, which nothing in it can end."""
+    value = visible(value).strip("\n")
+    ticks = _longer_than_any_in(value, 3)
+    return Markdown(f"{ticks}{language}\n{value}\n{ticks}")
+
+
+def table(rows: Iterable[Iterable[str]], *head: str) -> Markdown:
+    lines = [[escaped(cell) for cell in row] for row in (head, *rows)]
+    lines.insert(1, [Markdown("---")] * len(head))
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _longer_than_any_in(text: str, least: int) -> str:
+    """A fence of backticks that is longer than every run of them in a text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=False,  # that would escape for HTML; `finalize` does it for Markdown
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markdown) else escaped(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": code, "code_block": code_block, "table": table}
+    return environment

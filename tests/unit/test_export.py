@@ -17,9 +17,11 @@ from cai_ray.cli import main
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import load
 from cai_ray.errors import InputError
-from cai_ray.export.folders import MODELS, SCHEMAS, export
+from cai_ray.export import markdown
+from cai_ray.export.datasets import SCHEMAS
+from cai_ray.export.folders import export
+from cai_ray.export.roles import MODELS
 from cai_ray.judging import certificate
-from cai_ray.report import markdown
 from cai_ray.storage import files
 from cai_ray.storage.records import to_table
 from cai_ray.storage.run import Run
@@ -310,15 +312,46 @@ def test_runs_and_exports_may_lie_on_other_file_systems(run: Run, tmp_path: Path
     assert all((near / f).read_bytes() == (away / f).read_bytes() for f in paths)
 
 
-@pytest.mark.parametrize("text", [EVIL, "`", "``` ```", "a|b", "", "* x", "1. x", "&lt;", "\\"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        EVIL,
+        "`",
+        "``` ```",
+        "a|b",
+        "",
+        "* x",
+        "1. x",
+        "&lt;",
+        "\\",
+        "# x",
+        "- x",
+        "+ x",
+        "2) x",
+        "---",
+        "==",
+        "-1.5",
+    ],
+)
 def test_markdown_keeps_every_character_of_a_line(text: str) -> None:
     line = markdown.escaped(text)
     assert "\n" not in line and "<" not in line and ">" not in line
     back = re.sub(r"\\(.)", r"\1", line).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    assert back == " ".join(text.replace("\x1b", "�").split())
+    shown = " ".join(text.replace("\x1b", "�").split())
+    assert back == shown
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(f"{line}\n")
+    assert [t.type for t in tokens] == ["paragraph_open", "inline", "paragraph_close"] * bool(shown)
+    assert "".join(t.content for t in tokens[1].children or []) == shown if shown else not tokens
+
+
+@pytest.mark.parametrize("text", [EVIL, "`", "``x`", "a_b"])
+def test_nothing_ends_code_within_a_line(text: str) -> None:
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(f"x {markdown.code(text)} y")
+    assert [t.type for t in tokens[1].children or []] == ["text", "code_inline", "text"]
+    assert tokens[1].children[1].content == " ".join(text.replace("\x1b", "�").split())  # type: ignore[index]
 
 
 def test_nothing_ends_a_block_of_code_early() -> None:
     for text in (EVIL, "```\n````\n# x", "`"):
-        (block,) = MarkdownIt().parse(markdown.fence(text, "yaml"))
+        (block,) = MarkdownIt().parse(markdown.code_block(text, "yaml"))
         assert (block.type, block.content) == ("fence", text.replace("\x1b", "�") + "\n")
