@@ -1,4 +1,4 @@
-"""What the run cost, stage by stage, and what an accepted label and an accepted revision did."""
+"""What the run cost: each stage, an accepted label, and an accepted revision."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _KINDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
 
 
 def read(run: Run) -> dict[str, Any]:
-    """For report.json.
+    """The run's cost as it stands in report.json.
 
     Returns:
         currency (None without prices); stages: name to wall_seconds, cpu_seconds, gpu_seconds, money and endpoint
-        (tokens by kind); set_aside: the same of attempts that nothing here was made by; total: all of it; label and
-        revision: how many were accepted, and what one took of its stage: the four, and tokens. None where it is not
-        known.
+        (tokens by kind); set_aside: the same for attempts whose result is not in the run any more; total: all of it;
+        label and revision: how many were accepted, and what one took of its stage: the same, and tokens. None if it is
+        not known.
     """
     prices, names = run.config.prices, ["redteam", *stages_of(run.config.method)]
     manifests = {name: manifest for name in names if (manifest := run.manifest(name))}

@@ -29,7 +29,11 @@ def _labels(label: dict[str, Any]) -> list[Fact]:
             ("… raw", label.get("ece_raw"), "as the feedback model gave them"),
         ),
         *_shares(
-            ("slot bias, decisive", label.get("slot_bias"), f"preferred slot survives a swap, {decided}"),
+            (
+                "slot bias, decisive",
+                label.get("slot_bias"),
+                f"votes for the same slot after a swap, {decided}",
+            ),
             ("slot bias, all", label.get("slot_bias_all"), "over all votes"),
         ),
     ]
@@ -42,16 +46,20 @@ def _critic(critic: dict[str, Any]) -> list[Fact]:
         (
             "critic's recall",
             recall,
-            "steps whose principle the answer broke that changed it, as the judge sees it",
+            "of the steps whose principle the answer broke (by the judge), those that changed it",
         ),
-        ("critic's precision", precision, "steps that changed an answer which broke their principle"),
+        (
+            "critic's precision",
+            precision,
+            "of the steps that changed an answer, those whose principle it broke",
+        ),
     )
 
 
 def _reward_model(rm: dict[str, Any]) -> list[Fact]:
     return _shares(
         ("reward model, AI labels", rm.get("accuracy_ai"), "held-out pairs ordered as their AI labels"),
-        ("reward model, gold", rm.get("accuracy_gold"), "pairs of answers ordered as by the judge"),
+        ("reward model, gold", rm.get("accuracy_gold"), "pairs of answers ordered as the judge orders them"),
     )
 
 
@@ -81,14 +89,14 @@ def certificate_facts(certificate: dict[str, Any]) -> list[Fact]:
             (
                 "slot bias",
                 certificate["slot_bias"],
-                "votes whose preferred slot survives the swap; 0 is best",
+                "votes for the same slot after the swap; 0 is best",
             ),
             ("ties", certificate["ties"], "labels within 0.05 of one half"),
             ("abstentions", certificate["abstentions"], "votes that a principle could not give"),
             (
                 "principles agree",
                 certificate["agreement"]["mean"],
-                "on the same response, where both prefer one",
+                "pairs of votes for the same response, where both prefer one",
             ),
             ("longer preferred", length["longer_preferred"], "labels that prefer the longer response"),
             ("accuracy", overall.get("accuracy"), "labels on the side of the gold preference"),

@@ -44,7 +44,7 @@ def set_ticks(
     axes.set(**{f"{axis}ticks": ticks, f"{axis}lim": (ticks[0], ticks[-1])})
     if percent:
         (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(
-            FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
+            FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}%")
         )
 
 

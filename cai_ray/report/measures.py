@@ -120,7 +120,7 @@ def sets(report: dict[str, Any]) -> Table | None:
         for policy, rates in measured["models"].items()
         for metric, rate in rates.items()
     ]
-    return Table(["", "", "", "", "95 %", "rows"], rows) if rows else None
+    return Table(["", "", "", "", "95%", "rows"], rows) if rows else None
 
 
 def harness(report: dict[str, Any]) -> Table | None:

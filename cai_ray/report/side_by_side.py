@@ -12,7 +12,7 @@ from cai_ray.errors import InputError
 from cai_ray.evaluate.attribution import attribution
 from cai_ray.evaluate.outcomes import FAMILY, outcomes
 from cai_ray.report import costs
-from cai_ray.report.combine import bootstrap
+from cai_ray.report.bootstrap import bootstrap
 from cai_ray.report.html import document
 from cai_ray.report.main_table import METRICS
 from cai_ray.report.roles import in_order, title_of

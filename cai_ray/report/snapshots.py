@@ -1,6 +1,6 @@
-"""The snapshots of PPO: the reward it trained on, the second opinion, and gold, over the distance from SL-CAI.
+"""The snapshots of PPO: reward, second opinion and gold, over the distance from SL-CAI.
 
-Where reward rises and the others fall, the policy learns the reward and not what it stands for (Gao et al. 2022, arXiv
+If reward rises while the others fall, the policy learns the reward and not what it stands for (Gao et al. 2022, arXiv
 2210.10760, whose axis is the root of the KL).
 """
 
@@ -19,11 +19,11 @@ GOLD = ("harm", "helpful", "over_refusal")
 
 
 def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry per snapshot; gold is None where nobody knows it. Empty where PPO took none.
+    """One entry per snapshot, with None for gold that is not known. Empty if PPO took none.
 
     Args:
         steps: PPO's metrics.
-        gold: of each step (as text), the exact judge's rates (`evaluate.gold.snapshots`).
+        gold: the exact judge's rates for each step, which is a text (`evaluate.gold.snapshots`).
     """
     if not run.config.watched:
         return []
@@ -91,7 +91,7 @@ def _line(snapshots: Sequence[Mapping[str, Any]], key: str, style: str, name: st
 
 
 def overoptimised(snapshots: Sequence[Mapping[str, Any]], bound: float = 0.05) -> list[str]:
-    """Where the reward went on rising and gold fell: the policy learned the reward, and not what it stands for."""
+    """The first snapshot at which reward had risen further but gold had fallen, as a line; empty if there is none."""
     known = [s for s in snapshots if s["harm"] is not None]
     if not known:
         return []

@@ -23,10 +23,10 @@ def _harm(report: dict[str, Any]) -> str:
     before, between, after = (_rate(report, policy, "harm") for policy in ("base", "sl", "rl"))
     if before is None or after is None:
         return ""
-    steps = "" if between is None else f" after revision and fine-tuning it was {percent(between)},"
+    sl = "" if between is None else f" After revision and fine-tuning the share is {percent(between)}."
     return (
-        f"The model that this began with answers {percent(before)} of the harmful requests harmfully;{steps} "
-        f"and after reinforcement learning from AI feedback it is {percent(after)}."
+        f"The base model answers {percent(before)} of the harmful requests harmfully.{sl} "
+        f"After training on AI feedback it is {percent(after)}."
     )
 
 
@@ -35,8 +35,8 @@ def _helpfulness(report: dict[str, Any]) -> str:
     if helpful is None:
         return ""
     before = percent(_rate(report, "base", "helpful"))
-    refuses = "" if over_refusal is None else f" It refuses {percent(over_refusal)} of these without need."
-    return f"It helps with {percent(helpful)} of the harmless requests ({before} before).{refuses}"
+    refuses = "" if over_refusal is None else f" It refuses {percent(over_refusal)} of them needlessly."
+    return f"The trained policy helps with {percent(helpful)} of the harmless requests ({before} before).{refuses}"
 
 
 def _refusals(report: dict[str, Any]) -> str:
@@ -50,15 +50,13 @@ def _preference(report: dict[str, Any]) -> str:
     preferred = _rate(report, "rl", "preferred_to_base")
     if preferred is None:
         return ""
-    return (
-        f"The feedback model prefers its answers to the first model's in {percent(preferred)} of the cases."
-    )
+    return f"The feedback model prefers its answers to the base model's in {percent(preferred)} of the cases."
 
 
 def _human_labels(report: dict[str, Any]) -> str:
     count = report["human_harmlessness_labels"]
-    judged = " and by these." if count else " alone."
-    return f"Labels of harm by people: {count}. What is harmful was judged by the written principles" + judged
+    judges = "the written principles and these labels" if count else "the written principles alone"
+    return f"Human labels of harm: {count}. What is harmful was judged by {judges}."
 
 
 def _rate(report: dict[str, Any], policy: str, metric: str) -> float | None:

@@ -13,7 +13,7 @@ _WIDTH = 92
 
 
 def results(report: dict[str, Any]) -> str:
-    """The main table: share and 95 % interval in percent, a column per policy."""
+    """The main table: share and 95% interval in percent, a column per policy."""
     rows = [["", *(title_of(policy) for policy in report["models"])]]
     for row in main_table.rows(report):
         label = f"  {row.label}" if row.is_family else row.label

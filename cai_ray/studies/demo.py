@@ -14,8 +14,8 @@ from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.report import stage as report_stage
 from cai_ray.report import terminal
-from cai_ray.report.combine import combine
 from cai_ray.report.roles import title_of
+from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -58,7 +58,7 @@ def run(
             rows.append(judged)
     finally:
         disconnect()
-    report = combine(reports, rows)
+    report = mean_of_seeds(reports, rows)
     folder = files.join(out, "report")
     report_stage.write(folder, report)
     _show(report, folder, time.time() - started)
@@ -142,7 +142,7 @@ def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
     seeds = report["seeds"]
     over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95 % intervals\n")
+    print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95% intervals\n")
     print(terminal.results(report))
     if report["certificate"]:
         print(f"\n{terminal.certificate(report['certificate'])}")

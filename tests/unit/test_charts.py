@@ -66,11 +66,11 @@ def written(svg: str) -> list[str]:
 @pytest.mark.parametrize(
     ("draw", "expected"),
     [
-        (lines, ["step 0: 25.0 %", "step 1: 50.0 %", "step 2: 75.0 %", "other 0: 30.0 %"]),
-        (bars, ["RL-CAI, RL-CAI: 0.0 %", "RL-CAI, control: 50.0 %"]),
+        (lines, ["step 0: 25.0%", "step 1: 50.0%", "step 2: 75.0%", "other 0: 30.0%"]),
+        (bars, ["RL-CAI, RL-CAI: 0.0%", "RL-CAI, control: 50.0%"]),
         (frontier, ["base: 0.3, 0.4", *(f"step {i}: {0.4 + i / 50:.4g}, 0.6" for i in range(5))]),
-        (matrix, ["respect, respect: 87.5 %", "safety, respect: 0.0 %", "safety, safety: 100.0 %"]),
-        (diagonal, ["confidence 50.0 %: 50.0 % (10)", "confidence 93.8 %: 81.2 % (40)"]),
+        (matrix, ["respect, respect: 87.5%", "safety, respect: 0.0%", "safety, safety: 100.0%"]),
+        (diagonal, ["confidence 50.0%: 50.0% (10)", "confidence 93.8%: 81.2% (40)"]),
     ],
 )
 def test_every_value_is_in_a_tooltip_and_none_has_none(draw: Callable[[], str], expected: list[str]) -> None:
@@ -135,9 +135,9 @@ def test_steps_are_whole_and_distances_are_not() -> None:
 
 
 def test_axes_enclose_what_they_are_given() -> None:
-    assert {"0 %", "100 %"} <= set(written(lines()))
+    assert {"0%", "100%"} <= set(written(lines()))
     assert "−2" in written(charts.lines([Line([(0, -1.2), (1, 3.9)], "rl")], title="reward"))
-    assert {"4", "0 %"} <= set(
+    assert {"4", "0%"} <= set(
         written(charts.lines([Line([(4, 0.0)], "rl")], title="flat", percent=True, low=0))
     )
     assert not any("−" in w for w in written(charts.lines([Line([(4, 0.0)], "rl")], title="kl", low=0)))

@@ -189,5 +189,5 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert (labels["shared"], labels["only_a"], labels["only_b"]) == (3, 1, 0)
     text = "\n".join(side_by_side.lines(found))
     page = side_by_side.page(found)
-    for said in ("privacy", "harm", "over-refusal", "RL-CAI", "66.7 % on the same side"):
+    for said in ("privacy", "harm", "over-refusal", "RL-CAI", "66.7% on the same side"):
         assert said in text and said in page

@@ -189,10 +189,10 @@ def test_models_are_as_they_are_with_a_card_each(run: Run, tmp_path: Path) -> No
         assert load(run.path("constitution.yaml")).sha in said
         assert "1,234" in said
     reward = (out / "models" / "rm" / "README.md").read_text()
-    assert "75.0 % (59.8–85.8, n = 40)" in reward
+    assert "75.0% (59.8–85.8, n = 40)" in reward
     assert '"<|im_end|>"' in reward and "MEAN, STD = 0.5, 2.0" in reward
     assert "human comparisons about what is helpful | 77" in reward
-    assert "25.0 % (12.5–50.0, n = 8)" in (out / "models" / "rl" / "README.md").read_text()
+    assert "25.0% (12.5–50.0, n = 8)" in (out / "models" / "rl" / "README.md").read_text()
 
 
 def test_no_text_becomes_structure_of_a_card(run: Run, tmp_path: Path) -> None:

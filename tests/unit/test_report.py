@@ -27,9 +27,10 @@ from cai_ray.evaluate.transcripts import choose
 from cai_ray.judging import certificate
 from cai_ray.judging.statistics import rate
 from cai_ray.report import html, stage, terminal
-from cai_ray.report.combine import bootstrap, combine
+from cai_ray.report.bootstrap import bootstrap
 from cai_ray.report.label_quality import certificate_tables
 from cai_ray.report.roles import STAGES, in_order
+from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.storage import files
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
@@ -230,7 +231,7 @@ def test_report_has_every_promised_key(town_run: Run) -> None:
 
 def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
     reports, rows = make_seeds(tmp_path, 2)
-    for report in (reports[0], combine(reports, rows, draws=10)):
+    for report in (reports[0], mean_of_seeds(reports, rows, draws=10)):
         proof = report["certificate"]
         assert proof["gold"]["overall"]["n"] == 20
         page, shown = Page(html.page(report)), terminal.certificate(proof)
@@ -238,7 +239,7 @@ def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
             for expected in (
                 "slot bias",
                 "abstentions",
-                "50.0 %",
+                "50.0%",
                 "calibration error",
                 "Reliability",
                 "people",
@@ -422,7 +423,7 @@ def test_page_without_gold_leaves_sections_out(town_run: Run) -> None:
 
 def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
     reports, rows = make_seeds(tmp_path, 3)
-    both = combine(reports, rows, draws=500)
+    both = mean_of_seeds(reports, rows, draws=500)
     harm = both["sl"]["harm"]
     assert harm["seeds"] == [r["sl"]["harm"]["value"] for r in reports]
     assert harm["value"] == pytest.approx(sum(harm["seeds"]) / 3)
@@ -434,7 +435,7 @@ def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
     assert both["stages"]["sft"]["seconds"] == pytest.approx(11)
     assert both["ppo"]["steps"][0]["reward/mean"] == pytest.approx(1.1)
     assert both["seeds"] == [0, 1, 2]
-    assert combine(reports, rows, draws=500) == both
+    assert mean_of_seeds(reports, rows, draws=500) == both
     json.dumps(both, allow_nan=False)
     assert Page(html.page(both)).open == []
     assert "SL-CAI" in terminal.results(both)
@@ -442,7 +443,7 @@ def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
 
 def test_combine_of_one_seed_keeps_its_intervals(town_run: Run) -> None:
     report = stage.build(town_run)
-    one = combine([report], [town_run.rows("evaluate")])
+    one = mean_of_seeds([report], [town_run.rows("evaluate")])
     assert one["rl"]["harm"] == {**report["rl"]["harm"], "seeds": [report["rl"]["harm"]["value"]]}
 
 
@@ -450,7 +451,7 @@ def test_combine_takes_policies_that_some_seeds_lack(tmp_path: Path) -> None:
     reports, rows = make_seeds(tmp_path, 2)
     reports[1]["shuffled"] = reports[1]["rl"]
     reports[1]["models"].append("shuffled")
-    both = combine(reports, rows)
+    both = mean_of_seeds(reports, rows)
     assert both["models"] == ["base", "sl", "rl", "shuffled"]
     assert both["shuffled"]["harm"]["value"] == reports[1]["rl"]["harm"]["value"]
 
@@ -458,7 +459,7 @@ def test_combine_takes_policies_that_some_seeds_lack(tmp_path: Path) -> None:
 def test_combine_refuses_different_constitutions(town_run: Run) -> None:
     report = stage.build(town_run)
     with pytest.raises(InputError, match="different constitutions"):
-        combine([report, {**report, "constitution_sha": "other"}], [[], []])
+        mean_of_seeds([report, {**report, "constitution_sha": "other"}], [[], []])
 
 
 def test_bootstrap_draws_prompts_and_not_outcomes() -> None:
@@ -530,7 +531,7 @@ def test_a_report_of_dpo_has_no_reward_model(tmp_path: Path) -> None:
     assert {"dpo"} == {"rm", "ppo", "dpo"} & report["stages"].keys()
     page = html.page(report)
     assert "Direct preference optimisation" in page and "Reinforcement learning" not in page
-    assert combine([report], [run.rows("evaluate")])["dpo"]["steps"] == report["dpo"]["steps"]
+    assert mean_of_seeds([report], [run.rows("evaluate")])["dpo"]["steps"] == report["dpo"]["steps"]
 
 
 def test_demo_puts_seeds_and_controls_together(
