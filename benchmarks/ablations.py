@@ -15,9 +15,10 @@ import time
 from typing import Any
 
 from cai_ray.cluster.connect import disconnect
-from cai_ray.pipeline import versions
+from cai_ray.provenance.versions import versions
 from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.report.text import columns, interval, percent
+from cai_ray.stages import POLICIES, ROLES
 from cai_ray.storage import files
 from cai_ray.studies import demo
 
@@ -41,7 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "dpo", "dpo": {"shuffle_labels": True}},
     ),
 }
-FULL = {"base": "base", "sl": "SL-CAI", "rl": "RL-CAI, the full method"}
+FULL = {role: ROLES[role].title for role in POLICIES} | {"rl": "RL-CAI, the full method"}
 RATES = {"harm": "harm", "helpful": "helpful", "over_refusal": "over-refusal", "malformed": "malformed"}
 
 

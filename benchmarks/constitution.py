@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from cai_ray import pipeline
+from cai_ray.provenance.versions import versions
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
                 "principles": args.principles,
                 "runs": args.runs,
                 "load_before": round(load, 2),
-                "versions": pipeline.versions(),
+                "versions": versions(),
             }
         )
     )

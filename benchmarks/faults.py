@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.kill import kill, wait_until_gone
 from benchmarks.watch import MARK
-from cai_ray import pipeline
+from cai_ray.provenance.versions import versions
+from cai_ray.stages import upstream_of
 from cai_ray.storage.models import folder_sha
 from cai_ray.storage.run import open_run
 
@@ -115,7 +116,7 @@ def benchmark(folder: Path, stages: list[str], kills: int, seed: int) -> dict[st
         "seconds": round(time.monotonic() - started, 1),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(load, 2),
-        "versions": pipeline.versions(),
+        "versions": versions(),
     }
 
 
@@ -198,7 +199,7 @@ def fresh(folder: Path, stage: str, name: str) -> Path:
     out = folder / f"{stage}-{name}"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(folder / "made", out)
-    for later in ("sft", "compare", "label", "rm") if stage == "sft" else ():
+    for later in upstream_of("ppo", "ppo")[1:] if stage == "sft" else ():
         shutil.rmtree(out / later)
     return out
 

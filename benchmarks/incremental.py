@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline
 from cai_ray.constitution import Constitution
+from cai_ray.provenance.versions import versions
 from cai_ray.storage import files
 
 PRINCIPLES = 16
@@ -64,7 +64,7 @@ def main() -> int:
                 "principles": PRINCIPLES,
                 "prompts": args.prompts,
                 "load_before": round(load, 2),
-                "versions": pipeline.versions(),
+                "versions": versions(),
             }
         )
     )

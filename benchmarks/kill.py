@@ -30,10 +30,11 @@ from typing import Any
 import psutil
 
 from benchmarks.watch import MARK
-from cai_ray import pipeline
 from cai_ray.config.load import load_config
+from cai_ray.data.town import PROMPTS
 from cai_ray.generate import rows as generate
 from cai_ray.generate.journal import Journal
+from cai_ray.provenance.versions import versions
 from cai_ray.storage.run import Run
 
 # By what a process is called: the driver is known by its id.
@@ -79,7 +80,7 @@ def benchmark(folder: Path, rows: int, kills: int, seed: int) -> dict[str, Any]:
         "seconds": {"alone": round(seconds[0], 1), "killed": round(seconds[1], 1)},
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(load, 2),
-        "versions": pipeline.versions(),
+        "versions": versions(),
     }
 
 
@@ -152,7 +153,9 @@ def drive(run: Run) -> None:
 
 
 def _run(out: str, rows: int) -> Run:
-    sources = ", ".join(f"{{path: 'town:{name}'}}" for name in ("revise", "compare", "ppo"))
+    sources = ", ".join(
+        f"{{path: 'town:{name}'}}" for name, (_, split, _) in PROMPTS.items() if split == "train"
+    )
     given = [f"prompts=[{sources}]", f"revise.limit={rows}", "revise.helpful_samples=1"]
     return Run(load_config("errand-town", given, out=out))
 

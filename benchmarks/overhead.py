@@ -25,7 +25,6 @@ from typing import Any
 
 from benchmarks.watch import measure
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline
 from cai_ray.cluster.connect import connect
 from cai_ray.config.run import RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
@@ -36,6 +35,7 @@ from cai_ray.generate.rows import Chain, map_rows
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.renderer import Renderer
+from cai_ray.provenance.versions import versions
 from cai_ray.storage.run import Run
 
 WORDS = [
@@ -103,7 +103,7 @@ def main() -> int:
                 "max_num_seqs": IN_FLIGHT,
                 "cores": len(os.sched_getaffinity(0)),
                 "load_before": round(load, 2),
-                "versions": pipeline.versions(),
+                "versions": versions(),
             }
         )
     )

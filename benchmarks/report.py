@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from cai_ray import constitution as constitutions
-from cai_ray import pipeline
 from cai_ray.config.load import load_config
 from cai_ray.judging import certificate
+from cai_ray.provenance.versions import versions
+from cai_ray.stages import POLICIES, stages_of
 from cai_ray.storage import files
 from cai_ray.storage.records import to_table
 from cai_ray.storage.run import Run
@@ -66,7 +67,7 @@ def main() -> int:
                 "words": args.words,
                 "parquet_mb": round(size / 1e6),
                 "load_before": round(load, 2),
-                "versions": pipeline.versions(),
+                "versions": versions(),
             }
         )
     )
@@ -116,7 +117,7 @@ def made(folder: str, rows: int, words: int) -> Run:
         return common(number) | responses | {"votes": votes, "p_a": p, "p_a_raw": p}
 
     def judgement(number: int) -> dict[str, Any]:
-        model = ("base", "sl", "rl")[number % 3]
+        model = POLICIES[number % 3]
         told = {
             "model": model,
             "response": rng.choice(pool),
@@ -136,14 +137,14 @@ def made(folder: str, rows: int, words: int) -> Run:
             if stage == "label" and part == 0:  # of the first labels: the page shows as much of all of them
                 proof = certificate.certificate(certificate.read(table))
                 files.write_json(run.path("label", "certificate.json"), proof)
-    for stage in ("revise", "sft", "compare", "label", "rm", "ppo", "evaluate"):
+    for stage in stages_of("ppo")[:-1]:
         tokens = {"prompt": 1000, "cached": 0, "generated": 1000}
         files.write_json(
             run.path(stage, "manifest.json"), {"seconds": 1.0, "tokens": tokens, "rows_in": rows}
         )
     none = {"value": None, "low": None, "high": None, "n": 0}
     rates = dict.fromkeys(("harm", "helpful", "over_refusal", "malformed", "principle_named"), none)
-    models = {m: {**rates, "harm_by_family": {}} for m in ("base", "sl", "rl")}
+    models = {m: {**rates, "harm_by_family": {}} for m in POLICIES}
     files.write_json(run.path("evaluate", "metrics.json"), {"models": models})
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     opened = {"config": run.config.model_dump(mode="json"), "versions": {}, "constitution_sha": document.sha}

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cai_ray import pipeline
 from cai_ray.cluster.connect import WORKER_ENV
+from cai_ray.provenance.versions import versions
 from tests import tiny
 
 Found = dict[str, list[dict[str, Any]]]
@@ -75,7 +75,7 @@ class Turns:
             "cores": len(os.sched_getaffinity(0)),
             "environment": WORKER_ENV,
             "load_before": round(load, 2),
-            "versions": pipeline.versions(),
+            "versions": versions(),
         }
         print(json.dumps({"benchmark": Path(self.script).stem, **summary(found, args.rows), **settings}))
         return 0

@@ -37,9 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cai_ray.stages import has_stage, stages_that
+
+TRAINING = [name for name in stages_that("trains") if has_stage("ppo", name)]
 WAYS = [
     f"{stage} {way}"
-    for stage in ("sft", "rm", "ppo")
+    for stage in TRAINING
     for way in ("plain", "ours", "ours, torch", "ours, mask", "ours, fine", "ours, logits")
     if (stage, way) != ("rm", "ours, logits")
 ]
@@ -69,7 +72,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="measurements of each way (default 3)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps in each (default 4)")
     parser.add_argument("--peak-tflops", type=float, help="of the card, dense bf16 (default: by its name)")
-    parser.add_argument("--only", nargs="+", default=["sft", "rm", "ppo"], help="these stages or ways alone")
+    parser.add_argument("--only", nargs="+", default=TRAINING, help="these stages or ways alone")
     parser.add_argument("--small", action="store_true", help="a small model: to see that it runs")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -212,7 +215,7 @@ def flops(stage: str, data: Data, shape: dict[str, int]) -> float:
     tokens, counted = sum(data.lengths), sum(sum(row.mask) for row in data.rows)
     body = 6 * backbone * tokens + 6 * layers * d * sum(n * n for n in data.lengths)
     head = 6 * d * shape["vocab_size"] * counted
-    return {"sft": body + head, "rm": body, "ppo": 2 * body + head}[stage]
+    return body if stage == "rm" else 2 * body + head if stage == "ppo" else body + head
 
 
 def _wait() -> None:
@@ -226,13 +229,14 @@ def _wait() -> None:
 def ours(stage: str, model: str, data: Data, change: str) -> Any:
     from cai_ray.config.ppo import PpoConfig
     from cai_ray.config.training import TrainConfig
-    from cai_ray.train import batches, models, rm, sft
+    from cai_ray.train import batches, rm, sequences, sft
     from cai_ray.train.batches import rank_micro_batches
     from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
-    from cai_ray.train.ppo import loop
+    from cai_ray.train.models import load_policy, load_reward_model, load_value_model
+    from cai_ray.train.ppo import update
     from cai_ray.train.ppo.experience import Batch, Minibatch
-    from cai_ray.train.runtime.fit import distribute
+    from cai_ray.train.runtime.engine import distribute
 
     _one_rank()
     settings: dict[str, Any] = {
@@ -245,8 +249,8 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     if change == "fine":
         batches.PADDING = dict.fromkeys(batches.PADDING, 0.05)
     if change == "mask":
-        usual = models._inputs
-        models._inputs = lambda batch: usual(batch) | {"attention_mask": batch["attention_mask"]}
+        usual = sequences._inputs
+        sequences._inputs = lambda batch: usual(batch) | {"attention_mask": batch["attention_mask"]}
 
     def prepared(loaded: nn.Module) -> nn.Module:
         head = loaded.get_output_embeddings()  # type: ignore[operator]
@@ -256,28 +260,28 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
 
     cfg = TrainConfig(**settings)
     if stage == "sft":
-        policy, packed = distribute(prepared(models.load_policy(model, cfg)), cfg, 1000), pack(data.rows)
+        policy, packed = distribute(prepared(load_policy(model, cfg)), cfg, 1000), pack(data.rows)
         return lambda: sft.update(policy, packed, list(range(BATCH)), cfg, 0)[0]
     if stage == "rm":
         import numpy as np
 
         half = BATCH // 2
-        reward = distribute(prepared(models.load_reward_model(model, cfg)), cfg, 1000)
+        reward = distribute(prepared(load_reward_model(model, cfg)), cfg, 1000)
         pairs = Pairs(pack(data.rows), np.full(half, 0.8), np.zeros(half, bool), 0)
         return lambda: rm.update(reward, pairs, list(range(half)), cfg)[0]["ai/loss"] / half
     ppo_cfg = PpoConfig(**settings, epochs=1, rollout_batch=BATCH, minibatch=BATCH)
-    policy = distribute(prepared(models.load_policy(model, ppo_cfg)), ppo_cfg, 1000)
-    value = distribute(prepared(models.load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000)
-    loop.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
+    policy = distribute(prepared(load_policy(model, ppo_cfg)), ppo_cfg, 1000)
+    value = distribute(prepared(load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000)
+    update.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     mask = _mask(data)
     batch = Batch(data.rows, torch.zeros(BATCH, dtype=torch.bool), mask, torch.zeros_like(mask))
     groups = rank_micro_batches(data.lengths, TOKENS, 0, 1)
     plan = [Minibatch(list(range(BATCH)), groups)]
 
     def step() -> float:
-        loop.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
+        update.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
         clip = ppo_cfg.value_clip
-        return loop.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
+        return update.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
 
     return step
 

@@ -16,6 +16,7 @@ from cai_ray.config.section import Section
 from cai_ray.config.sources import PromptSource
 from cai_ray.config.training import DpoConfig, PreferenceConfig, RmConfig, SftConfig
 from cai_ray.constitution import Constitution
+from cai_ray.stages import ROLES, roles_before
 
 
 class RunConfig(Section):
@@ -81,17 +82,19 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _made_before(self) -> RunConfig:
         """A stage starts from a model that is there when it runs."""
-        for key, value, later in (
-            ("sft.init", self.sft.init, ("sl", "rm", "rl")),
-            ("redteam.model", self.redteam.model, ("sl", "rm", "rl")),
-            ("label.model", self.label.model, ("rm", "rl")),
-            ("rm.init", self.rm.init, ("rm", "rl")),
-            *(("ppo.rewards", source.model, ("rl",)) for source in self.ppo.rewards),
+        for key, value in (
+            ("sft.init", self.sft.init),
+            ("redteam.model", self.redteam.model),
+            ("label.model", self.label.model),
+            ("rm.init", self.rm.init),
+            *(("ppo.rewards", source.model) for source in self.ppo.rewards),
         ):
-            if value in later:
-                earlier = "`base`" if "sl" in later else "`base`, `sl`" if "rm" in later else "`rm`"
+            made = roles_before(key.split(".")[0])
+            if value in ROLES and value not in made:
+                usable = made[-1:] if key == "ppo.rewards" else made
+                named = ", ".join(f"`{role}`" for role in usable)
                 raise ValueError(
-                    f"{key}={value} is not made yet at that stage; use {earlier} or a model folder"
+                    f"{key}={value} is not made yet at that stage; use {named} or a model folder"
                 )
         return self
 

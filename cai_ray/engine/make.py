@@ -1,4 +1,4 @@
-"""The engine that a configuration names."""
+"""Makes the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cai_ray.engine.protocol import Engine
 
 
 def make_engine(model: str, templates: TemplateSet, config: EngineConfig, gpu: bool) -> Engine:
-    """The engine that a configuration names, on this process's node."""
+    """Starts the engine on this process's node."""
     if config.kind == "vllm":
         from cai_ray.engine.vllm import VllmEngine
 

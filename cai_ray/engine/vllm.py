@@ -1,26 +1,21 @@
-"""The engine of real runs: vLLM's AsyncLLM in this process."""
+"""The engine of real runs: vLLM's AsyncLLM, driven by this process."""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from cai_ray.cluster.usage import Usage
+from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import_for_engine
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
-
-UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
@@ -45,8 +40,8 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
         # (0.29), so a prefill is never chunked; the batch must then hold the longest prompt.
         context = config.max_model_len or model_context(model)
         if config.span == 1:
-            # The engine's own process does the work. vLLM would start one more for it, whose threads it can bind to
-            # cores; here the threads are the environment's (OMP_NUM_THREADS), and a start costs a third less.
+            # The engine's own process does the work. vLLM would start one more process for it, to bind its threads to
+            # cores; here the environment sets the threads (OMP_NUM_THREADS), and a start takes a third less time.
             args["distributed_executor_backend"] = UNIPROC
         args |= {
             "enforce_eager": True,
@@ -58,7 +53,7 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
 
 
 def model_context(model: str) -> int:
-    """Positions of a model, from its configuration."""
+    """The context length of a model, from its config.json."""
     from transformers import AutoConfig
 
     try:
@@ -68,56 +63,12 @@ def model_context(model: str) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
 
 
-def import_for_engine() -> None:
-    """Starts importing vllm for the engine's process while this one imports it, so that a start takes half the time.
-
-    By itself vLLM spawns that process when this one is ready, and it imports everything anew. A fork server has it
-    imported by then. (A fork of this process would copy the locks of Ray's threads.)
-    """
-    multiprocessing.set_forkserver_preload(
-        [__name__, "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"]
-    )
-    forkserver.ensure_running()
-
-
-class _EngineProcess(ForkServerProcess):
-    """Ends with the process that asked for it: its parent is the fork server, so nobody else would end it."""
-
-    def run(self) -> None:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        super().run()
-
-
-class _EngineContext(ForkServerContext):
-    Process = _EngineProcess  # type: ignore[assignment]
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@contextmanager
-def engine_from_fork_server() -> Iterator[None]:
-    """vLLM knows no such method by name, and inside an actor of Ray spawns whatever it was told."""
-    from vllm.v1.engine import utils
-
-    usual = utils.get_mp_context
-    utils.get_mp_context = _EngineContext
-    try:
-        yield
-    finally:
-        utils.get_mp_context = usual
-
-
 class VllmEngine:
-    """Renders by itself (cai_ray.prompts) and gives vLLM token ids.
+    """Renders messages itself (cai_ray.prompts) and gives vLLM token ids.
 
     Raises:
         InputError: the model has no tokenizer or chat template.
-        RowError: from a call, a prompt that leaves no room in the context.
+        RowError: from a call, the prompt leaves no room in the context.
     """
 
     def __init__(self, model: str, templates: TemplateSet, config: EngineConfig, gpu: bool = False):
@@ -126,7 +77,8 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from cai_ray.compat.vllm_engine import AsyncLLM
 
         self.renderer = Renderer(model, templates.chat_template)
         args = AsyncEngineArgs(**engine_args(model, config, gpu), skip_tokenizer_init=True)
@@ -148,7 +100,7 @@ class VllmEngine:
         if key not in self._options:
             self._options[key] = self.renderer.option_ids(options)
         ids = self._options[key]
-        # Both tokens are asked for by id: an option can never be missing from a list of the likeliest.
+        # The options are asked for by id, so none can be missing from a list of the likeliest tokens.
         output = await self._request(
             self.renderer.prompt_ids(messages), max_tokens=1, allowed_token_ids=ids, logprob_token_ids=ids
         )
@@ -158,7 +110,7 @@ class VllmEngine:
     async def close(self) -> None:
         self.llm.shutdown()
 
-    async def _generate(self, ids: list[int], sampling: Sampling, **more: Any) -> tuple[Any, bool]:
+    async def _generate(self, ids: list[int], sampling: Sampling, **params: Any) -> tuple[Any, bool]:
         room = self.context - len(ids)
         output = await self._request(
             ids,
@@ -166,12 +118,12 @@ class VllmEngine:
             seed=sampling.seed,
             max_tokens=max(1, min(sampling.max_tokens, room)),
             stop_token_ids=[self.renderer.end_id],
-            **more,
+            **params,
         )
         return output, output.outputs[0].finish_reason == "stop"
 
     async def _request(self, ids: list[int], **params: Any) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from cai_ray.compat.vllm_engine import EngineDeadError
 
         if len(ids) >= self.context:
             raise RowError(f"prompt of {len(ids)} tokens does not fit the context of {self.context}")
@@ -179,10 +131,10 @@ class VllmEngine:
         output = None
         try:
             stream = self.llm.generate({"prompt_token_ids": ids}, request, f"r{next(self._numbers)}")
-            async for answer in stream:  # one, since only the final output is asked for
+            async for answer in stream:  # only one, since only the final output is asked for
                 output = answer
         except EngineDeadError:
-            # An exception would be retried on the same dead engine: ending the process makes Ray start another.
+            # An exception would be retried on the same dead engine. When the process ends, Ray starts another.
             os._exit(1)
         except ValueError as e:
             raise RowError(f"refused by the engine: {e}") from e

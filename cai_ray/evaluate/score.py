@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.holder import holding
 from cai_ray.storage.run import Run
 
 
@@ -22,7 +22,7 @@ def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
 
 
 def _held(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
-    with meter.holding():
+    with holding():
         return _score(run, rows)
 
 
@@ -33,7 +33,8 @@ def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | No
     from cai_ray.prompts.renderer import Renderer
     from cai_ray.train.batches import micro_batches, pad
     from cai_ray.train.dialogues import render
-    from cai_ray.train.models import load_reward_model, reward_scale, score_last, sequence_values
+    from cai_ray.train.models import load_reward_model, reward_scale
+    from cai_ray.train.sequences import score_last, sequence_values
 
     folder, config = run.model("rm"), run.config
     templates = load_templates(config.templates)

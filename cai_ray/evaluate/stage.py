@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.constitution import Principle
+from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
+from cai_ray.engine.api_key import read_key
+from cai_ray.engine.check import check_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError
 from cai_ray.evaluate import harness, score, sets, transcripts
 from cai_ray.evaluate.outcomes import rates
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
 from cai_ray.generate.label import Label
-from cai_ray.generate.rows import Rows, map_rows, map_sets
+from cai_ray.generate.rows import Rows, check_resources, map_rows, map_sets
 from cai_ray.judging import certificate
 from cai_ray.judging.certificate import is_tie
 from cai_ray.judging.quality import run_templates, without_thinking
@@ -30,12 +34,12 @@ from cai_ray.judging.statistics import rate
 from cai_ray.judging.wording import seen, wording
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.stages import POLICIES
 from cai_ray.storage import files
 from cai_ray.storage.records import derive_id, derive_seed, to_table
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import delete_rows, read_tables, write_table
 
-POLICIES = ("base", "sl", "rl")
 MARGINS = 2000
 """Labelled comparisons whose rewards are taken, at most: what a decisive vote of a principle became."""
 HELPFUL = Principle(
@@ -142,6 +146,48 @@ def run(run: Run) -> dict[str, Any]:
         "engine": made[0]["engine"],
         "models": {m["engine"]["model"]: m["engine"]["model_sha"] for m in made},
     }
+
+
+def check(run: Run, preflight: Preflight) -> None:
+    """Checks what is evaluated on, and who judges.
+
+    Raises:
+        InputError: a prompt or set cannot be used or is also trained on, a task of the harness is not known, the
+            exact judge does not know a prompt, or an endpoint's key is missing.
+    """
+    config = run.config.evaluate
+    feedback = run.feedback().config
+    if "evaluate" in preflight.stages:
+        harness.check(config.harness)  # reading the library's tasks takes seconds
+        if not config.prompts:
+            raise InputError(
+                f"evaluate.prompts is empty; name held-out prompts, or stop earlier with --until {run.config.method}"
+            )
+        if config.judge == "model" and feedback.engine.kind == "openai" and preflight.models_here:
+            read_key(feedback.engine)
+    check_engine(run.config)
+    prompts = read_prompts(config.prompts, run.config.seed)
+    preflight.evaluates_on(prompts)
+    if config.judge == "town":
+        _check_requests(prompts)
+    preflight.evaluates_on(sets.check(run, not preflight.models_here))
+
+
+def check_room(run: Run) -> None:
+    """Raises InputError if the cluster will never have room for the engines of the policies or of the judge."""
+    for config in (run.config, run.feedback().config):
+        check_resources(config, uses_gpu(config))
+
+
+def _check_requests(prompts: list[dict[str, Any]]) -> None:
+    from cai_ray.town.grammar import parse_request
+
+    for row in prompts:
+        text = row["messages"][-1]["content"]
+        if parse_request(text) is None:
+            raise InputError(
+                f"evaluate.judge=town: {text[:80]!r} is not a request of Errand Town; use evaluate.judge=model"
+            )
 
 
 def _row(policy: str, prompt: dict[str, Any], draw: int, note: str = "") -> dict[str, Any]:

@@ -24,12 +24,11 @@ from cai_ray.errors import InputError
 from cai_ray.export import cards
 from cai_ray.export.datasets import DATASETS, SCHEMAS
 from cai_ray.export.provenance import Provenance
-from cai_ray.export.roles import MODELS
-from cai_ray.pipeline import needs, stages_of
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
 from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.run import Run
@@ -50,14 +49,14 @@ def export(run: Run, out: str) -> Exported:
         InputError: the folder holds something, or the run has nothing to export yet.
     """
     _check_empty(out)
-    manifests = {name: m for name in stages_of(run.config) if (m := _current(run, name))}
+    manifests = {name: m for name in stages_of(run.config.method) if (m := _current(run, name))}
     if not manifests:
         raise InputError(f"{run.root}: nothing to export yet; finish a stage with `cai-ray run` first")
     document, templates = _constitution(run), load_templates(run.config.templates)
     provenance = _provenance(run, manifests, document, templates)
     files.write_bytes(files.join(out, "constitution.yaml"), document)
     exported = Exported(["constitution.yaml"], [])
-    for role, stage in MODELS[run.config.method].items():
+    for role, stage in models_of(run.config.method).items():
         if _listed(run, provenance, f"models/{role}", stage, exported):
             _write_model(run, provenance, role, templates, files.join(out, "models", role))
     _write_datasets(run, provenance, files.join(out, "datasets"), exported)
@@ -111,7 +110,7 @@ def _current(run: Run, name: str) -> dict[str, Any] | None:
     manifest = run.manifest(name)
     if manifest is None:
         return None
-    for upstream in needs(run.config, name):
+    for upstream in needs_of(name, run.config.method):
         before = _current(run, upstream)
         if before is None or before["id"] != manifest["inputs"].get(upstream):
             return None
@@ -130,7 +129,7 @@ def _check_empty(out: str) -> None:
 
 
 def _write_model(run: Run, provenance: Provenance, role: str, templates: TemplateSet, out: str) -> None:
-    source = run.path(MODELS[run.config.method][role], "model")
+    source = run.path(models_of(run.config.method)[role], "model")
     files.upload_folder(source, out)
     if templates.chat_template:  # the run's, in the place of the model's own
         files.write_bytes(files.join(out, "chat_template.jinja"), templates.chat_template.encode())

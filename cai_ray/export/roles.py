@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MODELS = {"ppo": {"sl": "sft", "rm": "rm", "rl": "ppo"}, "dpo": {"sl": "sft", "rl": "dpo"}}
-"""By the run's method: the stage that makes the model of a role."""
+from cai_ray.stages import ROLES as MODELS
+from cai_ray.stages import upstream_of
+
 ROWS = {
     "revise": "prompts answered, criticised and revised",
     "sft": "rows of supervised fine-tuning",
@@ -33,6 +34,11 @@ def role_of(name: str, method: str) -> Role:
     return _RL_BY_DPO if name == "rl" and method == "dpo" else _ROLES[name]
 
 
+def _through(stage: str, method: str) -> tuple[str, ...]:
+    """A stage and all that it rests on, in order."""
+    return (*upstream_of(stage, method), stage)
+
+
 _POLICY_LIMITATIONS = (
     "It can still help with what the constitution forbids, and decline what it allows. The intervals above are over "
     "prompts of one kind; they say nothing about other prompts, languages, longer conversations or attacks.",
@@ -41,18 +47,18 @@ _POLICY_LIMITATIONS = (
 )
 _ROLES = {
     "sl": Role(
-        "SL-CAI policy",
+        f"{MODELS['sl'].title} policy",
         "A language model, fine-tuned on its own answers after it had criticised and revised them by a constitution.",
-        ("revise", "sft"),
+        _through("sft", "ppo"),
         ("sft",),
         "text-generation",
         _POLICY_LIMITATIONS,
     ),
     "rm": Role(
-        "reward model",
+        MODELS["rm"].title,
         "It scores answers. It was trained on a feedback model's soft preferences by a constitution, and on human "
         "comparisons of helpfulness where there were any.",
-        ("compare", "label", "rm"),
+        tuple(s for s in _through("rm", "ppo") if s not in _through("sft", "ppo")),
         ("reward-model",),
         "text-classification",
         (
@@ -63,9 +69,9 @@ _ROLES = {
         ),
     ),
     "rl": Role(
-        "RL-CAI policy",
+        f"{MODELS['rl'].title} policy",
         "The SL-CAI policy after reinforcement learning (PPO) against the reward model of the same run.",
-        ("revise", "sft", "compare", "label", "rm", "ppo"),
+        _through("ppo", "ppo"),
         ("ppo", "rlaif"),
         "text-generation",
         (
@@ -75,10 +81,10 @@ _ROLES = {
     ),
 }
 _RL_BY_DPO = Role(
-    "RL-CAI policy",
+    f"{MODELS['rl'].title} policy",
     "The SL-CAI policy after direct preference optimisation (DPO) on a feedback model's soft preferences by a "
     "constitution, and on human comparisons of helpfulness where there were any.",
-    ("revise", "sft", "compare", "label", "dpo"),
+    _through("dpo", "dpo"),
     ("dpo", "rlaif"),
     "text-generation",
     _POLICY_LIMITATIONS,

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.generation import CompareConfig
+from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
+from cai_ray.engine.check import check_engine
 from cai_ray.engine.protocol import Engine, Sampling
-from cai_ray.generate.rows import map_rows
+from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.records import derive_id, derive_seed
@@ -80,3 +83,14 @@ def run(run: Run) -> dict[str, Any]:
     config = run.config
     chain = Compare(run_templates(config), config.compare, config.seed, "sl")
     return map_rows(run, "compare", rows(run), chain, model="sl", schema="comparisons")
+
+
+def check(run: Run, preflight: Preflight) -> None:
+    """Raises InputError if the engine or the prompts cannot be used."""
+    check_engine(run.config)
+    preflight.trains_on_prompts("compare.prompts", run.config.compare.prompts)
+
+
+def check_room(run: Run) -> None:
+    """Raises InputError if the cluster will never have room for the engines."""
+    check_resources(run.config, uses_gpu(run.config))

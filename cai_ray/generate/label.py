@@ -19,18 +19,24 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import LabelConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.formats import clean
+from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import iter_rows, to_messages
+from cai_ray.engine.api_key import read_key
+from cai_ray.engine.check import check_engine
+from cai_ray.engine.options import check_options
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate import reuse
 from cai_ray.generate.draw import draw
-from cai_ray.generate.rows import Rows, map_sets
+from cai_ray.generate.rows import Rows, check_resources, map_sets
 from cai_ray.judging import certificate
 from cai_ray.judging.votes import combine, expected_score, preference, slot_bias
+from cai_ray.prompts.check import check_mode
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
 from cai_ray.prompts.templates import TemplateSet
@@ -274,6 +280,30 @@ def run(run: Run) -> dict[str, Any]:
     proof |= {"constitution_sha": chain.constitution.sha}
     files.write_json(run.path("label", "certificate.json"), proof)
     return done
+
+
+def check(run: Run, preflight: Preflight) -> None:
+    """Raises InputError if the feedback model, its options, the templates or the gold comparisons cannot be used."""
+    config, templates = run.config, preflight.templates
+    feedback = run.feedback().config
+    check_engine(feedback, "label.engine" if config.label.engine else "engine")
+    check_mode(templates, config.label.mode)
+    answers = [templates.options, *([templates.scores or ()] if config.label.mode == "score" else [])]
+    if feedback.engine.kind == "openai":  # its tokenizer and chat template cannot be seen from here
+        for options in answers:
+            check_options(options)
+        if "label" in preflight.stages and preflight.models_here:
+            read_key(feedback.engine)
+    elif renderer := preflight.renderer(config.label.model):
+        for options in answers:
+            renderer.option_ids(options)
+    gold_rows(run)
+
+
+def check_room(run: Run) -> None:
+    """Raises InputError if the cluster will never have room for the feedback model's engines."""
+    config = run.feedback().config
+    check_resources(config, uses_gpu(config))
 
 
 def _labels(run: Run, name: str) -> dict[str, certificate.Labelled | None]:

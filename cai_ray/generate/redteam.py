@@ -13,12 +13,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.generation import RedTeamConfig
 from cai_ray.data.near_duplicates import NearDuplicates
+from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import normalised, read_prompts
+from cai_ray.engine.check import check_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.rows import map_rows
+from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.records import derive_id, derive_seed, to_table
@@ -88,10 +91,17 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def check(run: Run) -> None:
-    """What can be known before any work. Raises InputError as `run` does."""
+def check(run: Run, preflight: Preflight) -> None:
+    """Raises InputError if the model cannot be used, there are no examples, or the template set has no such step."""
     run_templates(run.config).red_team_messages([])
     _examples(run)
+    check_engine(run.config)
+    preflight.renderer(run.config.redteam.model)
+
+
+def check_room(run: Run) -> None:
+    """Raises InputError if the cluster will never have room for the engines."""
+    check_resources(run.config, uses_gpu(run.config))
 
 
 def _examples(run: Run) -> dict[str, list[str]]:

@@ -12,17 +12,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import ReviseConfig
 from cai_ray.constitution import Constitution, Principle
+from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
+from cai_ray.engine.api_key import read_key
+from cai_ray.engine.check import check_engine
 from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.engine.protocol import Completion, Engine, Sampling
 from cai_ray.errors import RowError
 from cai_ray.generate import reuse
 from cai_ray.generate.draw import draw
-from cai_ray.generate.rows import map_rows
+from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
+from cai_ray.prompts.check import check_direct
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
@@ -162,6 +167,24 @@ def run(run: Run) -> dict[str, Any]:
     todo = reuse.with_before(run, "revise", rows(run, left_out))
     made = map_rows(run, "revise", todo, make_chain(run), model="base", schema="revisions")
     return {**made, "prompts_left_out": dict(left_out)}
+
+
+def check(run: Run, preflight: Preflight) -> None:
+    """Raises InputError if the model, the prompts, the templates or an endpoint's key cannot be used."""
+    config = run.config
+    check_engine(config)
+    if not config.revise.critique:
+        check_direct(preflight.templates)
+    critic = config.revise.critique_engine
+    if critic and "revise" in preflight.stages and preflight.models_here:
+        read_key(critic)
+    preflight.renderer("base")
+    preflight.trains_on_prompts("prompts", config.prompts)
+
+
+def check_room(run: Run) -> None:
+    """Raises InputError if the cluster will never have room for the engines."""
+    check_resources(run.config, uses_gpu(run.config))
 
 
 def _whole(revision: Completion, templates: TemplateSet) -> str:

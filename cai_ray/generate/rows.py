@@ -24,8 +24,10 @@ import pyarrow.compute as pc
 
 from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.interrupt import interruptible
-from cai_ray.cluster.placement import Need, bundle, check, marks
+from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
 from cai_ray.cluster.worker_errors import worker_errors
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
@@ -150,16 +152,16 @@ def map_sets(
         if kept := len(journal.finished()):
             line = f"  {errors[name].label}: {kept} of {totals[name]} rows were finished before"
             print(line, file=sys.stderr, flush=True)
-    with interruptible(), worker_errors(), _Progress(list(errors.values())):
+    with interruptible(), worker_errors(), _RowProgress(list(errors.values())):
         counted = meter.current()
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             walked = batch.filter(batch["walked"])
             for name in pc.unique(walked["name"]).to_pylist():
                 errors[name].add(walked["error"].filter(pc.equal(walked["name"], name)).to_pylist())
-            if counted and counted.at_rest():
+            if counted and counted.idle():
                 break
-        if counted and counted.told and any(e.rows < e.total for e in errors.values()):
-            raise OverBudget(counted.told)
+        if counted and counted.stop_reason and any(e.rows < e.total for e in errors.values()):
+            raise OverBudget(counted.stop_reason)
         return publish()
 
 
@@ -169,7 +171,7 @@ class _Worker:
     def __init__(
         self, chain: Chain, run: Run, models: dict[str, str], journals: dict[str, Journal], gpu: bool
     ):
-        self.held = meter.Holder()
+        self.held = Holder()
         self.chain, self.run, self.models, self.gpu = chain, run, models, gpu
         self.model = next(iter(models.values()))
         self.engine = self._make_engine()
@@ -194,7 +196,7 @@ class _Worker:
     async def __call__(self, batch: pa.Table) -> Any:
         slice = Slice(**batch.to_pylist()[0])
         done: list[tuple[bool, str | None]] = [(False, None)]
-        if not self.held.told:
+        if not self.held.stop_reason:
             rows = await asyncio.to_thread(slice.read)
             left = [row for row in rows if row["id"] not in self.finished[slice.name]]
             done = [(True, None)] * (len(rows) - len(left))
@@ -202,7 +204,7 @@ class _Worker:
                 async with self._engine_of(self.models[slice.name]):
                     done += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
                 if not self.held.working:
-                    await asyncio.to_thread(self.held.tell)
+                    await asyncio.to_thread(self.held.report_now)
         walked, errors = zip(*done, strict=True)
         yield pa.table(
             {
@@ -217,7 +219,7 @@ class _Worker:
         """Waits until no slice of another model is open, and then has the engine changed, once."""
         async with self.closed:
             await self.closed.wait_for(lambda: self.model == model or not self.open)
-            if self.model != model and not self.held.told:
+            if self.model != model and not self.held.stop_reason:
                 since = time.monotonic()
                 await self.engine.close()
                 self.model = model
@@ -238,7 +240,7 @@ class _Worker:
                 async with self.slots:
                     if self.fault:  # the stage has ended, and Ray Data lets its actors live on for seconds
                         raise self.fault
-                    if self.held.told:
+                    if self.held.stop_reason:
                         return False, None
                     with keeper.busy():
                         try:
@@ -315,13 +317,13 @@ def check_resources(config: RunConfig, gpu: bool) -> None:
     check(
         config,
         f"engine.min_actors={engine.min_actors}",
-        [Need(actor, engine.min_actors)],
+        [ResourceNeed(actor, engine.min_actors)],
         f"lower {lower}, or use larger nodes",
     )
 
 
-class _Progress:
-    """A line on stderr every few seconds: rows done so far, of the set that is being walked."""
+class _RowProgress:
+    """Shows on stderr how many rows are done, of the set that is being walked."""
 
     def __init__(self, sets: list[_Errors]):
         self.sets = sets
@@ -337,11 +339,27 @@ class _Progress:
 
     def _watch(self) -> None:
         started = time.time()
-        while not self.stop.wait(5):
-            done = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
-            rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
-            elapsed = time.time() - started
-            left = f", {elapsed * (total - rows) / rows:.0f} s left" if rows else ""
-            failed = f", {done.kinds.total()} failed" if done.kinds else ""
-            line = f"  {done.label}: {done.rows} of {done.total} rows{failed}, {elapsed:.0f} s{left}"
-            print(line, file=sys.stderr, flush=True)
+        with ProgressDisplay() as display:
+            while not self.stop.wait(POLL_S if display.drawn else 5):
+                display.show(self._progress(time.time() - started))
+
+    def _progress(self, elapsed: float) -> Progress:
+        current = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
+        rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
+        failed = [f"{current.kinds.total()} failed"] if current.kinds else []
+        left = [f"{elapsed * (total - rows) / rows:.0f} s left"] if rows else []
+        return Progress(
+            current.label,
+            current.rows,
+            current.total,
+            "rows",
+            ", ".join([f"{rows / elapsed:.1f} rows/s", *failed, *left]),
+            ", ".join(
+                [
+                    f"{current.label}: {current.rows} of {current.total} rows",
+                    *failed,
+                    f"{elapsed:.0f} s",
+                    *left,
+                ]
+            ),
+        )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cai_ray.report import snapshots
-from cai_ray.report.roles import STAGES, title_of
+from cai_ray.report.roles import MEASURED, title_of
 from cai_ray.report.text import percent
 from cai_ray.storage.run import Run
 
@@ -19,7 +19,7 @@ def alarms(run: Run, report: dict[str, Any]) -> list[str]:
     return [
         *((run.manifest("ppo") or {}).get("alarms") or ()),
         *snapshots.overoptimised(report["snapshots"]),
-        *_of_stages({name: run.manifest(name) or {} for name in STAGES}),
+        *_of_stages({name: run.manifest(name) or {} for name in MEASURED}),
         *_common_phrases(report["wording"]),
         *_families_without_principle(report["attribution"]),
     ]

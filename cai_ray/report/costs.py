@@ -7,16 +7,16 @@ from typing import Any
 from cai_ray.cluster import cost as cluster_cost
 from cai_ray.cluster.cost import Spent
 from cai_ray.judging.certificate import is_tie
-from cai_ray.report.roles import STAGES, stages_of
+from cai_ray.report.roles import MEASURED
 from cai_ray.report.tables import Table
 from cai_ray.report.text import duration, price, token_counts
+from cai_ray.stages import has_stage
 from cai_ray.storage.run import Run
 
 ACCEPTED = {
     "label": "An accepted label (no error, so that a principle at least has voted, and no tie)",
     "revision": "An accepted revision (of a red-team prompt, without an error)",
 }
-_STAGES = ("redteam", *STAGES)
 _KINDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
 
 
@@ -29,7 +29,7 @@ def read(run: Run) -> dict[str, Any]:
         label and revision: how many were accepted, and what one took of its stage: the same, and tokens. None if it is
         not known.
     """
-    prices, names = run.config.prices, ["redteam", *stages_of(run.config.method)]
+    prices, names = run.config.prices, [name for name in MEASURED if has_stage(run.config.method, name)]
     manifests = {name: manifest for name in names if (manifest := run.manifest(name))}
     by_stage = cluster_cost.by_stage(run, manifests)
     current = {manifest["id"] for manifest in manifests.values() if "id" in manifest}
@@ -112,7 +112,7 @@ def section(report: dict[str, Any]) -> dict[str, Any] | None:
 def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[list[str]]:
     """Two runs' stages and sums, each cell of both; empty if neither has records."""
     rows = []
-    for name in [n for n in _STAGES if n in a["stages"] or n in b["stages"]] + ["all"]:
+    for name in [n for n in MEASURED if n in a["stages"] or n in b["stages"]] + ["all"]:
         both = [cost["total"] if name == "all" else cost["stages"].get(name, {}) for cost in (a, b)]
         cells = [_numbers(spent, cost) for spent, cost in zip(both, (a, b), strict=True)]
         pairs = zip(*cells, strict=True)
@@ -123,7 +123,7 @@ def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[list[str]]:
 def _names(report: dict[str, Any]) -> list[str]:
     """Stages with a manifest or a record, in their order, which JSON does not keep."""
     recorded = report["cost"]["stages"]
-    return [name for name in _STAGES if name in report["stages"] or name in recorded]
+    return [name for name in MEASURED if name in report["stages"] or name in recorded]
 
 
 def _cells(name: str, stage: dict[str, Any], cost: dict[str, Any]) -> list[str]:

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 from cai_ray.report.conversations import assemble
+from cai_ray.report.plain_text import critique_and_revision, speech
 from cai_ray.report.roles import in_order, title_of
-from cai_ray.report.terminal import critique_and_revision, speech
 from cai_ray.report.text import percent, signed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, read_tables

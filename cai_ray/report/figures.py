@@ -16,16 +16,15 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from cai_ray.report.text import visible
+from cai_ray.stages import POLICIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # The page's variable behind each class that asks for a colour; where several do, the last.
-_COLOURS = {
-    "base": "base",
-    "sl": "sl",
-    "rl": "rl",
+_COLOURS: dict[str, str] = {
+    **{role: role for role in POLICIES},
     "control": "control",
     "c1": "control-1",
     "c2": "control-2",

@@ -20,10 +20,11 @@ from cai_ray.report import (
     principles,
     snapshots,
 )
-from cai_ray.report.roles import TRAINED, colour_of, title_of
+from cai_ray.report.roles import colour_of, title_of
 from cai_ray.report.summary import summary
 from cai_ray.report.templating import digest, inline, render
 from cai_ray.report.text import interval, percent
+from cai_ray.stages import POLICIES
 
 _HERE = Path(__file__).parent
 
@@ -61,7 +62,7 @@ def document(template: str, **data: Any) -> str:
 
 def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
     """The harm of each trained policy, large, with its interval and helpfulness."""
-    shown = [p for p in TRAINED if p in report["models"] and report[p]["harm"]["value"] is not None]
+    shown = [p for p in POLICIES if p in report["models"] and report[p]["harm"]["value"] is not None]
     return [
         {
             "policy": title_of(policy),

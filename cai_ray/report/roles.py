@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
-STAGES = ("revise", "sft", "compare", "label", "rm", "ppo", "dpo", "evaluate")
-"""The stages that a report tells of, in the order in which they run."""
-METHODS = ("ppo", "dpo")
-_STAGES_OF_THE_OTHER_METHOD = {"ppo": ("dpo",), "dpo": ("rm", "ppo")}
-TITLES = {
-    "base": "base",
-    "sl": "SL-CAI",
-    "rl": "RL-CAI",
+from cai_ray.stages import POLICIES, ROLES, Method, stages_that
+
+METHODS: tuple[str, ...] = get_args(Method)
+MEASURED = tuple(stages_that("generates", "trains"))
+"""The stages that a report tells of: those of both methods, in order, without the report itself."""
+TITLES: dict[str, str] = {
+    **{policy: ROLES[policy].title for policy in POLICIES},
     "shuffled": "shuffled labels",
     "respect_only": "respect alone",
 }
-"""Policies by the name that they have in the report, in the order in which they are shown."""
-TRAINED = ("base", "sl", "rl")
-"""The policies of a run; every other one is a control."""
-
-
-def stages_of(method: str) -> list[str]:
-    """The stages of a run of this method."""
-    return [stage for stage in STAGES if stage not in _STAGES_OF_THE_OTHER_METHOD[method]]
+"""Policies by their name in the report, in the order in which they are shown: the run's own, then controls."""
 
 
 def in_order(policies: Iterable[str]) -> list[str]:
@@ -37,7 +30,7 @@ def title_of(policy: str) -> str:
 
 def colour_of(policy: str, policies: Sequence[str] = ()) -> str:
     """The style class of a policy. Controls take turns if the policies they are shown with are given."""
-    if policy in TRAINED:
+    if policy in POLICIES:
         return policy
-    controls = [p for p in policies if p not in TRAINED]
+    controls = [p for p in policies if p not in POLICIES]
     return f"control c{controls.index(policy) % 3}" if policy in controls else "control"

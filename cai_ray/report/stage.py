@@ -12,7 +12,8 @@ from cai_ray.data.sources import read_comparisons
 from cai_ray.evaluate.attribution import attribution
 from cai_ray.report import conversations, costs, explorer, html, snapshots
 from cai_ray.report.alarms import alarms
-from cai_ray.report.roles import METHODS, in_order, stages_of
+from cai_ray.report.roles import MEASURED, METHODS, in_order
+from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
@@ -116,7 +117,7 @@ def _stages(run: Run) -> dict[str, dict[str, Any]]:
     """Wall seconds, tokens and rows of each completed stage, from its manifest."""
     stages: dict[str, dict[str, Any]] = {}
     for name in stages_of(run.config.method):
-        if manifest := run.manifest(name):
+        if name in MEASURED and (manifest := run.manifest(name)):
             stages[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
             stages[name] |= {key: manifest[key] for key in _COUNTS if key in manifest}
     return stages

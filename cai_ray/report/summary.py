@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cai_ray.report.text import percent
+from cai_ray.stages import POLICIES
 
 
 def summary(report: dict[str, Any]) -> list[str]:
@@ -20,7 +21,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _harm(report: dict[str, Any]) -> str:
-    before, between, after = (_rate(report, policy, "harm") for policy in ("base", "sl", "rl"))
+    before, between, after = (_rate(report, policy, "harm") for policy in POLICIES)
     if before is None or after is None:
         return ""
     sl = "" if between is None else f" After revision and fine-tuning the share is {percent(between)}."

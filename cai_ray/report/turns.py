@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cai_ray.report.roles import TRAINED, colour_of, in_order, title_of
+from cai_ray.report.roles import colour_of, in_order, title_of
 from cai_ray.report.text import signed
 from cai_ray.report.word_diff import Piece, diff
+from cai_ray.stages import POLICIES
 
 
 class Turn(NamedTuple):
@@ -72,7 +73,7 @@ def judged_answers(item: Mapping[str, Any]) -> list[Turn]:
     for policy, answer in item["policies"].items():
         pieces = [Piece(answer["text"])] if first is None else diff(first, answer["text"])
         first = answer["text"] if first is None else first
-        style = policy if policy in TRAINED else "control"
+        style = policy if policy in POLICIES else "control"
         turns.append(Turn(title_of(policy), pieces, style, note=", ".join(_verdicts(answer))))
     return turns
 

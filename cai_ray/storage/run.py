@@ -17,6 +17,7 @@ from cai_ray.config.load import validate
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
+from cai_ray.stages import ROLES, maker_of
 from cai_ray.storage.files import exists, join, read_bytes, read_object, write_bytes
 from cai_ray.storage.filesystems import (
     is_local,
@@ -122,8 +123,9 @@ class Run:
         """
         if self.config.engine.kind == "openai":
             return self.config.model if which == "base" else which
-        roles = {"base": self.config.model, "sl": self.path("sft", "model"), "rm": self.path("rm", "model")}
-        uri = {**roles, "rl": self.path(self.config.method, "model")}.get(which, which)
+        stages = ROLES[which].stages if which in ROLES else ()
+        maker = maker_of(which, self.config.method) or stages[0] if stages else None
+        uri = self.path(maker, "model") if maker else self.config.model if which == "base" else which
         if uri == "town":  # the base model of the embedded world, which ships with the package
             return str(Path(__file__).parents[1] / "town" / "base")
         return uri

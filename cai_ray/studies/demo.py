@@ -1,4 +1,4 @@
-"""`cai-ray demo`: the whole pipeline on the embedded world, for one seed or several, and what came of it."""
+"""Runs the whole pipeline on the embedded world, for one seed or several, and reports on it: `cai-ray demo`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from cai_ray.cluster.connect import disconnect
 from cai_ray.config.load import load_config, validate
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
+from cai_ray.provenance.copies import share
+from cai_ray.report import plain_text
 from cai_ray.report import stage as report_stage
-from cai_ray.report import terminal
 from cai_ray.report.roles import title_of
 from cai_ray.report.seeds import mean_of_seeds
+from cai_ray.report.terminal import print_table
+from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
 CONFIG = "errand-town"
 BEST_OF = 4
 KEPT = "respect"
-"""The one principle that the third control keeps."""
+"""The one principle that stays enabled in the third control."""
 
 
 def run(
@@ -32,19 +35,19 @@ def run(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Runs the demo into OUT/seed-K, writes OUT/report and prints what it says. What is done is skipped.
+    """Runs the demo into OUT/seed-K, writes OUT/report and prints its summary. Stages that are done are skipped.
 
     Args:
-        controls: per seed, also a policy trained with shuffled labels, best of n of the SL-CAI policy, and a
-            constitution of which only one principle is enabled.
+        controls: adds for each seed a policy trained on shuffled labels, best of n of the SL-CAI policy, and a policy
+            of a constitution with one enabled principle.
         overrides: `a.b=value` settings on the packaged configuration.
-        overwrite: make stages again whose inputs changed.
+        overwrite: runs stages again whose inputs changed.
 
     Returns:
         The report over all seeds, as in OUT/report/report.json.
 
     Raises:
-        InputError: see `pipeline.run_stages`; also `out` is empty, or a setting is the demo's own.
+        InputError: `out` is empty, an override sets what the demo sets itself, or see `pipeline.run_stages`.
     """
     check(out, overrides)
     started = time.time()
@@ -66,8 +69,8 @@ def run(
 
 
 def check(out: str, overrides: Sequence[str]) -> None:
-    """The demo sets `out` and `seed` of its runs itself: an override of them would be lost without a word."""
-    if not out.strip():  # else the runs would lie in the root of the file system
+    """Raises InputError for an override of `out` or `seed`, which the demo sets itself, or an empty `out`."""
+    if not out.strip():  # else the runs would be in the root of the file system
         raise InputError("--out is empty; name a directory for the demo's runs")
     options = {"seed": "--seeds N, which runs the seeds 0 to N-1", "out": "--out DIR"}
     for item in overrides:
@@ -79,7 +82,7 @@ def check(out: str, overrides: Sequence[str]) -> None:
 def run_seed(
     out: str, seed: int, overrides: Sequence[str], overwrite: bool = False
 ) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
-    """Runs one seed into OUT/seed-K: the run, its report and its judged rows."""
+    """Runs one seed into OUT/seed-K. Returns the run, its report and its judged rows."""
     settings = load_config(CONFIG, list(overrides), out=files.join(out, f"seed-{seed}"), seed=seed)
     done = _run(settings, f"seed {seed}", overwrite)
     return done, *_result(done)
@@ -96,15 +99,15 @@ def add(
     policy: str = "rl",
     overwrite: bool = False,
 ) -> None:
-    """Runs a seed with changed settings and adds one of its policies, under a name, to the seed's report and rows.
+    """Runs a seed with changed settings, and adds one of its policies to the seed's report and rows under a name.
 
-    Stages that the change does not reach are copied.
+    Stages that the change does not affect are copied.
     """
     data = done.config.model_dump(mode="json")
     for key, value in sections.items():
         data[key] = {**data[key], **value} if isinstance(value, dict) else value
     settings = validate({**data, "out": out}, CONFIG)
-    pipeline.share(done, settings)
+    share(done, settings)
     other, rows = _result(_run(settings, f"seed {settings.seed}, {title_of(name)}", overwrite))
     report[name] = other[policy]
     report["models"].append(name)
@@ -116,7 +119,7 @@ def _add_controls(done: Run, report: dict[str, Any], judged: list[dict[str, Any]
     where, best = files.join(done.root, "controls"), f"best_of_{BEST_OF}"
     labels = "dpo" if done.config.method == "dpo" else "rm"
     controls: dict[str, tuple[str, dict[str, Any]]] = {"shuffled": ("rl", {labels: {"shuffle_labels": True}})}
-    # The run itself may have it; and without a reward model there is no best.
+    # The run itself may have a best of n, and without a reward model there is none.
     if not done.config.evaluate.best_of and done.config.method == "ppo":
         controls[best] = (best, {"evaluate": {"best_of": BEST_OF}})
     others = [p.id for p in done.config.document.principles if p.id != KEPT]
@@ -132,7 +135,7 @@ def _run(settings: RunConfig, who: str, overwrite: bool) -> Run:
     def say(line: str) -> None:
         print(f"[{who}] {line}", file=sys.stderr, flush=True)
 
-    return pipeline.run_stages(settings, pipeline.stages_of(settings), overwrite=overwrite, say=say)
+    return pipeline.run_stages(settings, stages_of(settings.method), overwrite=overwrite, say=say)
 
 
 def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -143,10 +146,10 @@ def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
     seeds = report["seeds"]
     over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95% intervals\n")
-    print(terminal.results(report))
+    print_table(plain_text.results_rows(report), head=True, plain=plain_text.results(report))
     if report["certificate"]:
-        print(f"\n{terminal.certificate(report['certificate'])}")
+        print(f"\n{plain_text.certificate(report['certificate'])}")
     print(f"\nhuman harmlessness labels: {report['human_harmlessness_labels']}\n")
     for number, item in enumerate(report["transcripts"], 1):
-        print(terminal.transcript(item, number), end="\n\n")
+        print(plain_text.transcript(item, number), end="\n\n")
     print(f"report: {files.join(folder, 'index.html')}  ({seconds:.0f} s)", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cai_ray.data.sources import read_prompts
-from cai_ray.pipeline import STAGES
+from cai_ray.stages import STAGES
 from cai_ray.storage import files
 from cai_ray.storage.run import Run, open_run
 from cai_ray.town import BASE

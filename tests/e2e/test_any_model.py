@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cai_ray import constitution, pipeline
+from cai_ray import constitution
+from cai_ray.stages import stages_of
 from cai_ray.storage.run import Run, open_run
 from tests import tiny
 from tests.e2e.command import ROOT, Driver, cai_ray, refused, settings, succeed
@@ -70,7 +71,7 @@ def run(runs: dict[str, Run], request: pytest.FixtureRequest) -> Run:
 
 
 def test_all_stages_are_done_on_two_rows_and_two_steps(run: Run) -> None:
-    rows = {stage: (run.manifest(stage) or {}).get("rows_out") for stage in pipeline.stages_of(run.config)}
+    rows = {stage: (run.manifest(stage) or {}).get("rows_out") for stage in stages_of(run.config.method)}
     assert rows["revise"] == 4  # two to be revised, two samples that keep the policy helpful
     assert rows["compare"] == rows["label"] == 2
     assert rows["evaluate"] == 6  # two prompts, three policies

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cai_ray import constitution, pipeline
+from cai_ray import constitution
 from cai_ray.config.load import load_config
 from cai_ray.data.sources import normalised, read_comparisons, read_prompts
 from cai_ray.generate import compare, revise
+from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.run import Run, open_run
@@ -26,7 +27,7 @@ from cai_ray.town import BASE
 from tests.e2e.command import SMALL, cai_ray, environment, refused, settings, succeed
 from tests.events import scalars
 
-STAGES = pipeline.stages_of(load_config("errand-town"))
+STAGES = stages_of(load_config("errand-town").method)
 GENERATED = ("revise", "compare", "label", "evaluate")
 TRAINED = ("sft", "rm", "ppo")
 RATES = ("harm", "helpful", "over_refusal", "malformed", "principle_named")

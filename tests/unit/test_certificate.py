@@ -17,7 +17,7 @@ from cai_ray.generate import label
 from cai_ray.judging import certificate
 from cai_ray.judging.certificate import Labelled, Vote
 from cai_ray.judging.statistics import reliability
-from cai_ray.pipeline import Stage
+from cai_ray.stages import STAGES, Stage
 from cai_ray.storage import files
 from cai_ray.storage.records import to_table
 from cai_ray.storage.run import Run
@@ -260,8 +260,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        stages[name] = Stage(module.__name__, needs, (name,), uses_ray=False)
-    monkeypatch.setattr(pipeline, "STAGES", stages)
+        stages[name] = Stage(name, module.__name__, "reads", needs, (name,))
+    for name, stage in stages.items():
+        monkeypatch.setitem(STAGES, name, stage)
     return made
 
 

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from cai_ray import pipeline
 from cai_ray.cli import main
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import load
@@ -20,8 +19,8 @@ from cai_ray.errors import InputError
 from cai_ray.export import markdown
 from cai_ray.export.datasets import SCHEMAS
 from cai_ray.export.folders import export
-from cai_ray.export.roles import MODELS
 from cai_ray.judging import certificate
+from cai_ray.stages import STAGES, models_of
 from cai_ray.storage import files
 from cai_ray.storage.records import to_table
 from cai_ray.storage.run import Run
@@ -111,7 +110,7 @@ def run(tmp_path: Path) -> Run:
     run.write_rows("label", to_table(labels, "labels"))
     proof = certificate.certificate(certificate.read(to_table(labels, "labels")))
     files.write_json(run.path("label", "certificate.json"), proof)
-    for stage in MODELS["ppo"].values():
+    for stage in models_of("ppo").values():
         tiny.save_model(Path(run.path(stage, "model")), "qwen2")
     files.write_json(run.path("rm", "model", "reward_head.json"), {"mean": 0.5, "std": 2.0, "n": 4})
     rate = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
@@ -119,7 +118,7 @@ def run(tmp_path: Path) -> Run:
     policy = {"harm": rate, "harm_by_family": {}, "preferred_to_base": nothing}
     report = {"models": ["base", EVIL], "base": policy, EVIL: policy, "constitution": {"principles": []}}
     files.write_json(run.path("report", "report.json"), report)
-    for name, stage in pipeline.STAGES.items():
+    for name, stage in STAGES.items():
         inputs = {upstream: f"id of {upstream}" for upstream in stage.needs}
         manifest: dict[str, Any] = {"id": f"id of {name}", "inputs": inputs, "rows_out": 1234, "errors": 0}
         if name == "rm":
@@ -181,7 +180,7 @@ def test_revisions_end_with_what_was_trained_on(run: Run, tmp_path: Path) -> Non
 def test_models_are_as_they_are_with_a_card_each(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(run, str(out))
-    for role, stage in MODELS["ppo"].items():
+    for role, stage in models_of("ppo").items():
         folder, source = out / "models" / role, Path(run.path(stage, "model"))
         for file in source.iterdir():
             assert (folder / file.name).read_bytes() == file.read_bytes()
@@ -285,7 +284,7 @@ def test_bad_places_are_one_line(run: Run, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_run_with_nothing_done_says_so(run: Run, tmp_path: Path) -> None:
-    for stage in pipeline.STAGES:
+    for stage in STAGES:
         shutil.rmtree(run.path(stage), ignore_errors=True)
     with pytest.raises(InputError, match="nothing to export yet"):
         export(run, str(tmp_path / "out"))

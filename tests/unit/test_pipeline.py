@@ -12,20 +12,20 @@ from cai_ray import pipeline
 from cai_ray.config.load import find_config, load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.pipeline import Stage
+from cai_ray.provenance.inputs import _settings, inputs
+from cai_ray.provenance.status import status
+from cai_ray.stages import STAGES, stages_of
 from cai_ray.storage import files
 from cai_ray.storage.records import to_table
 from cai_ray.storage.run import Run, open_run
 
 CALLS: list[str] = []
-ALL = dict(pipeline.STAGES)
 
 
 @pytest.fixture(autouse=True)
 def stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two stages, `revise` and `sft`, that write one file."""
+    """Stages `revise` and `sft` write one file. Their checks, and the other stages, are the real ones."""
     CALLS.clear()
-    made: dict[str, Stage] = {}
     for name, needs, reads in (
         ("revise", (), ("revise", "prompts", "model", "templates", "constitution")),
         ("sft", ("revise",), ("sft",)),
@@ -39,8 +39,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        made[name] = Stage(module.__name__, needs, reads, uses_ray=False)
-    monkeypatch.setattr(pipeline, "STAGES", made)
+        counting = {"module": module.__name__, "kind": "reads", "needs": needs, "reads": reads}
+        monkeypatch.setitem(STAGES, name, STAGES[name]._replace(**counting))
 
 
 def load(out: Path, *overrides: str) -> RunConfig:
@@ -56,8 +56,10 @@ def test_a_completed_stage_is_skipped(tmp_path: Path) -> None:
     go(tmp_path)
     go(tmp_path)
     assert CALLS == ["revise", "sft"]
-    states = pipeline.status(open_run(str(tmp_path)))
-    assert [(s["stage"], s["state"]) for s in states] == [("revise", "done"), ("sft", "done")]
+    states = status(open_run(str(tmp_path)))
+    assert [(s["stage"], s["state"]) for s in states] == [("revise", "done"), ("sft", "done")] + [
+        (name, "missing") for name in stages_of("ppo")[2:]
+    ]
 
 
 def test_a_stage_that_is_kept_stays_and_those_after_it_say_so(tmp_path: Path) -> None:
@@ -194,8 +196,8 @@ def test_a_stage_is_kept_until_the_cluster_can_make_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go(tmp_path)
-    made = {n: s._replace(uses_ray=True) for n, s in pipeline.STAGES.items()}
-    monkeypatch.setattr(pipeline, "STAGES", made)
+    for name in ("revise", "sft"):
+        monkeypatch.setitem(STAGES, name, STAGES[name]._replace(kind="generates"))
 
     def connect(config: RunConfig) -> None:
         raise InputError("no cluster answers there")
@@ -248,22 +250,21 @@ def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override:
 def test_a_method_has_its_own_stages_and_reads_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "STAGES", ALL)
     shared = ["revise", "sft", "compare", "label"]
     for method, own in (("ppo", ["rm", "ppo"]), ("dpo", ["dpo"])):
         run = Run(load(tmp_path, f"method={method}"))
-        assert pipeline.stages_of(run.config) == [*shared, *own, "evaluate", "report"]
-        assert [s["stage"] for s in pipeline.status(run)] == pipeline.stages_of(run.config)
+        assert stages_of(run.config.method) == [*shared, *own, "evaluate", "report"]
+        assert [s["stage"] for s in status(run)] == stages_of(run.config.method)
         assert run.model("rl") == run.path(method, "model")
         for stage in [*shared, *own]:
             files.write_json(run.path(stage, "manifest.json"), {"id": f"{method} {stage}", "inputs": {}})
-        read = pipeline.inputs(run, "evaluate")
-        assert {k: read[k] for k in ALL if k in read and k != "evaluate"} == {
+        read = inputs(run, "evaluate")
+        assert {k: read[k] for k in STAGES if k in read and k != "evaluate"} == {
             s: f"{method} {s}" for s in ["sft", "label", *own]
         }
-    with pytest.raises(InputError, match=r"ppo is no stage of method=dpo; set method=ppo"):
+    with pytest.raises(InputError, match=r"ppo is not a stage of method=dpo; set method=ppo"):
         pipeline.check_inputs(run.config, ["ppo"])
-    with pytest.raises(InputError, match=r"dpo is no stage of method=ppo; set method=dpo"):
+    with pytest.raises(InputError, match=r"dpo is not a stage of method=ppo; set method=dpo"):
         pipeline.check_inputs(load(tmp_path), ["dpo"])
     with pytest.raises(InputError, match=r"best_of=4 chooses by a reward model, and method=dpo trains none"):
         load(tmp_path, "method=dpo", "evaluate.best_of=4")
@@ -271,10 +272,10 @@ def test_a_method_has_its_own_stages_and_reads_no_others(
 
 def test_settings_that_came_later_leave_what_is_done_as_it_is(tmp_path: Path) -> None:
     config = load(tmp_path)
-    assert {"critique", "critique_model"}.isdisjoint(pipeline._settings(config.revise))
-    assert "hard_labels" not in pipeline._settings(config.rm)
-    assert pipeline._settings(load(tmp_path, "rm.hard_labels=true").rm)["hard_labels"] is True
-    assert pipeline._settings(load(tmp_path, "revise.critique=false").revise)["critique"] is False
+    assert {"critique", "critique_model"}.isdisjoint(_settings(config.revise))
+    assert "hard_labels" not in _settings(config.rm)
+    assert _settings(load(tmp_path, "rm.hard_labels=true").rm)["hard_labels"] is True
+    assert _settings(load(tmp_path, "revise.critique=false").revise)["critique"] is False
 
 
 @pytest.mark.parametrize("method", ["rm", "dpo"])
@@ -298,7 +299,7 @@ def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
     on_cpu = load_config(
         "errand-town", ["engine.pipeline_parallel=2", "engine.device=cpu"], out=str(tmp_path)
     )
-    with pytest.raises(InputError, match="pipeline_parallel=2: vLLM splits layers over GPUs alone"):
+    with pytest.raises(InputError, match="pipeline_parallel=2: vLLM splits layers over GPUs only"):
         pipeline.check_inputs(on_cpu, ["revise"])
 
 
@@ -334,7 +335,7 @@ def test_item_10_human_comparisons_are_training_prompts(tmp_path: Path) -> None:
     pipeline.check_inputs(load(tmp_path, held, judge))
     with pytest.raises(InputError, match="also a training prompt"):
         pipeline.check_inputs(load(tmp_path, held, judge, human))
-    with pytest.raises(InputError, match="is no request of Errand Town"):
+    with pytest.raises(InputError, match="is not a request of Errand Town"):
         pipeline.check_inputs(load(tmp_path, held))
 
 

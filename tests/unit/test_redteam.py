@@ -9,6 +9,7 @@ import pytest
 
 from cai_ray import pipeline
 from cai_ray.config.load import validate
+from cai_ray.data.preflight import Preflight
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
 from cai_ray.generate import redteam
@@ -128,7 +129,7 @@ def test_item_38_without_examples_or_a_way_to_ask(tmp_path: Path) -> None:
     run = make(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "kind": "helpful"}\n')
     with pytest.raises(InputError, match="none is of kind red_team"):
-        redteam.check(run)
+        redteam.check(run, Preflight(run))
     towns = run.config.model_copy(update={"templates": "errand-town"})
     with pytest.raises(InputError, match="template set errand-town has no red_team"):
         pipeline.check_inputs(towns, ["redteam"])

@@ -26,11 +26,14 @@ from cai_ray.evaluate.outcomes import outcomes, rates
 from cai_ray.evaluate.transcripts import choose
 from cai_ray.judging import certificate
 from cai_ray.judging.statistics import rate
-from cai_ray.report import html, stage, terminal
+from cai_ray.provenance.copies import fork, share
+from cai_ray.provenance.inputs import inputs
+from cai_ray.report import html, plain_text, stage
 from cai_ray.report.bootstrap import bootstrap
 from cai_ray.report.label_quality import certificate_tables
-from cai_ray.report.roles import STAGES, in_order
+from cai_ray.report.roles import in_order
 from cai_ray.report.seeds import mean_of_seeds
+from cai_ray.stages import STAGES, stages_of, stages_that
 from cai_ray.storage import files
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
@@ -147,7 +150,9 @@ def make_run(settings: RunConfig) -> Run:
     files.write_json(run.path("label", "certificate.json"), certificate_of(seed))
     steps = [{"step": i, "reward/mean": i / 10 + seed, "kl/reference": float("nan")} for i in range(1, 5)]
     run.write_metrics("ppo", steps)
-    for name in STAGES:
+    for name in stages_that("generates", "trains"):
+        if STAGES[name].before:
+            continue
         manifest: dict[str, Any] = {
             "id": f"{name} {seed}",
             "seconds": 10.0 + seed,
@@ -234,7 +239,7 @@ def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
     for report in (reports[0], mean_of_seeds(reports, rows, draws=10)):
         proof = report["certificate"]
         assert proof["gold"]["overall"]["n"] == 20
-        page, shown = Page(html.page(report)), terminal.certificate(proof)
+        page, shown = Page(html.page(report)), plain_text.certificate(proof)
         for said in (page.text, shown):
             for expected in (
                 "slot bias",
@@ -309,7 +314,7 @@ def test_transcripts_hold_answers_in_the_order_of_training(town_run: Run) -> Non
     assert len({t["family"] for t in told}) == 3
     for t in told:
         assert in_order(t["answers"]) == ["base", "sl", "rl"]
-        shown = terminal.transcript(t, 1)
+        shown = plain_text.transcript(t, 1)
         assert shown.index("base says") < shown.index("sl says") < shown.index("rl says")
         assert [s["changed"] for s in t["steps"]] == [False, True]
     assert told[0]["steps"][0]["title"] == "Speak kindly"
@@ -438,7 +443,7 @@ def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
     assert mean_of_seeds(reports, rows, draws=500) == both
     json.dumps(both, allow_nan=False)
     assert Page(html.page(both)).open == []
-    assert "SL-CAI" in terminal.results(both)
+    assert "SL-CAI" in plain_text.results(both)
 
 
 def test_combine_of_one_seed_keeps_its_intervals(town_run: Run) -> None:
@@ -476,7 +481,7 @@ def test_bootstrap_draws_prompts_and_not_outcomes() -> None:
 def test_terminal_text_has_no_escape_sequences(town_run: Run) -> None:
     item = stage.build(town_run)["transcripts"][0]
     item["response"] = EVIL
-    shown = terminal.transcript(item, 1)
+    shown = plain_text.transcript(item, 1)
     assert "\x1b" not in shown
     assert "\x00" not in shown
     shown.encode()
@@ -487,32 +492,32 @@ def test_fork_copies_completed_stages_once(town_run: Run, tmp_path: Path) -> Non
     files.write_bytes(town_run.path("sft", "model", "config.json"), b"{}")
     files.write_bytes(town_run.path("sft", "checkpoints", "1", "state"), b"large")
     settings = town_run.config.model_copy(update={"out": str(tmp_path / "fork")})
-    fork = pipeline.fork(town_run, settings, ["revise", "sft"])
-    assert fork.rows("revise") == town_run.rows("revise")
-    assert fork.manifest("sft") == town_run.manifest("sft")
-    assert files.exists(fork.path("sft", "model", "config.json"))
-    assert not files.exists(fork.path("sft", "checkpoints"))
-    files.write_bytes(fork.path("sft", "mark"), b"")
-    pipeline.fork(town_run, settings, ["revise", "sft"])
-    assert files.exists(fork.path("sft", "mark"))
+    forked = fork(town_run, settings, ["revise", "sft"])
+    assert forked.rows("revise") == town_run.rows("revise")
+    assert forked.manifest("sft") == town_run.manifest("sft")
+    assert files.exists(forked.path("sft", "model", "config.json"))
+    assert not files.exists(forked.path("sft", "checkpoints"))
+    files.write_bytes(forked.path("sft", "mark"), b"")
+    fork(town_run, settings, ["revise", "sft"])
+    assert files.exists(forked.path("sft", "mark"))
     files.write_json(town_run.path("sft", "manifest.json"), {"id": "another"})
-    pipeline.fork(town_run, settings, ["sft"])
-    assert not files.exists(fork.path("sft", "mark"))
+    fork(town_run, settings, ["sft"])
+    assert not files.exists(forked.path("sft", "mark"))
     files.delete(town_run.path("sft", "manifest.json"))
     with pytest.raises(InputError, match="sft is not complete"):
-        pipeline.fork(town_run, settings, ["sft"])
+        fork(town_run, settings, ["sft"])
 
 
 def test_share_copies_the_stages_that_a_change_does_not_reach(town_run: Run, tmp_path: Path) -> None:
     def changed(name: str, *overrides: str) -> list[str]:
         settings = load_config("errand-town", list(overrides), out=str(tmp_path / name))
-        new = pipeline.share(town_run, settings)
-        return [s for s in pipeline.STAGES if new.manifest(s)]
+        new = share(town_run, settings)
+        return [s for s in STAGES if new.manifest(s)]
 
-    for name in pipeline.stages_of(town_run.config):
-        manifest = {"id": f"id of {name}", "seconds": 1.0, "inputs": pipeline.inputs(town_run, name)}
+    for name in stages_of(town_run.config.method):
+        manifest = {"id": f"id of {name}", "seconds": 1.0, "inputs": inputs(town_run, name)}
         files.write_json(town_run.path(name, "manifest.json"), manifest)
-    everything = pipeline.stages_of(town_run.config)
+    everything = stages_of(town_run.config.method)
     assert changed("same") == everything
     assert changed("kl", "ppo.kl_coef=0.5") == everything[: everything.index("ppo")]
     assert changed("hard", "rm.hard_labels=true") == everything[: everything.index("rm")]

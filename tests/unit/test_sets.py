@@ -19,6 +19,8 @@ from cai_ray.evaluate import formats, harness, sets
 from cai_ray.evaluate.stage import Answer
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.provenance.inputs import _settings, inputs
+from cai_ray.stages import STAGES
 from cai_ray.storage.records import to_table
 from cai_ray.storage.run import Run
 
@@ -326,12 +328,12 @@ def town(tmp_path: Path, *given: str) -> Run:
 
 def evaluated(run: Run) -> str:
     """What stage `evaluate` depends on by its own section."""
-    wanted = pipeline.STAGES["evaluate"]
-    pipeline.STAGES["evaluate"] = wanted._replace(needs=())
+    wanted = STAGES["evaluate"]
+    STAGES["evaluate"] = wanted._replace(needs=())
     try:
-        return pipeline.inputs(run, "evaluate")["evaluate"]
+        return inputs(run, "evaluate")["evaluate"]
     finally:
-        pipeline.STAGES["evaluate"] = wanted
+        STAGES["evaluate"] = wanted
 
 
 def test_inputs_change_with_a_set_and_with_its_content(tmp_path: Path) -> None:
@@ -356,7 +358,7 @@ def test_inputs_change_with_task_files(tmp_path: Path) -> None:
 
 def test_runs_without_sets_are_as_they_were(tmp_path: Path) -> None:
     """The hash of a section that has no sets does not know of such a setting."""
-    settings = pipeline._settings(town(tmp_path).config.evaluate)
+    settings = _settings(town(tmp_path).config.evaluate)
     assert not {"sets", "harness"} & settings.keys()
 
 

@@ -1,0 +1,77 @@
+"""What has changed since a stage was made, and how that is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+from cai_ray.errors import InputError
+from cai_ray.provenance.inputs import inputs
+from cai_ray.stages import STAGES, needs_of, stages_of
+from cai_ray.storage.run import Run, open_run
+
+
+def check_changes(run: Run, stages: list[str], overwrite: bool, keep: Collection[str] = ()) -> None:
+    """Checks before anything starts that no completed stage that is to be run or read has other inputs.
+
+    Raises:
+        InputError: one has, `overwrite` is not given, and it is not among those to `keep`.
+    """
+    if overwrite:
+        return
+    # Red-team prompts come first: once they are written they are mostly named as a source, which changes what they
+    # came from.
+    for name in [*(n for n in stages if STAGES[n].before), *stages_of(run.config.method)]:
+        done = run.manifest(name)
+        if done is None or name in keep:
+            continue
+        try:
+            now = inputs(run, name)
+        except InputError:  # what it read is gone, and will be made again
+            continue
+        then = done["inputs"]
+        needs = needs_of(name, run.config.method)
+        if name not in stages and not any(name in needs_of(s, run.config.method) for s in stages):
+            # Not touched now: it may wait to be made again, but a directory holds one configuration.
+            then, now = ({k: v for k, v in d.items() if k not in needs} for d in (then, now))
+        if then != now:
+            raise InputError(describe_change(run, name, then, now))
+
+
+def changed_inputs(run: Run, name: str) -> list[str]:
+    """The names of a completed stage's inputs that are not what they were; none of a stage that is not complete."""
+    done = run.manifest(name)
+    return _changed_keys(done["inputs"], inputs(run, name)) if done else []
+
+
+def describe_change(run: Run, name: str, then: dict[str, str], now: dict[str, str]) -> str:
+    """One line that says which inputs of a stage changed, with the settings by name, and what to do."""
+    keys = _changed_keys(then, now)
+    settings = ""
+    with suppress(InputError):  # run.json is damaged: only the sections are named then
+        before = open_run(run.root).config.model_dump(mode="json")
+        after = run.config.model_dump(mode="json")
+        sections = [*keys, "without"] if "constitution" in keys else keys
+        lines = [d for s in sections for d in differences(s, before.get(s), after.get(s))]
+        settings = f" ({'; '.join(lines[:4])})" if lines else ""
+    return (
+        f"{run.root}: {name} was made with other inputs: {', '.join(keys)} changed{settings}; "
+        "--overwrite makes it again, --out chooses another directory"
+    )
+
+
+def differences(key: str, old: Any, new: Any) -> list[str]:
+    """The settings below `key` that differ, each as `section.key: old → new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            d
+            for k in sorted(old.keys() | new.keys())
+            for d in differences(f"{key}.{k}", old.get(k), new.get(k))
+        ]
+    return [] if old == new else [f"{key}: {json.dumps(old)[:60]} → {json.dumps(new)[:60]}"]
+
+
+def _changed_keys(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    return sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
