@@ -1,7 +1,5 @@
 """`cai-ray config`: what may stand in a configuration, for editors and for people."""
 
-from __future__ import annotations
-
 import json
 
 from cai_ray.cli.options import new_app

@@ -31,7 +31,7 @@ from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.engine.options import option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate.revise import Revise
+from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.provenance.inputs import own_inputs
 from cai_ray.storage.run import Run
@@ -529,7 +529,7 @@ def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(se
 
     server.replies = [Reply(completion("too rude"))]
     revise = ReviseConfig(rounds=2, critique_model="big", critique_engine=endpoint(server.url))
-    chain = Revise(constitution.load("harmless"), GENERAL, revise, seed=0, model="town")
+    chain = ReviseChain(constitution.load("harmless"), GENERAL, revise, seed=0, model="town")
     chain = pickle.loads(pickle.dumps(chain))
     row = {"id": "r", "messages": ASK, "kind": "red_team"}
     out = asyncio.run(chain(ScriptedEngine(answer=lambda messages, sampling: "policy"), row))
