@@ -10,7 +10,7 @@ app = new_app("Describe the settings of a configuration.")
 @app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
-    from cai_ray.config.schema import json_schema  # type: ignore[import-untyped]
+    from cai_ray.config.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
@@ -18,6 +18,6 @@ def schema() -> None:
 @app.command("docs")
 def docs() -> None:
     """Print docs/configuration.md: every setting, its default and its meaning."""
-    from cai_ray.config.schema import markdown  # type: ignore[import-untyped]
+    from cai_ray.config.schema import markdown
 
     print(markdown(), end="")
