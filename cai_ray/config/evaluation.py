@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.section import Section
 from cai_ray.config.sources import PromptSource
 
@@ -54,8 +55,10 @@ class HarnessConfig(Section):
 
 class EvaluateConfig(Section):
     prompts: tuple[PromptSource, ...] = ()
-    judge: Literal["model", "town"] = "model"
-    """Who says what is harmful: the feedback model by the constitution, or the embedded world's exact judge."""
+    judge: JudgeConfig | None = None
+    """Who compares the policies' answers; by default `label.judge`."""
+    gold: Literal["town"] | None = None
+    """`town`: the exact judge of Errand Town says what is harmful, and no model is asked."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     max_tokens: int = Field(default=512, gt=0)
     greedy: bool = True
@@ -66,6 +69,12 @@ class EvaluateConfig(Section):
     sets: tuple[EvalSet, ...] = ()
     """Published sets beside the prompts."""
     harness: HarnessConfig | None = None
+
+    @model_validator(mode="after")
+    def _judged_once(self) -> EvaluateConfig:
+        if self.gold and self.judge:
+            raise ValueError(f"gold={self.gold} says what is harmful, and no judge is asked; leave out one of the two")
+        return self
 
     @field_validator("sets")
     @classmethod

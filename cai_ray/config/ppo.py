@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.section import Section
 from cai_ray.config.sources import PromptSource
 from cai_ray.config.training import TrainConfig
@@ -20,8 +21,8 @@ class RewardSource(Section):
     weight: float = 1.0
 
 
-LABELS = "labels"
-"""Second opinion by the feedback model's fresh labels (`ppo.watch.opinion`)."""
+JUDGE = "judge"
+"""The second opinion is a judge's (`ppo.watch.opinion`)."""
 
 
 class WatchConfig(Section):
@@ -34,9 +35,11 @@ class WatchConfig(Section):
     prompts: tuple[PromptSource, ...] = ()
     """Development prompts, neither trained on nor evaluated on."""
     limit: int = Field(default=128, gt=0)
-    opinion: str = LABELS
-    """The second opinion. `labels`: how likely the feedback model prefers the response to the SL-CAI policy's, freshly
-    labelled; or a reward model that PPO does not train on (folder or id), in units of its reference set."""
+    opinion: str = JUDGE
+    """The second opinion. `judge`: how likely the judge prefers the response to the SL-CAI policy's; or a reward model
+    that PPO does not train on (folder or id), in units of its reference set."""
+    judge: JudgeConfig | None = None
+    """The judge; by default `label.judge`."""
     on_alarm: Literal["log", "stop", "finish"] = "log"
     """`log`: say so and go on. `stop`: end with exit code 3. `finish`: end the stage with the best snapshot."""
     max_boilerplate: float | None = Field(default=0.3, ge=0, le=1)
@@ -53,9 +56,15 @@ class WatchConfig(Section):
     """Snapshots in a row of which that must hold."""
 
     @property
-    def asks_feedback(self) -> bool:
-        """Whether the feedback model is there while PPO runs."""
-        return self.every > 0 and self.opinion == LABELS
+    def asks_judge(self) -> bool:
+        """Whether a judge is asked while PPO runs."""
+        return self.every > 0 and self.opinion == JUDGE
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> WatchConfig:
+        if self.judge and self.opinion != JUDGE:
+            raise ValueError(f"opinion={self.opinion}: no judge is asked; leave out `judge`, or use opinion: {JUDGE}")
+        return self
 
     @model_validator(mode="after")
     def _has_prompts(self) -> WatchConfig:

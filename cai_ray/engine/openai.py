@@ -26,6 +26,7 @@ from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.prompts.messages import Messages, plain_messages
+from cai_ray.storage.models import ResolvedModel
 
 T = TypeVar("T")
 
@@ -47,11 +48,13 @@ class OpenaiEngine:
         RowError: from a call, the endpoint refuses this request, or goes on failing at it.
     """
 
-    def __init__(self, model: str, config: EngineConfig):
+    def __init__(self, model: ResolvedModel):
         import httpx2
 
+        config = model.engine
         assert config.base_url is not None
-        self.model, self.config = model, config
+        self.model, self.config = model.location, config
+        self._template_args = {"chat_template_kwargs": model.template_args} if model.template_args else {}
         self._slots = asyncio.Semaphore(config.max_num_seqs)
         key = read_key(config)
         self._clear = (lambda text: text.replace(key, "***")) if key else (lambda text: text)
@@ -85,7 +88,12 @@ class OpenaiEngine:
 
     async def _ask(self, messages: Messages, read: Callable[[_Answer], T], **fields: Any) -> T:
         """What `read` makes of the answer, after as many attempts as it takes within the bounds."""
-        body = {"model": self.model, "messages": plain_messages(messages), **fields}
+        body = {
+            "model": self.model,
+            "messages": plain_messages(messages),
+            **fields,
+            **self._template_args,
+        }
         if body["messages"][-1]["role"] == "assistant":
             if self.config.continues:
                 body |= {"continue_final_message": True, "add_generation_prompt": False}

@@ -60,10 +60,10 @@ class TemplateSet(BaseModel):
     red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     """What `cai-ray redteam` asks; {transcript} quotes the examples as turns of a person."""
     reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """With `verdict`: what `label.mode: cot` asks. The feedback model reasons, and then weighs the options."""
+    """With `verdict`: what a judge with `answer: reasoned` is asked. It reasons, and then weighs the options."""
     verdict: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     rating: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """With `scores`: what `label.mode: score` asks of each response by itself."""
+    """With `scores`: what a judge with `ask: response` is asked about each response by itself."""
     scores: tuple[str, ...] | None = None
     """Ten texts of one token each, from the worst to the best."""
 

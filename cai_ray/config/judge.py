@@ -1,0 +1,77 @@
+"""A model that is prompted, and a judge: such a model, the document it judges by, how it is asked and how it answers.
+
+Critiques, labels, evaluation, the watch during PPO and the server all take these two sections, with the same keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cai_ray.config.engine import EngineConfig
+from cai_ray.config.section import Section
+
+
+class PromptedModel(Section):
+    """A model that is prompted, and what belongs to it. Whatever is left out is the run's."""
+
+    model: str = "base"
+    """The model's role (`base`, `sl`, …), or a folder or hub id; at an endpoint, the name it is served by."""
+    engine: EngineConfig | None = None
+    """The model's own engine or endpoint; by default the run's engine."""
+    templates: str | None = None
+    """The model's own template set, by name or path; by default the run's."""
+    template_args: dict[str, Any] = Field(default={})
+    """Arguments of the model's chat template, such as {enable_thinking: false}. An endpoint is given them as
+    `chat_template_kwargs`."""
+
+
+class JudgeConfig(PromptedModel):
+    """A judge compares two responses to a prompt by the principles of a document."""
+
+    constitution: str | None = None
+    """The document that it judges by, by name or path; by default the run's, with `without` taken off."""
+    ask: Literal["pair", "response"] = "pair"
+    """`pair`: which of the two responses is better. `response`: each is rated from 1 to 10 by itself, and the
+    preference is the logistic of the difference."""
+    answer: Literal["logprob", "reasoned"] = "logprob"
+    """`logprob`: the options are weighed at once. `reasoned`: the model reasons first; only with `ask: pair`."""
+    principles: Literal["all"] | int = 1
+    """How many principles vote on a comparison: the paper draws one."""
+    both_orders: bool = True
+    """Whether a pair is asked about in both orders, and the answers averaged."""
+    combine: Literal["mean", "log_odds"] = "mean"
+    """How votes are combined: `mean` averages probabilities; `log_odds` adds log-odds."""
+    clamp: tuple[float, float] | None = None
+    """Bounds of the combined probability; [0.4, 0.6] with `answer: reasoned`, where null means none."""
+    reasoning_max_tokens: int = Field(default=512, gt=0)
+    reasoning_temperature: float = Field(default=0.0, ge=0, le=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clamp_of_reasoned(cls, data: Any) -> Any:
+        """After reasoning, probabilities come out near 0 or 1: the paper clamps these, and these alone."""
+        if isinstance(data, dict) and data.get("answer") == "reasoned":
+            return {"clamp": (0.4, 0.6), **data}
+        return data
+
+    @field_validator("clamp")
+    @classmethod
+    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and not 0 <= value[0] < value[1] <= 1:
+            raise ValueError(f"{list(value)}: give two rising probabilities, such as [0.1, 0.9]")
+        return value
+
+    @field_validator("principles")
+    @classmethod
+    def _at_least_one(cls, value: Literal["all"] | int) -> Literal["all"] | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("at least one principle must vote; use 1, more, or `all`")
+        return value
+
+    @model_validator(mode="after")
+    def _reasons_about_pairs(self) -> JudgeConfig:
+        if self.ask == "response" and self.answer == "reasoned":
+            raise ValueError("answer=reasoned needs ask=pair: a response is rated at once; use answer: logprob")
+        return self
