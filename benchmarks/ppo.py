@@ -140,7 +140,8 @@ def models(folder: Path, kind: str) -> dict[str, str]:
     from cai_ray.config.training import TrainConfig
     from cai_ray.storage import files
     from cai_ray.town import BASE
-    from cai_ray.train.models import load_reward_model, save_folder
+    from cai_ray.train.models import load_reward_model
+    from cai_ray.train.weights.state import save_folder
 
     torch.manual_seed(0)
     reward = str(folder / "rm" / "model")
@@ -162,7 +163,7 @@ def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
     from cai_ray.cluster.connect import connect, disconnect
     from cai_ray.config.run import RunConfig
     from cai_ray.storage.run import Run
-    from cai_ray.train.ppo import loop
+    from cai_ray.train.ppo import stage
 
     tokens = KINDS[kind]["tokens"]
     with tempfile.TemporaryDirectory(prefix="cai-ray-ppo-") as folder:
@@ -193,12 +194,12 @@ def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
         )
         run = Run(config)
         if kind == "even":
-            never_ends(loop)
+            never_ends(stage)
         if way == "turns":
-            loop.loop = in_turns
+            stage.loop = in_turns  # type: ignore[attr-defined]
         connect(config)
         try:
-            loop.run(run)
+            stage.run(run)
         finally:
             disconnect()
         lines = Path(run.path("ppo", "metrics.jsonl")).read_text().splitlines()
@@ -218,12 +219,12 @@ def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
 
 def never_ends(stage: Any) -> None:
     """Tells the engine of another token that ends a turn, one that nobody writes."""
-    usual = stage.open_pool
+    usual = stage.open_engines
 
     def endless(config: Any, model: str, end_id: int, *more: Any) -> Any:
         return usual(config, model, stage.Renderer(model).pad_id, *more)
 
-    stage.open_pool = endless
+    stage.open_engines = endless
 
 
 def in_turns(args: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
     from cai_ray.train.models import load_reward_model
-    from cai_ray.train.runtime.fit import distribute
+    from cai_ray.train.runtime.engine import distribute
 
     join(folder)
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, schedule="constant")

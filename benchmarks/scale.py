@@ -114,7 +114,7 @@ def sft_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     from cai_ray.train import sft
     from cai_ray.train.dialogues import pack
     from cai_ray.train.models import load_policy
-    from cai_ray.train.runtime.fit import distribute
+    from cai_ray.train.runtime.engine import distribute
 
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, zero_stage=stage, schedule="constant")  # type: ignore[arg-type]
     policy, packed = distribute(load_policy(model, cfg), cfg, 1000), pack(data)
@@ -122,19 +122,20 @@ def sft_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
 
 
 def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
-    from cai_ray.train import models
-    from cai_ray.train.ppo import loop
+    from cai_ray.train.models import load_policy, load_value_model
+    from cai_ray.train.ppo import update
     from cai_ray.train.ppo.experience import Batch, Targets, minibatches
-    from cai_ray.train.runtime.fit import distribute, rank, world_size
+    from cai_ray.train.runtime.engine import distribute
+    from cai_ray.train.runtime.ranks import rank, world_size
 
     count = len(data)
     cfg = PpoConfig(
         micro_batch_tokens=MICRO_BATCH_TOKENS, zero_stage=stage, schedule="constant",  # type: ignore[arg-type]
         epochs=1, rollout_batch=count, minibatch=count, max_update_kl=None,
     )  # fmt: skip
-    policy = distribute(models.load_policy(model, cfg), cfg, 1000)
-    value = distribute(models.load_value_model(model, cfg, False), cfg, 1000)
-    loop.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
+    policy = distribute(load_policy(model, cfg), cfg, 1000)
+    value = distribute(load_value_model(model, cfg, False), cfg, 1000)
+    update.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     g = torch.Generator().manual_seed(2)
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row.mask, dtype=torch.float32) for row in data], True
@@ -146,8 +147,8 @@ def ppo_step(model: str, data: list[Example], stage: int) -> Callable[[], Any]:
     plan = minibatches(batch.lengths, cfg, 0, 0, 0, rank(), world_size())
 
     def step() -> None:
-        loop.update_policy(policy, batch, targets, plan, cfg, 0)
-        loop.update_value(value, batch, targets, plan, cfg, 0, cfg.value_clip)
+        update.update_policy(policy, batch, targets, plan, cfg, 0)
+        update.update_value(value, batch, targets, plan, cfg, 0, cfg.value_clip)
 
     return step
 

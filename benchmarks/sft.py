@@ -81,7 +81,7 @@ def ours(model: str, data: list[Example], folder: str) -> tuple[int, float, dict
     from cai_ray.train import sft
     from cai_ray.train.dialogues import pack
     from cai_ray.train.models import load_policy
-    from cai_ray.train.runtime.fit import distribute
+    from cai_ray.train.runtime.engine import distribute
 
     join(folder)
     cfg = TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS, schedule="constant")

@@ -91,7 +91,7 @@ STAGES: dict[str, Stage] = {
     ),
     "ppo": Stage(
         "the RL-CAI policy",
-        "cai_ray.train.ppo.loop",
+        "cai_ray.train.ppo.stage",
         "trains",
         checks="cai_ray.train.checks.ppo",
         needs=("sft", "rm"),

@@ -229,13 +229,14 @@ def _wait() -> None:
 def ours(stage: str, model: str, data: Data, change: str) -> Any:
     from cai_ray.config.ppo import PpoConfig
     from cai_ray.config.training import TrainConfig
-    from cai_ray.train import batches, models, rm, sft
+    from cai_ray.train import batches, rm, sequences, sft
     from cai_ray.train.batches import rank_micro_batches
     from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
-    from cai_ray.train.ppo import loop
+    from cai_ray.train.models import load_policy, load_reward_model, load_value_model
+    from cai_ray.train.ppo import update
     from cai_ray.train.ppo.experience import Batch, Minibatch
-    from cai_ray.train.runtime.fit import distribute
+    from cai_ray.train.runtime.engine import distribute
 
     _one_rank()
     settings: dict[str, Any] = {
@@ -248,8 +249,8 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     if change == "fine":
         batches.PADDING = dict.fromkeys(batches.PADDING, 0.05)
     if change == "mask":
-        usual = models._inputs
-        models._inputs = lambda batch: usual(batch) | {"attention_mask": batch["attention_mask"]}
+        usual = sequences._inputs
+        sequences._inputs = lambda batch: usual(batch) | {"attention_mask": batch["attention_mask"]}
 
     def prepared(loaded: nn.Module) -> nn.Module:
         head = loaded.get_output_embeddings()  # type: ignore[operator]
@@ -259,28 +260,28 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
 
     cfg = TrainConfig(**settings)
     if stage == "sft":
-        policy, packed = distribute(prepared(models.load_policy(model, cfg)), cfg, 1000), pack(data.rows)
+        policy, packed = distribute(prepared(load_policy(model, cfg)), cfg, 1000), pack(data.rows)
         return lambda: sft.update(policy, packed, list(range(BATCH)), cfg, 0)[0]
     if stage == "rm":
         import numpy as np
 
         half = BATCH // 2
-        reward = distribute(prepared(models.load_reward_model(model, cfg)), cfg, 1000)
+        reward = distribute(prepared(load_reward_model(model, cfg)), cfg, 1000)
         pairs = Pairs(pack(data.rows), np.full(half, 0.8), np.zeros(half, bool), 0)
         return lambda: rm.update(reward, pairs, list(range(half)), cfg)[0]["ai/loss"] / half
     ppo_cfg = PpoConfig(**settings, epochs=1, rollout_batch=BATCH, minibatch=BATCH)
-    policy = distribute(prepared(models.load_policy(model, ppo_cfg)), ppo_cfg, 1000)
-    value = distribute(prepared(models.load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000)
-    loop.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
+    policy = distribute(prepared(load_policy(model, ppo_cfg)), ppo_cfg, 1000)
+    value = distribute(prepared(load_value_model(model, ppo_cfg, False)), ppo_cfg, 1000)
+    update.check_ratio = lambda *_: None  # type: ignore[attr-defined]  # these log-probabilities are made up
     mask = _mask(data)
     batch = Batch(data.rows, torch.zeros(BATCH, dtype=torch.bool), mask, torch.zeros_like(mask))
     groups = rank_micro_batches(data.lengths, TOKENS, 0, 1)
     plan = [Minibatch(list(range(BATCH)), groups)]
 
     def step() -> float:
-        loop.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
+        update.update_policy(policy, batch, data.targets, plan, ppo_cfg, 0)
         clip = ppo_cfg.value_clip
-        return loop.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
+        return update.update_value(value, batch, data.targets, plan, ppo_cfg, 0, clip)["value_loss"]
 
     return step
 

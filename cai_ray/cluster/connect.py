@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from cai_ray.compat.ray_core import metrics_port_option
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
@@ -55,7 +56,7 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
             include_dashboard=False,
             runtime_env={"env_vars": worker_env(config)},
             object_store_memory=512 << 20,
-            _metrics_export_port=metrics_port,
+            **metrics_port_option(metrics_port),
             **options,
         )
 

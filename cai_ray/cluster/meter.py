@@ -19,6 +19,7 @@ from typing import Any
 from cai_ray.cluster import cost
 from cai_ray.cluster.cost import Attempt, Spent
 from cai_ray.cluster.usage import Usage
+from cai_ray.compat.ray_core import is_worker
 from cai_ray.compat.ray_kv import forget, get, names, put
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -142,7 +143,7 @@ def _attempt() -> str:
 def _resources() -> dict[str, float]:
     import ray
 
-    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+    if not is_worker():
         return {"cpus": 0.0, "gpus": 0.0}
     held = ray.get_runtime_context().get_assigned_resources()
     return {"cpus": float(held.get("CPU", 0)), "gpus": float(held.get("GPU", 0))}

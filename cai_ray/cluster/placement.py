@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cai_ray.compat.ray_autoscaler import kubernetes_config, reported_node_groups
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 
@@ -123,14 +124,9 @@ def _kinds(config: RunConfig) -> dict[str, Nodes] | None:
 
     Ray has no interface for it: the autoscaler's own configuration is read where it has it from.
     """
-    from ray._private.state import state
-
-    reported = state.get_cluster_config()  # platforms with an autoscaler of their own tell it to the cluster
-    if reported is not None and reported.node_group_configs:
-        return {
-            g.name: Nodes(dict(g.resources), g.max_count if g.max_count >= 0 else 1 << 20)
-            for g in reported.node_group_configs
-        }
+    groups = reported_node_groups()
+    if groups:  # a platform with an autoscaler of its own
+        return {g.name: Nodes(g.resources, g.max_count if g.max_count >= 0 else 1 << 20) for g in groups}
     named = config.ray.autoscaling_config
     if not (named or config.ray.address or os.environ.get("RAY_ADDRESS")):
         return {}  # started here
@@ -158,21 +154,11 @@ def kinds_of(autoscaling: Mapping[str, Any]) -> dict[str, Nodes]:
 
 def _kubernetes(name: str) -> dict[str, Nodes] | None:
     """Of the RayCluster that this pod belongs to. The operator lets a head read it where autoscaling is on."""
-    import requests
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        AutoscalingConfigProducer,
-        _derive_autoscaling_config_from_ray_cr,
-    )
-
     with open(f"{_SECRETS}/namespace", encoding="utf-8") as f:
-        producer = AutoscalingConfigProducer(name, f.read().strip())
-    try:
-        found = producer.kubernetes_api_client.get(producer._ray_cr_path)
-    except requests.RequestException:
-        return None
-    if not found["spec"].get("enableInTreeAutoscaling"):
-        return {}
-    return kinds_of(_derive_autoscaling_config_from_ray_cr(found))
+        config = kubernetes_config(name, f.read().strip())
+    if not config:
+        return None if config is None else {}
+    return kinds_of(config)
 
 
 def _fit(need: Resources, resources: Resources, most: int) -> int:

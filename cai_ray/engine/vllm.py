@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from cai_ray.cluster.usage import Usage
+from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import_for_engine
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
@@ -20,8 +17,6 @@ from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.models import ResolvedModel
-
-UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
@@ -69,50 +64,6 @@ def model_context(model: str) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
 
 
-def import_for_engine() -> None:
-    """Starts importing vllm for the engine's process while this one imports it, so that a start takes half the time.
-
-    By itself vLLM spawns that process when this one is ready, and it imports everything anew. A fork server has it
-    imported by then. (A fork of this process would copy the locks of Ray's threads.)
-    """
-    multiprocessing.set_forkserver_preload(
-        [__name__, "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"]
-    )
-    forkserver.ensure_running()
-
-
-class _EngineProcess(ForkServerProcess):
-    """Ends with the process that asked for it: its parent is the fork server, so nobody else would end it."""
-
-    def run(self) -> None:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        super().run()
-
-
-class _EngineContext(ForkServerContext):
-    Process = _EngineProcess  # type: ignore[assignment]
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@contextmanager
-def engine_from_fork_server() -> Iterator[None]:
-    """vLLM knows no such method by name, and inside an actor of Ray spawns whatever it was told."""
-    from vllm.v1.engine import utils
-
-    usual = utils.get_mp_context
-    utils.get_mp_context = _EngineContext
-    try:
-        yield
-    finally:
-        utils.get_mp_context = usual
-
-
 class VllmEngine:
     """Renders by itself (cai_ray.prompts) and gives vLLM token ids.
 
@@ -127,7 +78,8 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from cai_ray.compat.vllm_engine import AsyncLLM
 
         folder, templates = model.fetch(), load_templates(model.templates)
         self.renderer = Renderer(folder, templates.chat_template, model.template_args)
@@ -173,7 +125,7 @@ class VllmEngine:
         return output, output.outputs[0].finish_reason == "stop"
 
     async def _request(self, ids: list[int], **params: Any) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from cai_ray.compat.vllm_engine import EngineDeadError
 
         if len(ids) >= self.context:
             raise RowError(f"prompt of {len(ids)} tokens does not fit the context of {self.context}")

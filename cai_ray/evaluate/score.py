@@ -33,7 +33,8 @@ def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | No
     from cai_ray.prompts.renderer import Renderer
     from cai_ray.train.batches import micro_batches, pad
     from cai_ray.train.dialogues import render
-    from cai_ray.train.models import load_reward_model, reward_scale, score_last, sequence_values
+    from cai_ray.train.models import load_reward_model, reward_scale
+    from cai_ray.train.sequences import score_last, sequence_values
 
     folder, config = run.model("rm"), run.config
     templates = load_templates(config.templates)

@@ -205,7 +205,7 @@ class Scorer:
         import torch
 
         from cai_ray.train.batches import pad
-        from cai_ray.train.models import score_last, sequence_values
+        from cai_ray.train.sequences import score_last, sequence_values
 
         batch = {k: v.to(self.device) for k, v in pad([list(ids)], self.renderer.pad_id).items()}
         with self.busy, torch.inference_mode():

@@ -20,12 +20,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from pydantic import ValidationError
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.llm.ingress import make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from cai_ray import __version__
+from cai_ray.compat.ray_serve_llm import ModelIngress
 from cai_ray.constitution import Constitution, parse
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
@@ -75,7 +76,7 @@ ROUTES = {
 _TRIES = 4
 
 
-class Ingress(OpenAiIngress):
+class Ingress(ModelIngress):
     """Args:
 
     llm_deployments: of the policies, by name.
@@ -133,12 +134,12 @@ class Ingress(OpenAiIngress):
 
     async def models(self) -> Response:
         """The policies and adapters."""
-        return JSONResponse({"object": "list", "data": [self._card(m) for m in self._model_cards]})
+        return JSONResponse({"object": "list", "data": [self._card(m) for m in self.model_names]})
 
     async def model_data(self, model: str) -> Response:
         """One policy or adapter."""
-        if model not in self._model_cards:
-            raise HTTPException(404, f"no model {model!r}; there are: {', '.join(self._model_cards)}")
+        if model not in self.model_names:
+            raise HTTPException(404, f"no model {model!r}; there are: {', '.join(self.model_names)}")
         return JSONResponse(self._card(model))
 
     def _card(self, model: str) -> dict[str, Any]:
@@ -224,9 +225,9 @@ class Ingress(OpenAiIngress):
 
     async def _control(self, model: str | None) -> list[str]:
         """A policy's special tokens, as text."""
-        name = await _translated(self._get_model_id(model))
-        if name not in self._model_cards:  # such as one that has a colon in it
-            raise HTTPException(404, f"no model {name!r}; there are: {', '.join(self._model_cards)}")
+        name = await _translated(self.model_id(model))
+        if name not in self.model_names:  # such as one that has a colon in it
+            raise HTTPException(404, f"no model {name!r}; there are: {', '.join(self.model_names)}")
         return (await self._described(self.adapters.get(name, name)))["control"]
 
     async def _explain(self, turns: list[dict[str, str]], text: str) -> dict[str, Any]:

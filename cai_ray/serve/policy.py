@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import nullcontext
 from typing import Any
 
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
-from ray.serve.llm.deployment import LLMServer
 
 from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.compat.ray_serve_llm import EngineServer
+from cai_ray.compat.vllm_process import import_for_engine
 from cai_ray.config.run import RunConfig
-from cai_ray.engine.vllm import UNIPROC, engine_args, engine_from_fork_server, import_for_engine
+from cai_ray.engine.vllm import engine_args
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.tokenizers import load_tokenizer
@@ -25,28 +24,8 @@ from cai_ray.storage.run import Run
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class _Engine(VLLMEngine):
-    """On a CPU, the engine as it is elsewhere here: in one process, which comes from a fork server (engine/vllm.py)."""
-
-    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
-        args, frontend, config = super()._prepare_engine_config(callback_ctx)
-        if _on_cpu(config):
-            config.parallel_config.distributed_executor_backend = UNIPROC
-        return args, frontend, config
-
-    def _start_async_llm_engine(self, args: Any, config: Any, placement_group: Any) -> Any:
-        with engine_from_fork_server() if _on_cpu(config) else nullcontext():
-            return super()._start_async_llm_engine(args, config, placement_group)
-
-
-def _on_cpu(config: Any) -> bool:
-    return config.device_config.device_type == "cpu" and config.parallel_config.world_size == 1
-
-
-class Policy(LLMServer):
+class Policy(EngineServer):
     """One policy and its adapters. Its files are fetched where it runs, from wherever the run is."""
-
-    _default_engine_cls = _Engine
 
     async def __init__(  # type: ignore[misc]  # as its base class
         self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings

@@ -1,7 +1,7 @@
 """Rewards per token, generalised advantage estimation, and its normalisation over the global batch.
 
-Shapes: B rows, T tokens. The mask is 1 on generated tokens (the end of a turn included); between two
-generated spans there may be others (a user's turn, a tool's answer), which are nobody's actions.
+Shapes: B rows, T tokens. The mask is 1 on generated tokens, the end of a turn included. Between two generated spans
+there may be other tokens (a user's turn, a tool's answer), which are not actions of the policy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from cai_ray.train.losses import masked
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """(B, T): -kl_coef · kl on each generated token, and the row's score (B,) added on its last one."""
+    """(B, T): -kl_coef · kl on each generated token, and the row's score added on its last one.
+
+    Args:
+        scores: (B,).
+        kl: (B, T), log p - log p_ref of each token.
+    """
     rewards = masked(-kl_coef * kl, mask)
     last = last_index(mask)
     spot = torch.zeros_like(rewards).scatter_(1, last[:, None], scores[:, None].to(rewards.dtype))
@@ -28,8 +33,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, equation 16).
 
-    delta_t = r_t + gamma V_{t'} - V_t and A_t = delta_t + gamma lam A_{t'}, where t' is the next generated
-    token: tokens between are no steps, and what they carry is passed on unchanged.
+    delta_t = r_t + gamma V_{t'} - V_t and A_t = delta_t + gamma lam A_{t'}, where t' is the next generated token.
+    Tokens between generated ones are not steps: they pass on what comes from their right unchanged.
 
     Args:
         rewards: (B, T).
@@ -40,25 +45,26 @@ def gae(
         Advantages and returns (advantages + values), (B, T), 0 outside the mask.
     """
     advantages = torch.zeros_like(values)
-    carried, following = torch.zeros_like(bootstrap), bootstrap.to(values.dtype)
+    next_advantage, next_value = torch.zeros_like(bootstrap), bootstrap.to(values.dtype)
     for t in range(values.shape[1] - 1, -1, -1):
         step = mask[:, t] != 0
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        carried = torch.where(step, delta + gamma * lam * carried, carried)
-        following = torch.where(step, values[:, t], following)
-        advantages[:, t] = torch.where(step, carried, advantages[:, t])
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(step, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(step, values[:, t], next_value)
+        advantages[:, t] = torch.where(step, next_advantage, advantages[:, t])
     return advantages, masked(advantages + values, mask)
 
 
 def group_baseline(rewards: Tensor, mask: Tensor, *, size: int, how: Literal["rloo", "grpo"]) -> Tensor:
-    """(B, T): each row's whole reward against those of the other samples of its prompt, the same on all its tokens.
+    """(B, T): each row's total reward compared with the other samples of its prompt, the same on all its tokens.
 
-    rloo: less the mean of the others (Ahmadian et al. 2024, arXiv 2402.14740, section 3.2). grpo: less the mean of all,
-    over their standard deviation (Shao et al. 2024, arXiv 2402.03300, section 4.1.2); the KL is in the reward here for
-    both, not in the loss.
+    rloo: minus the mean of the others (Ahmadian et al. 2024, arXiv 2402.14740, section 3.2). grpo: minus the mean of
+    all, divided by their standard deviation (Shao et al. 2024, arXiv 2402.03300, section 4.1.2). For both, the KL is in
+    the reward here, not in the loss.
 
     Args:
-        rewards: (B, T), of tokens; rows number size * i to size * (i + 1) are of one prompt.
+        rewards: (B, T), per token; rows size * i to size * (i + 1) answer the same prompt.
+        size: samples per prompt.
     """
     whole = masked(rewards, mask).sum(1).view(-1, size)
     if how == "rloo":
@@ -69,12 +75,13 @@ def group_baseline(rewards: Tensor, mask: Tensor, *, size: int, how: Literal["rl
 
 
 def next_kl_coef(coef: float, kl: float, *, target: float | None, horizon: int, rows: int) -> float:
-    """The coefficient for the next step: larger where the policy is too far away, by at most a fifth in `horizon` rows.
+    """The KL coefficient of the next step: larger if the policy is too far from the reference, else smaller.
 
-    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    It changes by at most a fifth in `horizon` rows. Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
 
     Args:
         kl: mean KL from the reference over the step's `rows` responses.
+        target: the KL to hold; None for a constant coefficient.
     """
     if target is None:
         return coef
@@ -82,18 +89,18 @@ def next_kl_coef(coef: float, kl: float, *, target: float | None, horizon: int, 
 
 
 def before_tokens(after: Tensor) -> Tensor:
-    """Turns values after each token, as a model gives them, into values of the state before it: (B, T)."""
+    """(B, T): the values of the states before each token, from the values after each token, which a model gives."""
     return torch.nn.functional.pad(after[:, :-1], (1, 0))
 
 
 def bootstrap_values(after: Tensor, mask: Tensor, truncated: Tensor) -> Tensor:
-    """(B,): the value after the last generated token of truncated rows; 0 where the row ended by itself."""
+    """(B,): the value after the last generated token of truncated rows; 0 for rows that ended by themselves."""
     last = after.gather(1, last_index(mask)[:, None]).squeeze(1)
     return torch.where(truncated.bool(), last, torch.zeros_like(last))
 
 
 def last_index(mask: Tensor) -> Tensor:
-    """(B,): where each row's last set token stands, on whatever side the padding is; 0 for a row without."""
+    """(B,): the position of each row's last set token, on whatever side the padding is; 0 for a row without any."""
     places = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask != 0, places, 0).amax(1)
 
@@ -104,10 +111,10 @@ def normalise(
     how: Literal["none", "center", "whiten"],
     all_reduce: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Centres (and scales to unit variance) over the valid tokens of the whole global batch.
+    """(B, T): advantages centred (and with `whiten` scaled to unit variance) over the tokens of the global batch.
 
     Args:
-        all_reduce: the sum of a tensor over all ranks. Every rank calls it alike, also one without tokens.
+        all_reduce: sums a tensor over all ranks. Every rank calls it alike, even one without tokens.
     """
     if how == "none":
         return masked(advantages, mask)

@@ -1,8 +1,8 @@
-"""Micro-batches: rows of like length together, padded, the same number on every rank.
+"""Micro-batches: rows of similar length, padded, as many on every rank.
 
-Masks and positions come from the rows' lengths, never from the ids, so that a model whose pad token is its
-end token learns to end. Sequences are padded, not packed: each is a row of its own, with positions from 0, and
-causal attention needs no mask.
+Masks and positions come from the rows' lengths, never from the ids, so that a model whose pad token is its end token
+learns to end. Sequences are padded, not packed: each is a row of its own with positions from 0, and causal attention
+needs no mask.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from cai_ray.errors import InputError
 from cai_ray.train.runtime.ranks import device
 
 PADDING = {"cpu": 0.05, "cuda": 1.0}
-"""Most of it, as a share of the tokens of a batch. A GPU's padding is what the first price makes it: with a limit of
+"""The largest share of a batch's tokens that may be padding. A GPU has no limit but the first price: with a limit of
 .05 one H200 trained a 1B model a fifth slower (benchmarks/gpu/train.py, `fine`)."""
 PRICES = tuple(round(1024 / 2 ** (i / 2)) for i in range(11))
-"""What one more micro-batch may cost, in tokens, tried in this order. The first is about what it costs a GPU; under the
-last, 32, starting one takes a CPU longer than the padding that it saves."""
+"""The price of one more micro-batch in tokens of padding, tried in this order. The first is about what it costs a GPU.
+Below the last, 32, starting one takes a CPU longer than the padding that it saves."""
 
 
 class Example(NamedTuple):
@@ -30,14 +30,14 @@ class Example(NamedTuple):
 
     ids: list[int]
     mask: list[int]
-    """1 on the tokens that are trained on, 0 on the rest."""
+    """1 on the tokens that are trained on, 0 on the others."""
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of rows grouped by length, each group of at most `max_tokens` tokens with its padding.
 
-    On a CPU as few groups as let padding be at most a twentieth of all tokens (`PADDING`). The longest come first: if
-    memory is short, it shows in the first step. Equal lengths give equal groups.
+    On a CPU there are as few groups as keep padding below a twentieth of all tokens (`PADDING`). The longest rows come
+    first: if memory is short, it shows in the first step. Equal lengths give equal groups.
 
     Raises:
         InputError: one row alone is longer than `max_tokens`.
@@ -46,60 +46,73 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def rank_micro_batches(lengths: Sequence[int], max_tokens: int, rank: int, world: int) -> list[list[int]]:
-    """This rank's micro-batches of a batch whose lengths every rank knows; as many on every rank.
+    """This rank's micro-batches of a batch whose lengths every rank knows; every rank has as many.
 
-    Ranks cut their shares at the same places, so that micro-batches which run at once are of about a size. One that
-    has no row is empty: `pad` makes a row of weight zero from it, and without it collective calls would hang.
+    All ranks split their shares at the same places, so that micro-batches that run at the same time have about the same
+    size. A micro-batch may be empty: `pad` makes a row of weight zero from it. Without it collective calls would hang.
+
+    Raises:
+        InputError: one row alone is longer than `max_tokens`.
     """
     if max(lengths, default=0) > max_tokens:
         raise InputError(
             f"micro_batch_tokens={max_tokens} is less than the longest row ({max(lengths)} tokens); "
             f"use {max(lengths)} or more"
         )
-    shares = deal(lengths, world)
-    groups = cut_alike([[lengths[i] for i in share] for share in shares], max_tokens)
-    return [take(shares[rank], group) for group in groups]
+    shares = rank_shares(lengths, world)
+    groups = split_shares([[lengths[i] for i in share] for share in shares], max_tokens)
+    return [select(shares[rank], group) for group in groups]
 
 
-def deal(lengths: Sequence[int], world: int) -> list[list[int]]:
-    """Every rank's share of rows (`for_rank`), the longest first."""
+def rank_shares(lengths: Sequence[int], world: int) -> list[list[int]]:
+    """Every rank's share of the rows (`for_rank`), the longest first."""
     return [
         longest_first(for_rank(range(len(lengths)), rank, world, lengths), lengths) for rank in range(world)
     ]
 
 
-def take(share: Sequence[int], group: range) -> list[int]:
-    """A rank's rows of a group, of which its share may have fewer."""
+def select(share: Sequence[int], group: range) -> list[int]:
+    """A rank's rows of a group; fewer than the group spans, or none, if its share ends before."""
     return list(share[group.start : group.stop])
 
 
-def cut_alike(shares: Sequence[Sequence[int]], max_tokens: int) -> list[range]:
-    """Where all ranks cut their rows, given each rank's lengths, the longest first."""
-    hands = np.zeros((max(map(len, shares)), len(shares)), dtype=np.int64)
+def split_shares(shares: Sequence[Sequence[int]], max_tokens: int) -> list[range]:
+    """The groups that all ranks split their shares into, as ranges of positions in a share.
+
+    Args:
+        shares: the lengths of each rank's rows, the longest first.
+    """
+    rounds = np.zeros((max(map(len, shares)), len(shares)), dtype=np.int64)
     for rank, share in enumerate(shares):
-        hands[: len(share), rank] = share
-    real, most = int(hands.sum()), PADDING[device().type]
+        rounds[: len(share), rank] = share
+    real, max_padding = int(rounds.sum()), PADDING[device().type]
     for price in PRICES:
-        groups = _cut(hands, max_tokens, price)
-        tokens = sum(int(hands[group[0]].sum()) * len(group) for group in groups)
-        if tokens - real <= most * tokens:
+        groups = _cheapest_groups(rounds, max_tokens, price)
+        tokens = sum(int(rounds[group[0]].sum()) * len(group) for group in groups)
+        if tokens - real <= max_padding * tokens:
             break
     return groups
 
 
-def _cut(hands: np.ndarray, max_tokens: int, price: int) -> list[range]:
-    """Cuts hands (H, world) where the tokens of all ranks, padding counted, and `price` for each group are least."""
-    widest, summed = hands.max(1, initial=1), hands.sum(1)
-    cost = np.zeros(len(hands) + 1)
-    begin = np.zeros(len(hands) + 1, dtype=np.int64)
-    for end in range(1, len(hands) + 1):
+def _cheapest_groups(rounds: np.ndarray, max_tokens: int, price: int) -> list[range]:
+    """Splits rounds (R, world) so that the tokens of all ranks, with padding and `price` for each group, are fewest.
+
+    Dynamic programming over the end of a group.
+
+    Args:
+        rounds: [r, rank] is the length of the r-th row in a rank's share; 0 if it has none.
+    """
+    widest, summed = rounds.max(1, initial=1), rounds.sum(1)
+    cost = np.zeros(len(rounds) + 1)
+    begin = np.zeros(len(rounds) + 1, dtype=np.int64)
+    for end in range(1, len(rounds) + 1):
         begins = np.arange(max(0, end - max_tokens // int(widest[end - 1])), end)
         rows = end - begins
-        found = cost[begins] + summed[begins] * rows + price * hands.shape[1]
-        found[widest[begins] * rows > max_tokens] = np.inf
-        cost[end], begin[end] = found.min(), begins[found.argmin()]
+        costs = cost[begins] + summed[begins] * rows + price * rounds.shape[1]
+        costs[widest[begins] * rows > max_tokens] = np.inf
+        cost[end], begin[end] = costs.min(), begins[costs.argmin()]
     groups: list[range] = []
-    end = len(hands)
+    end = len(rounds)
     while end:
         groups.append(range(int(begin[end]), end))
         end = groups[-1].start
@@ -107,25 +120,26 @@ def _cut(hands: np.ndarray, max_tokens: int, price: int) -> list[range]:
 
 
 def longest_first(rows: Iterable[int], lengths: Sequence[int]) -> list[int]:
+    """Rows by their lengths, the longest first; rows of equal length keep their order."""
     return sorted(rows, key=lambda i: -lengths[i])
 
 
 def for_rank(
     indices: Sequence[int], rank: int, world: int, lengths: Sequence[int] | None = None
 ) -> list[int]:
-    """This rank's share: as many rows as every rank has, give or take one, and about as many tokens.
+    """This rank's share: as many rows as every other rank has, give or take one, and about as many tokens.
 
-    Rows are dealt from the longest to the shortest, to and fro (0 1 1 0 0 1 …); a share keeps their order.
+    Rows go to ranks from the longest to the shortest in alternating order (0 1 1 0 0 1 …). A share keeps their order.
 
     Args:
-        lengths: `lengths[i]` is the length of row i; without it rows count alike.
+        lengths: `lengths[i]` is the length of row i; without it all rows count the same.
     """
     order = indices if lengths is None else longest_first(indices, lengths)
     mine: list[int] = []
     for start in range(0, len(order), world):
-        hand = order[start : start + world]
-        seat = rank if start // world % 2 == 0 else world - 1 - rank
-        mine += hand[seat : seat + 1]
+        turn = order[start : start + world]
+        place = rank if start // world % 2 == 0 else world - 1 - rank
+        mine += turn[place : place + 1]
     chosen = set(mine)
     return [i for i in indices if i in chosen]
 
@@ -133,15 +147,15 @@ def for_rank(
 def pad(
     rows: Sequence[Example] | Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """Rows of one micro-batch as tensors (B, T); no rows give one of two padding tokens that counts nowhere.
+    """The rows of one micro-batch as tensors (B, T); without rows, one row of padding that counts nowhere.
 
     Returns:
-        input_ids; attention_mask (int64); loss_mask (float32, an `Example`'s mask, else all real tokens); before (n,),
-        the places in the flattened rows before a token that counts; and if padded at the left position_ids, which
-        count real tokens from 0.
+        `input_ids`; `attention_mask` (int64); `loss_mask` (float32: an `Example`'s mask, else 1 on all real tokens);
+        `before` (n,), the places in the flattened rows before a token that counts; and, if padded at the left,
+        `position_ids`, which count real tokens from 0.
     """
     pairs = [(list(r.ids), list(r.mask)) if isinstance(r, Example) else (list(r), [1] * len(r)) for r in rows]
-    # The model attends to something even in a row that counts nowhere: a softmax over nothing is NaN.
+    # Even a row that counts nowhere has something to attend to: a softmax over nothing is NaN.
     pairs = pairs or [([pad_id] * 2, [0] * 2)]
     width = max(len(ids) for ids, _ in pairs)
     input_ids = torch.full((len(pairs), width), pad_id)
@@ -158,7 +172,7 @@ def pad(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "loss_mask": loss_mask,
-        # Known here: to find them on a GPU, the host would wait for it.
+        # Found here: to find them on a GPU, the host would wait for it.
         "before": before_counted(loss_mask),
     }
     if side == "left":

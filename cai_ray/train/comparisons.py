@@ -1,8 +1,7 @@
-"""Comparisons to train on, AI labels (soft) and human ones: what `rm` and `dpo` share.
+"""What `rm` and `dpo` share: comparisons to train on, with AI labels (soft) and human ones.
 
-Both responses of a comparison are in the same micro-batch, since its loss is of the two, but not in the same pass
-forward: rows of a pass are of like length, and the two responses may not be. A prompt's comparisons are all trained on
-or all held out.
+Both responses of a comparison are in the same micro-batch, since its loss needs both, but perhaps not in the same
+forward pass: a pass takes rows of similar length. A prompt's comparisons are all trained on or all held out.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
-from cai_ray.train.batches import cut_alike, deal, longest_first, pad, take
+from cai_ray.train.batches import longest_first, pad, rank_shares, select, split_shares
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
+from cai_ray.train.runtime.ranks import rank, to_device, world_size
 
-# What the report shows of the last evaluation.
+# Metrics of the last evaluation that the manifest keeps, and their names there.
 EVAL = {
     f"eval/{source}_{what}": f"{what}_{source}"
     for source in ("ai", "human")
@@ -36,21 +36,21 @@ EVAL = {
 
 
 @dataclass(frozen=True)
-class Comparisons:
-    """What a stage trains on: rendered, and divided."""
+class ComparisonData:
+    """The comparisons of a stage, rendered and split into those to train on and those held out."""
 
     rows: list[dict[str, Any]]
-    """In the order of their ids: id, messages, p_a, source."""
+    """`id`, `messages`, `p_a` and `source` of each comparison, in the order of their ids."""
     responses: Dialogues
-    """Row i's are dialogues 2i (a) and 2i + 1 (b)."""
+    """Dialogues 2i (response a) and 2i + 1 (response b) belong to row i."""
     train: list[int]
-    held: list[int]
+    held_out: list[int]
     pad_id: int
     counts: dict[str, Any]
     """For the manifest."""
 
     def shared(self) -> dict[str, Any]:
-        """What every rank is given (`fit.fit`): `pairs` reads it."""
+        """What `fit` gives to every rank; `load_pairs` reads it."""
         import ray
 
         rows = self.rows
@@ -59,17 +59,17 @@ class Comparisons:
             "p_a": ray.put(np.asarray([row["p_a"] for row in rows])),
             "human": ray.put(np.asarray([row["source"] == "human" for row in rows])),
             "train": self.train,
-            "held": self.held,
+            "held_out": self.held_out,
             "pad_id": self.pad_id,
             "inputs": derive_id(self.responses.sha, [(r["id"], r["p_a"], r["source"]) for r in rows]),
         }
 
 
-def read(run: Run, stage: Literal["rm", "dpo"], model: str) -> Comparisons:
-    """The run's comparisons as a model's tokenizer and the template set render them.
+def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> ComparisonData:
+    """Renders the run's comparisons with a model's tokenizer and the template set.
 
     Raises:
-        InputError: none is left to train on, or one is longer than a micro-batch.
+        InputError: no comparison is left to train on, or one is longer than a micro-batch.
     """
     cfg: PreferenceConfig = getattr(run.config, stage)
     seed = run.config.seed
@@ -80,16 +80,16 @@ def read(run: Run, stage: Literal["rm", "dpo"], model: str) -> Comparisons:
     templates = load_templates(run.config.templates)
     renderer, limit = Renderer(model, templates.chat_template), context_length(model)
     rows, examples = [], []
-    for row in sorted(ai + human, key=lambda row: row["id"]):  # raters who agree word for word all count
+    for row in sorted(ai + human, key=lambda row: row["id"]):  # several raters' equal answers all count
         pair = []
         for side in ("a", "b"):
-            cut = bool(row.get(f"truncated_{side}"))  # human answers are whole
+            truncated = bool(row.get(f"truncated_{side}"))  # human answers are complete
             response = row[f"response_{side}"]
-            pair.append(render(renderer, templates, row["messages"], response, limit, cut))
+            pair.append(render(renderer, templates, row["messages"], response, limit, truncated))
         if pair[0] is not None and pair[1] is not None:
             examples += pair
             rows.append({k: row[k] for k in ("id", "messages", "p_a", "source")})
-    train, held = split(rows, cfg.eval_fraction, seed)
+    train, held_out = split(rows, cfg.eval_fraction, seed)
     if not train:
         raise InputError(
             f"{stage}: no comparison can be trained on ({len(labels)} labels, left out: {dict(left_out)})"
@@ -106,13 +106,13 @@ def read(run: Run, stage: Literal["rm", "dpo"], model: str) -> Comparisons:
         "human_labels": dict(Counter(row["about"] for row in human)),
         "tokens": {"trained": sum(responses.lengths) * cfg.epochs},
     }
-    return Comparisons(rows, responses, train, held, renderer.pad_id, counts)
+    return ComparisonData(rows, responses, train, held_out, renderer.pad_id, counts)
 
 
 def ai_comparisons(
     labels: list[dict[str, Any]], cfg: PreferenceConfig, seed: int
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The AI labels to train on, and how many were left out for which reason."""
+    """The AI labels to train on, and how many labels were left out for which reason."""
     rows, left_out = [], Counter({"error": 0, "identical": 0, "min_margin": 0})
     for label in labels:
         if label["error"] or label["p_a"] is None:
@@ -132,28 +132,39 @@ def ai_comparisons(
 
 
 def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to evaluate on; a prompt's comparisons stay together."""
+    """Indices of rows to train on and of rows to evaluate on; a prompt's comparisons stay together.
+
+    Args:
+        fraction: expected share of prompts that are held out.
+    """
     train: list[int] = []
-    held: list[int] = []
+    held_out: list[int] = []
     for i, row in enumerate(rows):
         draw = derive_seed(seed, "rm eval", row["messages"]) / 2**31
-        (held if draw < fraction else train).append(i)
-    return train, held
+        (held_out if draw < fraction else train).append(i)
+    return train, held_out
 
 
 class MicroBatch(NamedTuple):
-    """Comparisons that go backward together."""
+    """Comparisons that share a backward pass."""
 
     pairs: list[int]
     passes: list[list[int]]
-    """Their responses, as dialogues (2i and 2i + 1 of comparison i), in passes forward."""
+    """Their responses, as dialogues (2i and 2i + 1 of comparison i), by forward pass."""
 
 
-Read = Callable[[dict[str, Tensor]], Tensor]
+RowValues = Callable[[dict[str, Tensor]], Tensor]
+"""Gives a number for each row of padded inputs (`batches.pad`)."""
 
 
 class Pairs:
-    """The comparisons as every rank holds them."""
+    """The comparisons on a rank.
+
+    Args:
+        responses: dialogues 2i and 2i + 1 are the responses a and b of comparison i.
+        p_a: (comparisons,), the labels.
+        human: (comparisons,), whether a person gave the label.
+    """
 
     def __init__(self, responses: Dialogues, p_a: np.ndarray, human: np.ndarray, pad_id: int):
         self.responses, self.p_a, self.human, self.pad_id = responses, p_a, human, pad_id
@@ -163,55 +174,60 @@ class Pairs:
         return len(self.p_a)
 
     def tokens(self, batch: list[int]) -> int:
+        """Tokens of both responses of these comparisons, prompts included."""
         return sum(self._lengths[2 * i] + self._lengths[2 * i + 1] for i in batch)
 
     def micro_batches(self, batch: list[int], cfg: TrainConfig) -> list[MicroBatch]:
-        """This rank's, of at most `cfg.micro_batch_tokens` with their padding; as many passes on every rank."""
-        from cai_ray.train.runtime import fit
+        """This rank's micro-batches of at most `cfg.micro_batch_tokens` with padding; every rank has as many passes."""
 
-        most = cfg.micro_batch_tokens
+        max_tokens = cfg.micro_batch_tokens
         sizes = [self._lengths[2 * i] + self._lengths[2 * i + 1] for i in batch]
-        deals = deal(sizes, fit.world_size())
-        shares = [[batch[i] for i in share] for share in deals]
-        filled = np.cumsum([max(sizes[i] for i in hand if i is not None) for hand in zip_longest(*deals)])
+        dealt = rank_shares(sizes, world_size())
+        shares = [[batch[i] for i in share] for share in dealt]
+        filled = np.cumsum([max(sizes[i] for i in turn if i is not None) for turn in zip_longest(*dealt)])
         out: list[MicroBatch] = []
         start = 0
         while start < len(filled):
             before = filled[start - 1] if start else 0
-            end = int(np.searchsorted(filled, before + 0.95 * most, side="right"))  # the rest may be padding
+            end = int(
+                np.searchsorted(filled, before + 0.95 * max_tokens, side="right")
+            )  # the rest may be padding
             end = max(end, start + 1)
             while True:
-                ranks, tokens = self._passes([share[start:end] for share in shares], most)
-                if tokens <= most or end == start + 1:
+                ranks, tokens = self._passes([share[start:end] for share in shares], max_tokens)
+                if tokens <= max_tokens or end == start + 1:
                     break
-                end = (start + end) // 2  # they have more
-            out.append(ranks[fit.rank()])
+                end = (start + end) // 2
+            out.append(ranks[rank()])
             start = end
         return out
 
-    def _passes(self, pairs: list[list[int]], most: int) -> tuple[list[MicroBatch], int]:
-        """One micro-batch of every rank, and the most tokens that any of them has with its padding."""
+    def _passes(self, pairs: list[list[int]], max_tokens: int) -> tuple[list[MicroBatch], int]:
+        """One micro-batch for every rank, and the most tokens that any of them has with padding."""
         rows = [longest_first((2 * i + side for i in own for side in (0, 1)), self._lengths) for own in pairs]
         lengths = [[self._lengths[row] for row in own] for own in rows]
-        cuts = cut_alike(lengths, most)
+        groups = split_shares(lengths, max_tokens)
         tokens = sum(
-            max(own[cut.start] for own in lengths if cut.start < len(own)) * len(cut) for cut in cuts
+            max(own[group.start] for own in lengths if group.start < len(own)) * len(group)
+            for group in groups
         )
         return [
-            MicroBatch(p, [take(own, cut) for cut in cuts]) for p, own in zip(pairs, rows, strict=True)
+            MicroBatch(p, [select(own, group) for group in groups])
+            for p, own in zip(pairs, rows, strict=True)
         ], tokens
 
-    def sides(self, micro_batch: MicroBatch, read: Read) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is read of a's and of b's, labels and sources, each (pairs,): none in a micro-batch that fills up.
+    def sides(self, micro_batch: MicroBatch, row_values: RowValues) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A number for each response a, one for each response b, the labels, and whether a person labelled.
+
+        All (pairs,); empty for a micro-batch without comparisons.
 
         Args:
-            read: gives a number for each row of padded inputs (`batches.pad`).
+            row_values: gives the numbers, by a forward pass.
         """
-        from cai_ray.train.runtime import fit
 
         passes = [pad([self.responses[i] for i in rows], self.pad_id) for rows in micro_batch.passes]
-        found = [read(fit.to_device(inputs)) for inputs in passes]
-        values = torch.cat([f[: len(rows)] for f, rows in zip(found, micro_batch.passes, strict=True)])
+        outputs = [row_values(to_device(inputs)) for inputs in passes]
+        values = torch.cat([out[: len(rows)] for out, rows in zip(outputs, micro_batch.passes, strict=True)])
         place = {row: k for k, row in enumerate(row for rows in micro_batch.passes for row in rows)}
         pairs = micro_batch.pairs
 
@@ -222,22 +238,21 @@ class Pairs:
         return a, b, tensor(self.p_a[pairs], torch.float32), tensor(self.human[pairs], torch.bool)
 
 
-def pairs(config: dict[str, Any]) -> Pairs:
-    """From what a loop was given of `Comparisons.shared`."""
+def load_pairs(args: dict[str, Any]) -> Pairs:
+    """The comparisons from what a loop was given (`ComparisonData.shared`)."""
     import ray
 
-    return Pairs(
-        ray.get(config["responses"]), ray.get(config["p_a"]), ray.get(config["human"]), config["pad_id"]
-    )
+    return Pairs(ray.get(args["responses"]), ray.get(args["p_a"]), ray.get(args["human"]), args["pad_id"])
 
 
-def add(sums: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
+def add_sums(sums: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Adds numbers to the sums of the same names, in double precision."""
     for key, value in new.items():
         sums[key] = sums.get(key, 0.0) + value.detach().double()
 
 
 def means(group: str, sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums over comparisons to means per source, `ai/loss` to `rm/ai_loss`; a source without rows is left out."""
+    """Means per source from sums over comparisons: `ai/loss` becomes `rm/ai_loss`. A source without rows has none."""
     out: dict[str, float] = {}
     for source in ("ai", "human"):
         count = sums.get(f"{source}/n", 0)
@@ -250,5 +265,5 @@ def means(group: str, sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def last_evaluation(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What the manifest keeps of the last row of metrics."""
-    return {what: rows[-1][key] for key, what in EVAL.items() if key in rows[-1]}
+    """The manifest's part of the last row of metrics."""
+    return {name: rows[-1][key] for key, name in EVAL.items() if key in rows[-1]}

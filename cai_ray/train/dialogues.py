@@ -1,4 +1,4 @@
-"""Tokenised conversations for training: rendered by the driver, packed, read by every rank without a copy."""
+"""Tokenised conversations for training: the driver renders and packs them, every rank reads them without a copy."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cai_ray.train.batches import Example
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Rows of token ids one after another; arrays of Ray's object store are shared by the ranks of a node.
+    """Rows of token ids one after another. The ranks of a node share the arrays through Ray's object store.
 
-    Row i is ids[starts[i] : starts[i + 1]]; what the assistant wrote last begins at answers[i] in it.
+    Row i is ids[starts[i] : starts[i + 1]]. The assistant's last answer begins at answers[i] in it.
     """
 
     ids: np.ndarray
@@ -55,6 +55,7 @@ class Dialogues:
 
 
 def pack(examples: Iterable[Example]) -> Dialogues:
+    """Puts rows one after another; each row's mask must be 0 up to the answer and 1 from there."""
     ids: list[np.ndarray] = []
     answers: list[int] = []
     for example in examples:
@@ -75,10 +76,14 @@ def render(
     limit: int,
     truncated: bool = False,
 ) -> Example | None:
-    """The tokens of a response as the policy emits them after its prompt, with the end of the turn if it came to it.
+    """A conversation and a response as tokens, with the end of the turn unless the response was cut off.
 
-    None where the row does not fit the model's context of `limit` tokens or cannot be encoded: one row never ends
-    a stage.
+    Args:
+        limit: the model's context in tokens.
+        truncated: whether the length limit ended the response.
+
+    Returns:
+        None if the row does not fit the context or cannot be encoded: one row never ends a stage.
     """
     messages = [*templates.answer_messages(conversation), Message(role="assistant", content=response)]
     try:
@@ -89,7 +94,7 @@ def render(
 
 
 def context_length(model: str, otherwise: int = 1 << 30) -> int:
-    """The positions of a model folder or id (`max_position_embeddings`)."""
+    """The number of positions of a model folder or id (`max_position_embeddings`); `otherwise` if it names none."""
     if (Path(model) / "config.json").exists():
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     else:
@@ -101,15 +106,19 @@ def context_length(model: str, otherwise: int = 1 << 30) -> int:
 
 @lru_cache(maxsize=2)
 def shuffled(count: int, *key: object) -> list[int]:
-    """An explicit order of `count` rows that depends on the key alone, not on ranks or on what ran before.
+    """A shuffled order of `count` rows that depends on the key alone, not on ranks or on what ran before.
 
-    It is kept for the next call: do not change it.
+    The list is cached: do not change it.
     """
     return np.random.default_rng(derive_seed("shuffle", *key)).permutation(count).tolist()
 
 
 def check_fits(section: str, longest: int, budget: int) -> None:
-    """Raises InputError before anything starts where one row alone is more than a micro-batch may hold."""
+    """Checks before anything starts that every row fits a micro-batch.
+
+    Raises:
+        InputError: the longest row is more than `budget` tokens.
+    """
     if longest > budget:
         raise InputError(
             f"{section}.micro_batch_tokens={budget} is less than the longest row ({longest} tokens); "

@@ -1,15 +1,15 @@
-"""Stage `dpo`: direct preference optimisation on soft labels, in the place of `rm` and `ppo`.
+"""Stage `dpo`: direct preference optimisation on soft labels, instead of `rm` and `ppo`.
 
 Rafailov et al. 2023 (arXiv 2305.18290): the reward is r = beta * (log p(y|x) - log p_ref(y|x)) of the whole response,
-its end included, and the loss is that of the reward model on r_a - r_b. Labels are probabilities and are trained on as
-they are. The reference is the SL-CAI policy, with which training starts: its log-probabilities are computed by the
-policy itself before the first step, so that no second model is kept, and go with the checkpoints.
+its end included, and the loss is the reward model's on r_a - r_b. Labels are probabilities and are trained on as
+such. The reference is the SL-CAI policy, with which training starts: the policy itself computes the reference
+log-probabilities before the first step, so that no second model is needed, and checkpoints hold them.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +17,37 @@ from torch import Tensor
 from cai_ray.config.training import DpoConfig, TrainConfig
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.run import Run
-from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
+from cai_ray.train.comparisons import (
+    MicroBatch,
+    Pairs,
+    add_sums,
+    last_evaluation,
+    load_comparisons,
+    load_pairs,
+    means,
+)
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import direct_preference, masked, preference_metrics
-
-if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+from cai_ray.train.models import load_policy
+from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit
+from cai_ray.train.runtime.metrics import Log
+from cai_ray.train.runtime.ranks import global_sum, global_sums, world_size
+from cai_ray.train.sequences import sequence_logprobs
+from cai_ray.train.weights.state import save_model
 
 
 def run(run: Run) -> dict[str, Any]:
-    from cai_ray.train.runtime import fit
+    """Trains the policy; returns the stage's part of the manifest.
+
+    Raises:
+        InputError: no comparison can be trained on, or one does not fit a micro-batch.
+    """
 
     source = run.model("sl")
-    data = read(run, "dpo", source)
-    result = fit.fit(run, "dpo", loop, run.config.dpo, data.shared())
+    data = load_comparisons(run, "dpo", source)
+    result = fit(run, "dpo", loop, run.config.dpo, data.shared())
     return {
         **data.counts,
         "init_sha": model_sha(source),
@@ -39,82 +56,83 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def loop(config: dict[str, Any]) -> dict[str, Any]:
-    """Trains on one rank of the group."""
-    from cai_ray.train.models import load_policy
-    from cai_ray.train.runtime import fit
+def loop(args: dict[str, Any]) -> dict[str, Any]:
+    """Trains on one rank, from the last checkpoint if there is one; `args` is what `run` gives to `fit`."""
 
-    run: Run = config["run"]
+    run: Run = args["run"]
     cfg, seed = run.config.dpo, run.config.seed
-    data, train = pairs(config), config["train"]
+    data, train = load_pairs(args), args["train"]
     per_epoch = -(-len(train) // cfg.batch_size)
     total = cfg.epochs * per_epoch
     every = cfg.checkpoint_every or per_epoch
 
     source = run.model("sl")
-    policy = fit.distribute(load_policy(source, cfg), cfg, total)
-    state = fit.restore({"policy": policy}) or {"step": 0, "rows": [], "reference": None}
-    reference = state["reference"]
-    if reference is None:
-        reference = response_logprobs(policy, data, cfg)
-    log = fit.Log(run, "dpo", total, state["rows"])
+    policy = distribute(load_policy(source, cfg), cfg, total)
+    state = restore({"policy": policy}) or {"step": 0, "rows": [], "ref_logprobs": None}
+    ref_logprobs = state["ref_logprobs"]
+    if ref_logprobs is None:
+        ref_logprobs = response_logprobs(policy, data, cfg)
+    log = Log(run, "dpo", total, state["rows"])
     for step in range(state["step"], total):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         order = shuffled(len(train), seed, "dpo", epoch)
         batch = [train[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
-        rate = policy.lr
-        sums, norm = update(policy, data, reference, batch, cfg)
+        learning_rate = policy.lr
+        sums, grad_norm = update(policy, data, ref_logprobs, batch, cfg)
         metrics = {
             "dpo/loss": sums.pop("loss") / len(batch),
             **means("dpo", sums),
             "dpo/epoch": epoch + 1,
-            "dpo/grad_norm": norm,
-            "dpo/learning_rate": rate,
+            "dpo/grad_norm": grad_norm,
+            "dpo/learning_rate": learning_rate,
             "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
         }
         if (step + 1) % per_epoch == 0:
-            metrics |= evaluate(policy, data, reference, config["held"], cfg)
+            metrics |= evaluate(policy, data, ref_logprobs, args["held_out"], cfg)
         log.add(step + 1, metrics)
-        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
-            state = {"step": step + 1, "rows": log.rows, "reference": reference}
-            fit.save_checkpoint({"policy": policy}, state, step + 1)
+        if checkpoint_due(step + 1, every) or step + 1 == total:
+            state = {"step": step + 1, "rows": log.rows, "ref_logprobs": ref_logprobs}
+            save_checkpoint({"policy": policy}, state, step + 1)
     log.close()
-    fit.save_model(policy, source, run.path("dpo", "model"))
+    save_model(policy, source, run.path("dpo", "model"))
     return {"steps": total, "metrics": last_evaluation(log.rows)}
 
 
 def update(
-    policy: Trained, data: Pairs, reference: Tensor, batch: list[int], cfg: DpoConfig
+    policy: Trained, data: Pairs, ref_logprobs: Tensor, batch: list[int], cfg: DpoConfig
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
-    from cai_ray.train.runtime import fit
+    """Takes one optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm.
+
+    Args:
+        ref_logprobs: (comparisons, 2), from `response_logprobs` of the reference.
+    """
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(batch, cfg):
-        r_a, r_b, p_a, human = rewards(policy, data, reference, micro_batch, cfg)
+        r_a, r_b, p_a, human = rewards(policy, data, ref_logprobs, micro_batch, cfg)
         loss = direct_preference(
             r_a, r_b, p_a, beta=cfg.beta, smoothing=cfg.label_smoothing, kind=cfg.loss
         ).sum()
-        policy.backward(loss / len(batch) * fit.world_size())
-        add(sums, {"loss": loss, **measure(r_a, r_b, p_a, human, cfg)})
-    return fit.global_sums(sums), policy.step()
+        policy.backward(loss / len(batch) * world_size())
+        add_sums(sums, {"loss": loss, **measure(r_a, r_b, p_a, human, cfg)})
+    return global_sums(sums), policy.step()
 
 
 def rewards(
-    policy: Trained, data: Pairs, reference: Tensor, micro_batch: MicroBatch, cfg: DpoConfig
+    policy: Trained, data: Pairs, ref_logprobs: Tensor, micro_batch: MicroBatch, cfg: DpoConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Implicit rewards of both responses, labels and sources, each (pairs,)."""
+    """Implicit rewards of responses a and b, labels, and whether a person labelled, each (pairs,)."""
     a, b, p_a, human = response_sums(policy, data, micro_batch)
-    ref_a, ref_b = reference[micro_batch.pairs].to(a).unbind(1)
+    ref_a, ref_b = ref_logprobs[micro_batch.pairs].to(a).unbind(1)
     return cfg.beta * (a - ref_a), cfg.beta * (b - ref_b), p_a, human
 
 
 def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig) -> dict[str, Tensor]:
-    """Sums over rows, apart for AI and human labels: those of a reward model, and chosen, rejected, drift.
+    """Sums over rows, separate for AI and human labels: a reward model's, and chosen, rejected and drift.
 
-    `loss` is the cross-entropy with the label as it is, whatever loss is trained on. `drift` is log p_ref - log p of a
-    response; the reference sampled the AI comparisons, so that there it estimates KL(ref‖p).
+    `loss` is the cross-entropy with the label itself, whatever loss is trained on. `drift` is log p_ref - log p of a
+    response. The reference sampled the AI comparisons, so there it estimates KL(ref‖p).
     """
     r_a, r_b = r_a.detach(), r_b.detach()
     chosen, rejected = torch.where(p_a >= 0.5, r_a, r_b), torch.where(p_a >= 0.5, r_b, r_a)
@@ -128,33 +146,30 @@ def measure(r_a: Tensor, r_b: Tensor, p_a: Tensor, human: Tensor, cfg: DpoConfig
 
 @torch.no_grad()
 def response_logprobs(policy: Trained, data: Pairs, cfg: TrainConfig) -> Tensor:
-    """(comparisons, 2) float32 on CPU: the log-probability of every whole response; each rank computes its share."""
-    from cai_ray.train.runtime import fit
+    """(comparisons, 2) float32 on the CPU: log p of every whole response, of which each rank computes its share."""
 
-    found = torch.zeros(len(data), 2)
+    logprobs = torch.zeros(len(data), 2)
     for micro_batch in data.micro_batches(list(range(len(data))), cfg):
         a, b, _, _ = response_sums(policy, data, micro_batch)
-        found[micro_batch.pairs] = torch.stack([a, b], 1).float().cpu()
-    return fit.global_sum(found)
+        logprobs[micro_batch.pairs] = torch.stack([a, b], 1).float().cpu()
+    return global_sum(logprobs)
 
 
 def response_sums(
     policy: Trained, data: Pairs, micro_batch: MicroBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of both whole responses, labels and sources, each (pairs,)."""
-    from cai_ray.train.models import sequence_logprobs
+    """log p of the whole responses a and b, labels, and whether a person labelled, each (pairs,)."""
 
     return data.sides(micro_batch, lambda inputs: sequence_logprobs(policy, inputs).sum(1))
 
 
 @torch.no_grad()
 def evaluate(
-    policy: Trained, data: Pairs, reference: Tensor, held: list[int], cfg: DpoConfig
+    policy: Trained, data: Pairs, ref_logprobs: Tensor, held_out: list[int], cfg: DpoConfig
 ) -> dict[str, float]:
-    """The same measures on held-out comparisons."""
-    from cai_ray.train.runtime import fit
+    """The measures of `update` on held-out comparisons."""
 
     sums: dict[str, Tensor] = {}
-    for micro_batch in data.micro_batches(held, cfg):
-        add(sums, measure(*rewards(policy, data, reference, micro_batch, cfg), cfg))
-    return means("eval", fit.global_sums(sums))
+    for micro_batch in data.micro_batches(held_out, cfg):
+        add_sums(sums, measure(*rewards(policy, data, ref_logprobs, micro_batch, cfg), cfg))
+    return means("eval", global_sums(sums))

@@ -1,14 +1,14 @@
 """Stage `rm`: the reward (preference) model, on AI labels (soft) and human comparisons (hard).
 
-The loss is the soft Bradley-Terry cross-entropy over the comparisons of the global batch. Scores are read at the last
-token that the policy emits. After training the scores of a fixed reference set give the centre and scale that
-`reward_head.json` keeps beside the weights.
+The loss is the soft Bradley-Terry cross-entropy, averaged over the comparisons of the global batch. Scores are read at
+the last token that the policy emits. After training, the scores of a fixed reference set give the mean and standard
+deviation that `reward_head.json` keeps beside the weights.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +18,46 @@ from cai_ray.storage import files
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
-from cai_ray.train.comparisons import MicroBatch, Pairs, add, last_evaluation, means, pairs, read
+from cai_ray.train.comparisons import (
+    MicroBatch,
+    Pairs,
+    add_sums,
+    last_evaluation,
+    load_comparisons,
+    load_pairs,
+    means,
+)
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import preference_metrics, soft_bradley_terry
+from cai_ray.train.models import load_reward_model
+from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit, location
+from cai_ray.train.runtime.metrics import Log
+from cai_ray.train.runtime.ranks import global_sum, global_sums, rank, world_size
+from cai_ray.train.sequences import score_last, sequence_values
+from cai_ray.train.weights.state import save_model
 
-if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
-
-# Comparisons whose two responses are the reference set that rewards are centred and scaled on.
 REFERENCE = 256
+"""Comparisons whose two responses are the reference set that rewards are centred and scaled on."""
 
 
 def run(run: Run) -> dict[str, Any]:
-    from cai_ray.train.runtime import fit
+    """Trains the reward model; returns the stage's part of the manifest.
+
+    Raises:
+        InputError: no comparison can be trained on, or one does not fit a micro-batch.
+    """
 
     cfg, seed = run.config.rm, run.config.seed
     source = run.model(cfg.init)
-    data = read(run, "rm", source)
+    data = load_comparisons(run, "rm", source)
     extra = {
         **data.shared(),
-        "reference": reference(data.rows, seed),
-        "model": fit.location(run, cfg.init),
+        "reference": reference_set(data.rows, seed),
+        "model": location(run, cfg.init),
     }
-    result = fit.fit(run, "rm", loop, cfg, extra)
+    result = fit(run, "rm", loop, cfg, extra)
     return {
         **data.counts,
         "init_sha": model_sha(source),
@@ -49,53 +66,51 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def reference(rows: list[dict[str, Any]], seed: int) -> list[int]:
-    """A fixed set of comparisons (docs/method.md, item 15): the policy's own samples where there are any, by id."""
+def reference_set(rows: list[dict[str, Any]], seed: int) -> list[int]:
+    """A fixed set of comparisons (docs/method.md, item 15), chosen by id: the policy's own samples if there are any."""
     own = [i for i, row in enumerate(rows) if row["source"] == "ai"] or list(range(len(rows)))
     return sorted(own, key=lambda i: derive_id(seed, "reference", rows[i]["id"]))[:REFERENCE]
 
 
-def loop(config: dict[str, Any]) -> dict[str, Any]:
-    """Trains on one rank of the group."""
-    from cai_ray.train.models import load_reward_model
-    from cai_ray.train.runtime import fit
+def loop(args: dict[str, Any]) -> dict[str, Any]:
+    """Trains on one rank, from the last checkpoint if there is one; `args` is what `run` gives to `fit`."""
 
-    run: Run = config["run"]
+    run: Run = args["run"]
     cfg, seed = run.config.rm, run.config.seed
-    data, train = pairs(config), config["train"]
+    data, train = load_pairs(args), args["train"]
     per_epoch = -(-len(train) // cfg.batch_size)
     total = cfg.epochs * per_epoch
     every = cfg.checkpoint_every or per_epoch
 
-    source = run.model(config["model"])
-    model = fit.distribute(load_reward_model(source, cfg), cfg, total)
-    state = fit.restore({"reward": model}) or {"step": 0, "rows": []}
-    log = fit.Log(run, "rm", total, state["rows"])
+    source = run.model(args["model"])
+    model = distribute(load_reward_model(source, cfg), cfg, total)
+    state = restore({"reward": model}) or {"step": 0, "rows": []}
+    log = Log(run, "rm", total, state["rows"])
     for step in range(state["step"], total):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         order = shuffled(len(train), seed, "rm", epoch)
         batch = [train[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
-        rate = model.lr
-        sums, norm = update(model, data, batch, cfg)
+        learning_rate = model.lr
+        sums, grad_norm = update(model, data, batch, cfg)
         metrics = {
             **means("rm", sums),
             "rm/epoch": epoch + 1,
-            "rm/grad_norm": norm,
-            "rm/learning_rate": rate,
+            "rm/grad_norm": grad_norm,
+            "rm/learning_rate": learning_rate,
             "tokens/per_s": data.tokens(batch) / (time.perf_counter() - started),
         }
         if (step + 1) % per_epoch == 0:
-            metrics |= evaluate(model, data, config["held"], cfg)
+            metrics |= evaluate(model, data, args["held_out"], cfg)
         log.add(step + 1, metrics)
-        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
-            fit.save_checkpoint({"reward": model}, {"step": step + 1, "rows": log.rows}, step + 1)
+        if checkpoint_due(step + 1, every) or step + 1 == total:
+            save_checkpoint({"reward": model}, {"step": step + 1, "rows": log.rows}, step + 1)
     log.close()
-    mean, std = reward_scale(model, data, config["reference"], cfg)
+    mean, std = reward_scale(model, data, args["reference"], cfg)
     out = run.path("rm", "model")
-    fit.save_model(model, source, out)
-    if fit.rank() == 0:
-        scale = {"mean": mean, "std": std, "n": 2 * len(config["reference"])}
+    save_model(model, source, out)
+    if rank() == 0:
+        scale = {"mean": mean, "std": std, "n": 2 * len(args["reference"])}
         files.write_json(files.join(out, "reward_head.json"), scale)
     return {
         "steps": total,
@@ -106,21 +121,19 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def update(model: Trained, data: Pairs, batch: list[int], cfg: TrainConfig) -> tuple[dict[str, float], float]:
-    """One optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
-    from cai_ray.train.runtime import fit
+    """Takes one optimizer step on a global batch of comparisons; returns sums over them and the gradient's norm."""
 
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches(batch, cfg):
         r_a, r_b, p_a, human = scores(model, data, micro_batch)
         loss = soft_bradley_terry(r_a, r_b, p_a).sum() / len(batch)
-        model.backward(loss * fit.world_size())
-        add(sums, preference_metrics(r_a, r_b, p_a, human))
-    return fit.global_sums(sums), model.step()
+        model.backward(loss * world_size())
+        add_sums(sums, preference_metrics(r_a, r_b, p_a, human))
+    return global_sums(sums), model.step()
 
 
 def scores(model: Trained, data: Pairs, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of both responses, labels and sources, each (pairs,)."""
-    from cai_ray.train.models import score_last, sequence_values
+    """Scores of responses a and b, labels, and whether a person labelled, each (pairs,)."""
 
     return data.sides(
         micro_batch, lambda inputs: score_last(sequence_values(model, inputs), inputs["attention_mask"])
@@ -128,26 +141,24 @@ def scores(model: Trained, data: Pairs, micro_batch: MicroBatch) -> tuple[Tensor
 
 
 @torch.no_grad()
-def evaluate(model: Trained, data: Pairs, held: list[int], cfg: RmConfig) -> dict[str, float]:
-    """Loss, accuracy and margin on held-out comparisons, apart for AI and human labels (docs/method.md, item 18)."""
-    from cai_ray.train.runtime import fit
+def evaluate(model: Trained, data: Pairs, held_out: list[int], cfg: RmConfig) -> dict[str, float]:
+    """Loss, accuracy and margin on held-out comparisons, separate for AI and human labels (docs/method.md, item 18)."""
 
     sums: dict[str, Tensor] = {}
-    for micro_batch in data.micro_batches(held, cfg):
-        add(sums, preference_metrics(*scores(model, data, micro_batch)))
-    return means("eval", fit.global_sums(sums))
+    for micro_batch in data.micro_batches(held_out, cfg):
+        add_sums(sums, preference_metrics(*scores(model, data, micro_batch)))
+    return means("eval", global_sums(sums))
 
 
 @torch.no_grad()
 def reward_scale(model: Trained, data: Pairs, chosen: list[int], cfg: RmConfig) -> tuple[float, float]:
     """Mean and standard deviation of the scores of both responses of the chosen comparisons, over all ranks."""
-    from cai_ray.train.runtime import fit
 
     sums = torch.zeros(3, dtype=torch.float64)
     for micro_batch in data.micro_batches(chosen, cfg):
         r_a, r_b, _, _ = scores(model, data, micro_batch)
         both = torch.cat([r_a, r_b]).double().cpu()
         sums += torch.stack([torch.tensor(float(len(both))).double(), both.sum(), both.square().sum()])
-    count, first, second = fit.global_sum(sums).tolist()
+    count, first, second = global_sum(sums).tolist()
     mean = first / count
     return mean, max(second / count - mean * mean, 1e-12) ** 0.5

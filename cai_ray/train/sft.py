@@ -1,8 +1,8 @@
 """Stage `sft`: the SL-CAI policy, trained on revisions mixed with samples on helpfulness prompts.
 
-Reads `revise`; writes what it trained on as records, the model and its metrics. The loss is the negative
-log-likelihood of the answers' tokens, ends included, over the tokens of the global batch. Every epoch has its
-own explicit shuffle, the same on every rank, so that each knows the whole batch and takes its share of it.
+It reads the rows of `revise` and writes the records it trained on, the model and its metrics. The loss is the negative
+log-likelihood of the answers' tokens, ends included, divided by the tokens of the global batch. Every epoch has an
+explicit shuffle of its own, the same on every rank: each rank knows the whole batch and takes its share of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,27 +19,36 @@ from cai_ray.errors import InputError
 from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
-from cai_ray.train.batches import pad, rank_micro_batches
+from cai_ray.train.batches import Example, pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
 from cai_ray.train.losses import sft_loss
-
-if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+from cai_ray.train.models import load_policy
+from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit, location
+from cai_ray.train.runtime.metrics import Log
+from cai_ray.train.runtime.ranks import device, global_sum, rank, to_device, world_size
+from cai_ray.train.sequences import sequence_logprobs
+from cai_ray.train.weights.state import save_model
 
 
 def run(run: Run) -> dict[str, Any]:
-    import ray
+    """Trains the SL-CAI policy; returns the stage's part of the manifest.
 
-    from cai_ray.train.runtime import fit
+    Raises:
+        InputError: no row can be trained on, or a row does not fit a micro-batch.
+    """
+    import ray
 
     cfg, templates = run.config.sft, load_templates(run.config.templates)
     columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
     revised = run.rows("revise", columns)
-    found: Counter[str] = Counter()
-    records = to_records(revised, cfg, run.config.seed, templates.critiques, found)
+    kinds: Counter[str] = Counter()
+    records = to_records(revised, cfg, run.config.seed, templates.critiques, kinds)
     if not records:
         dropped = f", or take a kind out of sft.drop={list(cfg.drop)}" if cfg.drop else ""
         raise InputError(
@@ -47,33 +56,25 @@ def run(run: Run) -> dict[str, Any]:
         )
     source = run.model(cfg.init)
     renderer, limit = Renderer(source, templates.chat_template), context_length(source)
-    rendered = [
-        (
-            r,
-            render(
-                renderer, templates, r["messages"][:-1], r["messages"][-1]["content"], limit, r["truncated"]
-            ),
-        )
-        for r in records
-    ]
-    kept = [(record, example) for record, example in rendered if example is not None]
-    if not kept:
+    rendered = [(r, render_record(r, renderer, templates, limit)) for r in records]
+    fitting = [(record, example) for record, example in rendered if example is not None]
+    if not fitting:
         raise InputError(f"sft: no row fits the context of {source} ({limit} tokens)")
-    data = pack(example for _, example in kept)
+    data = pack(example for _, example in fitting)
     check_fits("sft", max(data.lengths), cfg.micro_batch_tokens)
-    run.write_rows("sft", to_table([record for record, _ in kept], "sft"))
+    run.write_rows("sft", to_table([record for record, _ in fitting], "sft"))
 
-    extra = {"data": ray.put(data), "model": fit.location(run, cfg.init), "pad_id": renderer.pad_id}
+    extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
     extra["inputs"] = data.sha
-    result = fit.fit(run, "sft", loop, cfg, extra)
+    result = fit(run, "sft", loop, cfg, extra)
     return {
         "rows_in": len(revised),
-        "rows_out": len(kept),
+        "rows_out": len(fitting),
         "errors": sum(1 for row in revised if row["error"]),
-        "left_out_too_long": len(records) - len(kept),
+        "left_out_too_long": len(records) - len(fitting),
         "revisions": {
-            "kept": {k: n for k, n in found.items() if k not in cfg.drop},
-            "dropped": {k: n for k, n in found.items() if k in cfg.drop},
+            "kept": {k: n for k, n in kinds.items() if k not in cfg.drop},
+            "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
         },
         "tokens": {"trained": sum(data.lengths) * cfg.epochs},
         "init_sha": model_sha(source),
@@ -82,24 +83,32 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
+def render_record(
+    record: dict[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
+) -> Example | None:
+    """The tokens of a row of schema `sft`; None if it does not fit the context of `limit` tokens."""
+    *conversation, answer = record["messages"]
+    return render(renderer, templates, conversation, answer["content"], limit, record["truncated"])
+
+
 def to_records(
     rows: list[dict[str, Any]],
     cfg: SftConfig,
     seed: int,
     critiques: Sequence[str] = (),
-    found: Counter[str] | None = None,
+    kinds: Counter[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of schema `sft` from rows of schema `revisions`; rows with an error are left out.
 
-    A revised row gives its last revision, every round's, or those of the first rounds; of these, kinds in `sft.drop`
-    are left out. Helpfulness samples are drawn by their ids, at most `helpful_per_revision` times as many as the
+    A revised row gives its last revision, every round's, or those of the first rounds (`sft.revisions`), without kinds
+    in `sft.drop`. Helpfulness samples are drawn by their ids, at most `helpful_per_revision` times as many as there are
     revisions.
 
     Args:
-        critiques: rules of the template set by which a revision is a critique.
-        found: counts the revisions by kind (cai_ray.generate.quality), those left out too.
+        critiques: rules of the template set that tell a critique from a revision.
+        kinds: counts the revisions by kind (`judging.quality.kind`), including those left out.
     """
-    found = Counter() if found is None else found
+    kinds = Counter() if kinds is None else kinds
     good = [row for row in rows if not row["error"]]
     revisions, helpful = [], []
     for row in good:
@@ -110,12 +119,12 @@ def to_records(
         before = [row["response"], *(s["revision"] for s in steps)]
         pairs = list(zip(steps, before, strict=False))
         for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
-            is_a = kind(step["revision"], response, step.get("critique") or "", critiques)
-            found[is_a] += 1
-            if is_a not in cfg.drop:
+            revision_kind = kind(step["revision"], response, step.get("critique") or "", critiques)
+            kinds[revision_kind] += 1
+            if revision_kind not in cfg.drop:
                 revisions.append(_record(row, step["revision"], "revision", step["round"]))
-        if not steps:  # every slot was a disabled principle's: the response stood the test
-            found["sound"] += 1
+        if not steps:  # every slot was a disabled principle's: the response needed no revision
+            kinds["sound"] += 1
             revisions.append(_record(row, row["response"], "revision", truncated=row["truncated"]))
     if revisions:
         helpful.sort(key=lambda r: derive_id(seed, "helpful", r["id"]))
@@ -135,46 +144,43 @@ def _record(
     }
 
 
-def loop(config: dict[str, Any]) -> dict[str, Any]:
-    """Trains on one rank of the group."""
+def loop(args: dict[str, Any]) -> dict[str, Any]:
+    """Trains on one rank, from the last checkpoint if there is one; `args` is what `run` gives to `fit`."""
     import ray
 
-    from cai_ray.train.models import load_policy
-    from cai_ray.train.runtime import fit
-
-    run: Run = config["run"]
+    run: Run = args["run"]
     cfg, seed = run.config.sft, run.config.seed
-    data: Dialogues = ray.get(config["data"])
+    data: Dialogues = ray.get(args["data"])
     lengths = data.lengths
     per_epoch = -(-len(data) // cfg.batch_size)
     total = cfg.epochs * per_epoch
     every = cfg.checkpoint_every or per_epoch
 
-    source = run.model(config["model"])
-    policy = fit.distribute(load_policy(source, cfg), cfg, total)
-    state = fit.restore({"policy": policy}) or {"step": 0, "rows": []}
-    log = fit.Log(run, "sft", total, state["rows"])
+    source = run.model(args["model"])
+    policy = distribute(load_policy(source, cfg), cfg, total)
+    state = restore({"policy": policy}) or {"step": 0, "rows": []}
+    log = Log(run, "sft", total, state["rows"])
     for step in range(state["step"], total):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         order = shuffled(len(data), seed, "sft", epoch)
         batch = order[place * cfg.batch_size : (place + 1) * cfg.batch_size]
-        rate = policy.lr
-        loss, norm = update(policy, data, batch, cfg, config["pad_id"])
+        learning_rate = policy.lr
+        loss, grad_norm = update(policy, data, batch, cfg, args["pad_id"])
         log.add(
             step + 1,
             {
                 "sft/loss": loss,
                 "sft/epoch": epoch + 1,
-                "sft/grad_norm": norm,
-                "sft/learning_rate": rate,
+                "sft/grad_norm": grad_norm,
+                "sft/learning_rate": learning_rate,
                 "tokens/per_s": sum(lengths[i] for i in batch) / (time.perf_counter() - started),
             },
         )
-        if fit.checkpoint_due(step + 1, every) or step + 1 == total:
-            fit.save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
+        if checkpoint_due(step + 1, every) or step + 1 == total:
+            save_checkpoint({"policy": policy}, {"step": step + 1, "rows": log.rows}, step + 1)
     log.close()
-    fit.save_model(policy, source, run.path("sft", "model"))
+    save_model(policy, source, run.path("sft", "model"))
     last = log.rows[-per_epoch:]
     return {"steps": total, "loss": sum(r["sft/loss"] for r in last) / len(last)}
 
@@ -182,17 +188,15 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
 def update(
     policy: Trained, data: Dialogues, batch: list[int], cfg: TrainConfig, pad_id: int
 ) -> tuple[float, float]:
-    """One optimizer step on a global batch of rows; returns its loss and the gradient's norm."""
-    from cai_ray.train.models import sequence_logprobs
-    from cai_ray.train.runtime import fit
+    """Takes one optimizer step on a global batch of rows; returns the mean loss per token and the gradient's norm."""
 
     examples = [data[i] for i in batch]
     tokens = sum(sum(example.mask) for example in examples)
-    total = torch.zeros((), dtype=torch.float64, device=fit.device())
+    total = torch.zeros((), dtype=torch.float64, device=device())
     lengths = [len(example.ids) for example in examples]
-    for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, fit.rank(), fit.world_size()):
-        rows = fit.to_device(pad([examples[i] for i in group], pad_id))
+    for group in rank_micro_batches(lengths, cfg.micro_batch_tokens, rank(), world_size()):
+        rows = to_device(pad([examples[i] for i in group], pad_id))
         loss = sft_loss(sequence_logprobs(policy, rows), rows["loss_mask"], tokens)
-        policy.backward(loss * fit.world_size())
-        total += loss.detach()  # never read before the end: the host would wait for the GPU
-    return float(fit.global_sum(total)), policy.step()
+        policy.backward(loss * world_size())
+        total += loss.detach()  # not read before the end: the host would wait for the GPU
+    return float(global_sum(total)), policy.step()

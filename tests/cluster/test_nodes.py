@@ -109,28 +109,28 @@ def test_three_nodes_share_a_stage_of_which_one_is_killed_and_another_comes(
 TRAIN = """
 import pathlib, sys, time
 import ray
-from cai_ray import cluster
+from cai_ray.cluster.connect import connect
 from cai_ray.config.run import RunConfig
 from cai_ray.storage.run import Run
 from cai_ray.train import sft
 
 def loop(config):
-    from cai_ray.train.runtime import fit
-    restore, began = fit.restore, pathlib.Path(config["run"].path("began"))
+    from cai_ray.train.runtime.engine import Trained
+    restore, began = sft.restore, pathlib.Path(config["run"].path("began"))
     def noted(engines):
         state = restore(engines)
         with began.open("a") as f:
             f.write(f"{ray.get_runtime_context().get_node_id()} {state['step'] if state else 0}\\n")
         if not state:
-            step = fit.Trained.step
-            fit.Trained.step = lambda self: (time.sleep(0.4), step(self))[1]
+            step = Trained.step
+            Trained.step = lambda self: (time.sleep(0.4), step(self))[1]
         return state
-    fit.restore = noted
+    sft.restore = noted
     return original(config)
 
 original, sft.loop = sft.loop, loop
 run = Run(RunConfig.model_validate_json(sys.argv[1]))
-cluster.connect(run.config)
+connect(run.config)
 sft.run(run)
 """
 QUICK = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}

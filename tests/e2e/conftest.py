@@ -17,7 +17,8 @@ from cai_ray.config.load import load_config
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 from cai_ray.town import BASE
-from cai_ray.train.models import load_reward_model, save_folder
+from cai_ray.train.models import load_reward_model
+from cai_ray.train.weights.state import save_folder
 from tests.e2e.command import SMALL, TOKEN, Driver, environment, free_port, settings, succeed
 
 

@@ -11,18 +11,19 @@ from torch import Tensor
 from cai_ray.config.run import RunConfig
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.town import BASE
-from cai_ray.train.models import state_items
-from cai_ray.train.ppo import rollout
+from cai_ray.train.ppo.engine_owner import open_engines
+from cai_ray.train.ppo.pool import Pool
+from cai_ray.train.weights.state import state_items
 
 
 class Shared(NamedTuple):
     folder: str
     renderer: Renderer
-    keeper: Any
+    owner: Any
     config: RunConfig
 
-    def join(self, deadline_s: float = 120) -> rollout.Pool:
-        return rollout.Pool(self.keeper, deadline_s)
+    def join(self, deadline_s: float = 120) -> Pool:
+        return Pool(self.owner, deadline_s)
 
 
 def town_config(**changes: Any) -> RunConfig:
@@ -35,7 +36,7 @@ def town_config(**changes: Any) -> RunConfig:
 def shared() -> Shared:
     """Made once per session of tests; it ends with the cluster."""
     renderer, config = Renderer(BASE), town_config()
-    return Shared(BASE, renderer, rollout.open_pool(config, BASE, renderer.end_id, gpu=False), config)
+    return Shared(BASE, renderer, open_engines(config, BASE, renderer.end_id, gpu=False), config)
 
 
 def weights(model: Any) -> dict[str, Tensor]:

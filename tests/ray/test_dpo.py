@@ -20,8 +20,11 @@ from cai_ray.storage.run import Run
 from cai_ray.train import comparisons, dpo
 from cai_ray.train.batches import pad
 from cai_ray.train.losses import direct_preference
-from cai_ray.train.models import load_policy, state_items
-from cai_ray.train.runtime import fit
+from cai_ray.train.models import load_policy
+from cai_ray.train.runtime.engine import Trained, distribute
+from cai_ray.train.runtime.group import fit
+from cai_ray.train.runtime.ranks import rank
+from cai_ray.train.weights.state import gathered_state, state_items
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
@@ -99,8 +102,8 @@ def test_the_policy_learns_the_labels_and_the_measures_are_those_of_its_model(
         assert chosen - rejected == pytest.approx(held[-1][f"eval/{source}_margin"], abs=1e-5)
 
     # The same from the two saved models, by transformers alone.
-    found = comparisons.read(run, "dpo", run.model("sl"))
-    kept = {found.rows[i]["id"] for i in found.held if found.rows[i]["source"] == "ai"}
+    found = comparisons.load_comparisons(run, "dpo", run.model("sl"))
+    kept = {found.rows[i]["id"] for i in found.held_out if found.rows[i]["source"] == "ai"}
     labels = [r for r in run.rows("label") if r["id"] in kept]
     logp, ref = (logprobs(run.model(role), run, labels) for role in ("rl", "sl"))
     side = torch.tensor([1.0 if r["p_a"] > 0.5 else -1.0 for r in labels])
@@ -131,32 +134,32 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def two_steps(config: dict[str, Any]) -> None:
     """Two steps of each kind, and the reference, also with adapters."""
-    run, data, out = config["run"], comparisons.pairs(config), {}
+    run, data, out = config["run"], comparisons.load_pairs(config), {}
     for kind, settings in KINDS.items():
         cfg = DpoConfig(**PLAIN, beta=0.3, **settings)
-        policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
+        policy = distribute(load_policy(run.config.model, cfg), cfg, 2)
         reference = dpo.response_logprobs(policy, data, cfg)
         losses, norms = [], []
         for _ in range(2):  # at the first, policy and reference agree whatever the labels are
             sums, norm = dpo.update(policy, data, reference, BATCH, cfg)
             losses.append(sums["loss"] / len(BATCH))
             norms.append(norm)
-        state = {n: t.clone() for n, t in fit.gathered_state(policy)}
+        state = {n: t.clone() for n, t in gathered_state(policy)}
         out[kind] = {"losses": losses, "norms": norms, "state": state, "reference": reference}
     cfg = DpoConfig(**PLAIN, lora={"rank": 4})
-    policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
+    policy = distribute(load_policy(run.config.model, cfg), cfg, 2)
     on = dpo.response_logprobs(policy, data, cfg)
     with policy.module.disable_adapter():
         out["adapter"] = {"on": on, "off": dpo.response_logprobs(policy, data, cfg)}
-    if fit.rank() == 0:
+    if rank() == 0:
         torch.save(out, config["got"])
 
 
 def test_item_30_two_ranks_give_the_step_of_one_whole_batch(tmp_path: Path, ray_cluster: None) -> None:
     """Against plain PyTorch on one batch; with adapters the reference is what they are added to."""
     run = make_run(tmp_path, 11, workers=2, eval_fraction=0.0)
-    data = comparisons.read(run, "dpo", run.model("sl"))
-    fit.fit(run, "dpo", two_steps, run.config.dpo, {**data.shared(), "got": str(tmp_path / "got.pt")})
+    data = comparisons.load_comparisons(run, "dpo", run.model("sl"))
+    fit(run, "dpo", two_steps, run.config.dpo, {**data.shared(), "got": str(tmp_path / "got.pt")})
     got = torch.load(tmp_path / "got.pt")
     rows = pad([data.responses[2 * i + side] for side in (0, 1) for i in BATCH], data.pad_id)
     p_a = torch.tensor([row["p_a"] for row in data.rows])
@@ -195,15 +198,15 @@ def test_item_30_two_ranks_give_the_step_of_one_whole_batch(tmp_path: Path, ray_
 
 def dying_loop(config: dict[str, Any]) -> dict[str, Any]:
     """The loop on a machine that loses its power in the middle of step 6."""
-    step, run = fit.Trained.step, config["run"]
+    step, run = Trained.step, config["run"]
 
-    def die_in_step_6(self: fit.Trained) -> float:
+    def die_in_step_6(self: Trained) -> float:
         norm = step(self)
-        if self.engine.global_steps == 6 and fit.rank() == 0:
+        if self.engine.global_steps == 6 and rank() == 0:
             training.die_once(run.path("died"))
         return norm
 
-    fit.Trained.step = die_in_step_6  # type: ignore[method-assign]
+    Trained.step = die_in_step_6  # type: ignore[method-assign]
     return dpo.loop(config)
 
 

@@ -23,14 +23,14 @@ from cai_ray.train.batches import Example, pad
 from cai_ray.train.comparisons import Pairs
 from cai_ray.train.dialogues import Dialogues
 from cai_ray.train.losses import sft_loss, soft_bradley_terry
-from cai_ray.train.models import (
-    load_policy,
-    load_reward_model,
-    score_last,
-    sequence_values,
-    state_items,
-)
-from cai_ray.train.runtime import checkpoints, fit
+from cai_ray.train.models import load_policy, load_reward_model
+from cai_ray.train.runtime import checkpoints, group
+from cai_ray.train.runtime.checkpoints import restore, save_checkpoint
+from cai_ray.train.runtime.engine import distribute
+from cai_ray.train.runtime.group import fit
+from cai_ray.train.runtime.ranks import global_sum, rank, world_size
+from cai_ray.train.sequences import score_last, sequence_values
+from cai_ray.train.weights.state import gathered_state, save_model, state_items
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
@@ -55,21 +55,21 @@ def steps_on_each_stage(config: dict[str, Any]) -> None:
     data = ray.get(config["data"])
     for stage in STAGES:
         cfg = TrainConfig(**PLAIN, zero_stage=stage)
-        policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
+        policy = distribute(load_policy(run.config.model, cfg), cfg, 2)
         loss, norm = sft.update(policy, data, BATCH, cfg, config["pad_id"])
-        reward = fit.distribute(load_reward_model(run.config.model, cfg), cfg, 2)
+        reward = distribute(load_reward_model(run.config.model, cfg), cfg, 2)
         pairs = Pairs(
             ray.get(config["pairs"]), ray.get(config["p_a"]), ray.get(config["human"]), config["pad_id"]
         )
         sums, reward_norm = rm.update(reward, pairs, BATCH, cfg)
         out[stage] = {
-            "world": fit.world_size(),
-            "sft": {n: t.clone() for n, t in fit.gathered_state(policy)},
-            "rm": {n: t.clone() for n, t in fit.gathered_state(reward)},
+            "world": world_size(),
+            "sft": {n: t.clone() for n, t in gathered_state(policy)},
+            "rm": {n: t.clone() for n, t in gathered_state(reward)},
             "norms": (norm, reward_norm),
             "losses": (loss, (sums["ai/loss"] + sums["human/loss"]) / len(BATCH)),
         }
-    if fit.rank() == 0:
+    if rank() == 0:
         torch.save(out | {"adapters": with_adapters(run, data)}, config["got"])
     else:
         with_adapters(run, data)
@@ -78,10 +78,10 @@ def steps_on_each_stage(config: dict[str, Any]) -> None:
 def with_adapters(run: Run, data: Dialogues) -> torch.Tensor:
     """Trains adapters under ZeRO-3, saves the model, and returns its logits on the first row."""
     cfg = TrainConfig(learning_rate=0.1, zero_stage=3, lora=LoraConfig(rank=4, alpha=8))
-    policy = fit.distribute(load_policy(run.config.model, cfg), cfg, 2)
+    policy = distribute(load_policy(run.config.model, cfg), cfg, 2)
     for _ in range(2):
         sft.update(policy, data, BATCH, cfg, 0)
-    fit.save_model(policy, run.config.model, run.path("saved"))
+    save_model(policy, run.config.model, run.path("saved"))
     with torch.no_grad():
         return logits_of(policy, data[0])
 
@@ -118,7 +118,7 @@ def test_item_30_two_ranks_and_every_zero_stage_give_the_step_of_one(tmp_path: P
         "pad_id": 0,
         "got": str(tmp_path / "got.pt"),
     }
-    fit.fit(run, "sft", steps_on_each_stage, run.config.sft, extra)
+    fit(run, "sft", steps_on_each_stage, run.config.sft, extra)
     got = torch.load(tmp_path / "got.pt")
 
     cfg = TrainConfig()
@@ -157,9 +157,9 @@ def test_item_30_two_ranks_and_every_zero_stage_give_the_step_of_one(tmp_path: P
 def fail_on_the_last_rank(config: dict[str, Any]) -> None:
     with open(config["count"], "a") as f:
         f.write("x")
-    if fit.rank() == fit.world_size() - 1:
+    if rank() == world_size() - 1:
         raise {"input": InputError, "stop": Stopped}[config["kind"]]("the reason")
-    fit.global_sum(torch.zeros(1))  # waits for the last rank, which never comes
+    global_sum(torch.zeros(1))  # waits for the last rank, which never comes
 
 
 @pytest.mark.parametrize(("kind", "error", "ranks"), [("input", InputError, 2), ("stop", Stopped, 1)])
@@ -169,7 +169,7 @@ def test_a_fault_on_one_rank_reaches_the_driver_and_is_not_tried_again(
     run = training.make_run(tmp_path, sft={"workers": ranks})
     count = tmp_path / "count"
     with pytest.raises(error, match=r"^the reason$"):
-        fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft, {"kind": kind, "count": str(count)})
+        fit(run, "sft", fail_on_the_last_rank, run.config.sft, {"kind": kind, "count": str(count)})
     # Each rank once, or not at all where the fault came first; nobody a second time.
     assert count.read_text() in {"x", "x" * ranks}
 
@@ -180,23 +180,23 @@ def test_item_38_too_few_cpus_is_said_before_anything_starts(
     def start(run: Run) -> None:
         pytest.fail("a group was started, which would wait for ever")
 
-    monkeypatch.setattr(fit, "_trainer_class", start)
+    monkeypatch.setattr(group, "_trainer_class", start)
     run = training.make_run(tmp_path, sft={"workers": 4, "cpus_per_worker": 50})
     with pytest.raises(
         InputError,
         match=r"workers=4: needs 4 x \{CPU: 50\}, each on one node, and there is room for 0; the cluster has 1 node "
         r"of \{CPU: 16\} and no autoscaler that adds more; use fewer `workers`",
     ):
-        fit.fit(run, "sft", fail_on_the_last_rank, run.config.sft)
+        fit(run, "sft", fail_on_the_last_rank, run.config.sft)
 
 
 def dies_after(config: dict[str, Any]) -> None:
     """Three attempts that each get to another checkpoint and die; the others die before they do."""
-    state = fit.restore({}) or {"step": 0}
+    state = restore({}) or {"step": 0}
     with open(config["began"], "a") as f:
         f.write(f"{state['step']} ")
     if state["step"] < 3:
-        fit.save_checkpoint({}, {"step": state["step"] + 1}, state["step"] + 1)
+        save_checkpoint({}, {"step": state["step"] + 1}, state["step"] + 1)
         checkpoints.wait_until_saved()
     os._exit(1)
 
@@ -207,7 +207,7 @@ def test_a_stage_goes_on_as_long_as_it_gets_on(tmp_path: Path) -> None:
 
     run, began = training.make_run(tmp_path), tmp_path / "began"
     with pytest.raises(WorkerGroupError):
-        fit.fit(run, "sft", dies_after, run.config.sft, {"began": str(began)})
+        fit(run, "sft", dies_after, run.config.sft, {"began": str(began)})
     assert began.read_text() == "0 1 2 3 3 3 "
 
 
@@ -228,10 +228,10 @@ def saves_slowly(config: dict[str, Any]) -> dict[str, float]:
 
     def save(step: int) -> float:
         started = time.monotonic()
-        fit.save_checkpoint({}, {"step": step}, step)
+        save_checkpoint({}, {"step": step}, step)
         return time.monotonic() - started
 
-    state = fit.restore({})
+    state = restore({})
     if state is None:
         save(1)
         checkpoints.wait_until_saved()
@@ -248,7 +248,7 @@ def saves_slowly(config: dict[str, Any]) -> dict[str, float]:
 
 def test_item_35_a_checkpoint_is_uploaded_beside_training_and_counts_when_it_is_whole(tmp_path: Path) -> None:
     run = training.make_run(tmp_path)
-    out = fit.fit(run, "sft", saves_slowly, run.config.sft)
+    out = fit(run, "sft", saves_slowly, run.config.sft)
     assert out["restored"] == 1, "the second was half there"
     assert out["leftovers"] == 0
     assert out["first_s"] < 1 and out["second_s"] > UPLOAD_S - 0.5, "one is on its way at a time"
@@ -274,10 +274,10 @@ def cannot_share(config: dict[str, Any]) -> None:
 
     ds_to_universal.main = refuse
     cfg: TrainConfig = config["run"].config.sft
-    policy = fit.distribute(load_policy(config["run"].config.model, cfg), cfg, 2)
-    if fit.restore({"policy": policy}) is None:
+    policy = distribute(load_policy(config["run"].config.model, cfg), cfg, 2)
+    if restore({"policy": policy}) is None:
         checkpoints.world_size = lambda: 4
-        fit.save_checkpoint({}, {}, 1)
+        save_checkpoint({}, {}, 1)
         checkpoints.wait_until_saved()
         os._exit(1)
 
@@ -285,4 +285,4 @@ def cannot_share(config: dict[str, Any]) -> None:
 def test_a_checkpoint_that_cannot_be_shared_out_is_an_input_error(tmp_path: Path) -> None:
     run = training.make_run(tmp_path)
     with pytest.raises(InputError, match=r"that 4 workers saved cannot .* not this one\); use workers=4$"):
-        fit.fit(run, "sft", cannot_share, run.config.sft)
+        fit(run, "sft", cannot_share, run.config.sft)

@@ -15,10 +15,10 @@ def test_progress_and_warnings_reach_the_driver(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(metrics, "_told", "")
+    monkeypatch.setattr(metrics, "_driver_key", "")
     key = f"sft-0123-{time.time_ns()}"
     with metrics.progress_lines(key):
-        metrics.told_to(key)
+        metrics.report_to(key)
         log = metrics.Log(training.make_run(tmp_path, sinks=[]), "sft", 3)
         log.add(1, {"sft/loss": 2.5, "tokens/per_s": 10.0})
         metrics.warn("a dashboard is away")

@@ -24,8 +24,9 @@ from cai_ray.storage import files
 from cai_ray.storage.models import folder_sha
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo import loop as ppo
-from cai_ray.train.ppo import sampling
-from cai_ray.train.runtime.fit import fit
+from cai_ray.train.ppo import stage
+from cai_ray.train.ppo.prompts import read_training_prompts
+from cai_ray.train.runtime.group import fit
 from tests.ray.engines import shared
 from tests.ray.runs import ready_for_ppo
 
@@ -55,12 +56,14 @@ LABELS = {"principles": "all", "combine": "log_odds"}
 
 
 def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
-    """What `ppo.run` does, with the engine that the tests share."""
+    """What `stage.run` does, with the engine that the tests share."""
     import ray
 
     renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
-    prompts, _ = sampling.read(run, renderer)
-    return fit(run, "ppo", loop, run.config.ppo, {"keeper": shared().keeper, "prompts": ray.put(prompts)})
+    prompts, _ = read_training_prompts(run, renderer)
+    return fit(
+        run, "ppo", loop, run.config.ppo, {"engine_owner": shared().owner, "prompts": ray.put(prompts)}
+    )
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
@@ -78,7 +81,7 @@ def one_rank(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 
     run = ready_for_ppo(tmp_path_factory.mktemp("one"), ppo=SMALL)
     free = ray.available_resources()["CPU"]
-    files.write_json(run.path("ppo", "manifest.json"), ppo.run(run))
+    files.write_json(run.path("ppo", "manifest.json"), stage.run(run))
     until = time.monotonic() + 20
     # More than before is no leak: what an earlier test used may have been given back in between.
     while (now := ray.available_resources().get("CPU", 0)) < free:
@@ -137,11 +140,11 @@ def test_item_28_graphs_kept_from_scoring_change_nothing(
     run = ready_for_ppo(tmp_path, ppo=SMALL)
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import loop as ppo
         from cai_ray.train.ppo import scoring
 
         scoring.keeps_graphs = lambda *_: True
-        return stage.loop(args)
+        return ppo.loop(args)
 
     train(run, loop)
     assert all(torch.equal(tensor, policy(run)[name]) for name, tensor in policy(one_rank).items())
@@ -173,7 +176,8 @@ def test_item_32_the_reference_is_the_sl_cai_snapshot(one_rank: Run) -> None:
 def test_item_31_values_start_from_the_reward_model(ray_cluster: None, one_rank: Run) -> None:
     """At the last token, the first value is the normalised reward: head and scale are taken over."""
     from cai_ray.train.batches import pad
-    from cai_ray.train.models import load_reward_model, load_value_model, score_last, sequence_values
+    from cai_ray.train.models import load_reward_model, load_value_model
+    from cai_ray.train.sequences import score_last, sequence_values
 
     cfg = one_rank.config.ppo
     folder = one_rank.model("rm")
@@ -225,7 +229,7 @@ def test_item_24_weights_by_vllms_own_interface(ray_cluster: None, one_rank: Run
     """Gathered from two ranks, broadcast to two engines, proved as always: the same training."""
     ways = {"weight_sync": "gloo", "workers": 2, "zero_stage": 3, "rollout_engines": 2}
     run = ready_for_ppo(tmp_path, ppo=SMALL | ways)
-    ppo.run(run)
+    stage.run(run)
     rows = metrics(run)
     assert [row["step"] for row in rows if row["sync/shown"] > 20] == [2, 3, 4]
     assert max(row["sync/gap"] for row in rows) <= 5e-5 and max(r["rollout/logprob_gap"] for r in rows) < 1e-4
@@ -258,7 +262,7 @@ def killed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         import os
         import pathlib
 
-        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import loop as ppo
         from cai_ray.train.ppo import sampling
 
         sample = sampling.sample
@@ -270,7 +274,7 @@ def killed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
             return sample(pool, prompts, cfg, step, seed, version)
 
         sampling.sample = dying
-        return stage.loop(args)
+        return ppo.loop(args)
 
     epoch = shared().join().epoch
     train(run, loop)
@@ -362,18 +366,18 @@ def test_item_36_responses_sampled_ahead_outlive_a_kill(one_ahead: Run, tmp_path
     mark = str(tmp_path / "died")
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import loop as ppo
         from tests.ray.training import die_once
 
-        update = stage.update_policy
+        update = ppo.update_policy
 
         def dying(*given: Any, **more: Any) -> Any:
             if given[0].engine.global_steps == 8:  # in the third step
                 die_once(mark)
             return update(*given, **more)
 
-        stage.update_policy = dying
-        return stage.loop(args)
+        ppo.update_policy = dying
+        return ppo.loop(args)
 
     train(run, loop)
     assert Path(mark).exists()
@@ -387,7 +391,7 @@ def test_the_best_snapshot_is_the_result(ray_cluster: None, tmp_path: Path) -> N
     """Of a policy that an untrained reward model spoils, by fresh labels of the feedback model."""
     spoilt = SMALL | {"learning_rate": 3e-3, "kl_coef": 0.0, "max_tokens": 40}
     run = ready_for_ppo(tmp_path, ppo=spoilt | {"watch": WATCH | {"max_opinion_drop": None}}, label=LABELS)
-    done = ppo.run(run)
+    done = stage.run(run)
     told = [(row["step"], row["watch/opinion"]) for row in metrics(run) if "watch/opinion" in row]
     rows = run.rows("ppo", name="snapshot")
     assert [step for step, _ in told] == [2, 4]
@@ -402,7 +406,7 @@ def test_the_best_snapshot_is_the_result(ray_cluster: None, tmp_path: Path) -> N
 
 
 def test_an_alarm_stops_the_run_and_finish_takes_the_best_snapshot(ray_cluster: None, tmp_path: Path) -> None:
-    def stage(how: str) -> Run:
+    def run_with(how: str) -> Run:
         watch = WATCH | {"every": 1, "max_length_drift": 1.0001, "on_alarm": how, "limit": 8}
         cfg = SMALL | {"steps": 40, "value_warmup_steps": 0, "checkpoint_every": 100, "watch": watch}
         config = ready_for_ppo(tmp_path / how, ppo=cfg).config.model_copy(
@@ -410,14 +414,14 @@ def test_an_alarm_stops_the_run_and_finish_takes_the_best_snapshot(ray_cluster: 
         )
         return Run(config)
 
-    run = stage("stop")
+    run = run_with("stop")
     with pytest.raises(Stopped, match=r"ppo, step \d+: length: \d+ tokens .*on_alarm=finish") as stopped:
-        ppo.run(run)
+        stage.run(run)
     said = str(stopped.value)
     with pytest.raises(Stopped) as again:
-        ppo.run(run)
+        stage.run(run)
     assert str(again.value) == said, "at once, from the checkpoint of the alarm"
-    done = ppo.run(stage("finish"))
+    done = stage.run(run_with("finish"))
     assert f"best snapshot (step {done['snapshot']})" in said and done["alarms"]
 
 
@@ -425,18 +429,19 @@ def test_item_36_another_number_of_workers_goes_on(ray_cluster: None, one_rank: 
     """Two ranks go on from what one saved after the second step, policy and value model alike."""
 
     def stopped(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import loop as ppo
+        from cai_ray.train.ppo import state
         from cai_ray.train.runtime import checkpoints
 
-        save = stage.save_checkpoint
+        save = state.save_checkpoint
 
         def save_and_stop(*given: Any) -> None:
             save(*given)
             checkpoints.wait_until_saved()
             raise Stopped("by the user")
 
-        stage.save_checkpoint = save_and_stop
-        return stage.loop(args)
+        state.save_checkpoint = save_and_stop
+        return ppo.loop(args)
 
     changes = SMALL | {"checkpoint_every": 2}
     run = ready_for_ppo(tmp_path, ppo=changes)
@@ -459,7 +464,7 @@ def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"value_warmup_steps": 0})
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
-        from cai_ray.train.ppo import loop as stage
+        from cai_ray.train.ppo import loop as ppo
         from cai_ray.train.weights import sync
 
         send, kept = sync.send, {}
@@ -470,7 +475,7 @@ def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_
             return send(pool, kept["first"].items(), version, dtype)
 
         sync.send = stale
-        return stage.loop(args)
+        return ppo.loop(args)
 
     with pytest.raises(Stopped, match=r"weight sync failed: engine 0, weights 1: holds other values"):
         train(run, loop)
@@ -486,14 +491,14 @@ def test_item_38_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     run = ready_for_ppo(
         tmp_path, ppo=SMALL, prompts=[{"path": str(long_prompts(tmp_path)), "kind": "helpful"}]
     )
-    prompts, errors = sampling.read(run, Renderer(run.model("sl")))
+    prompts, errors = read_training_prompts(run, Renderer(run.model("sl")))
     assert len(prompts) == 2 and errors == 1
 
 
 def test_item_38_a_micro_batch_that_holds_no_row_is_an_input_error(tmp_path: Path) -> None:
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"micro_batch_tokens": 30})
     with pytest.raises(InputError, match=r"ppo.micro_batch_tokens=30 is less than"):
-        sampling.read(run, Renderer(run.model("sl")))
+        read_training_prompts(run, Renderer(run.model("sl")))
 
 
 def long_prompts(folder: Path) -> Path:

@@ -137,12 +137,12 @@ def test_item_15_scale_is_that_of_a_fixed_reference_set(trained: tuple[Run, dict
 
 def test_item_15_reference_set_depends_on_ids_alone() -> None:
     rows = [{"id": f"c{i}", "source": "human" if i % 4 == 0 else "ai"} for i in range(1000)]
-    chosen = rm.reference(rows, seed=1)
+    chosen = rm.reference_set(rows, seed=1)
     assert len(chosen) == rm.REFERENCE
     assert all(rows[i]["source"] == "ai" for i in chosen)
-    again = rm.reference(rows[::-1], seed=1)
+    again = rm.reference_set(rows[::-1], seed=1)
     assert {rows[i]["id"] for i in chosen} == {rows[::-1][i]["id"] for i in again}
-    assert rm.reference([r | {"source": "human"} for r in rows[:5]], seed=1)
+    assert rm.reference_set([r | {"source": "human"} for r in rows[:5]], seed=1)
 
 
 def test_item_18_metrics_are_kept_apart_by_source() -> None:

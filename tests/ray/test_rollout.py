@@ -13,10 +13,12 @@ import torch
 
 from cai_ray.errors import InputError
 from cai_ray.storage.records import derive_seed
-from cai_ray.train.models import state_items
-from cai_ray.train.ppo import rollout
-from cai_ray.train.ppo.rollout import Pool, Request, StaleError
+from cai_ray.train.ppo.engine_owner import close_engines, open_engines
+from cai_ray.train.ppo.pool import Pool
+from cai_ray.train.ppo.rollout_engine import Request, StaleError
 from cai_ray.train.weights import sync
+from cai_ray.train.weights.proof import digests_of, prove
+from cai_ray.train.weights.state import state_items
 from tests.ray.engines import Shared, logprobs, shared, town_config
 
 QUESTIONS = [
@@ -105,11 +107,11 @@ def test_a_row_is_the_same_alone_and_in_company(engine: Shared, pool: Pool) -> N
 @pytest.fixture
 def two_engines(engine: Shared, model: Any) -> Iterator[Pool]:
     config = town_config(ppo={"rollout_engines": 2})
-    keeper = rollout.open_pool(config, engine.folder, engine.renderer.end_id, gpu=False)
-    made = Pool(keeper, deadline_s=10)
+    owner = open_engines(config, engine.folder, engine.renderer.end_id, gpu=False)
+    made = Pool(owner, deadline_s=10)
     sync.send(made, state_items(model), 0)
     yield made
-    rollout.close_pool(keeper)
+    close_engines(owner)
 
 
 def test_an_engine_that_dies_or_is_stuck_is_replaced(two_engines: Pool, engine: Shared, pool: Pool) -> None:
@@ -143,8 +145,8 @@ def test_item_23_an_engine_lost_in_a_sync_has_the_new_weights_or_none(
     sync.send(two_engines, state_items(new), 1)
     assert two_engines.replaced == 1
     lose_while(two_engines, 1, number, "report")
-    digests, now = sync.digests_of(state_items(new)), logprobs(new, probes)
-    sync.prove(two_engines, digests, 1, probes, now, logprobs(model, probes), 1e-4)
+    digests, now = digests_of(state_items(new)), logprobs(new, probes)
+    prove(two_engines, digests, 1, probes, now, logprobs(model, probes), 1e-4)
     assert two_engines.replaced == 2
     assert two_engines.sample(asked, 1, 1.6, 24) == wanted
     with pytest.raises(StaleError, match="asked for weights 0"):
@@ -166,7 +168,7 @@ def lose_while(pool: Pool, index: int, number: signal.Signals, method: str) -> N
         call = engine.llm.collective_rpc
 
         def lost(what: str, *args: Any, **more: Any) -> Any:
-            if what == {"update": "sync_load", "report": "sync_held"}[method]:
+            if what == {"update": "sync_load", "report": "sync_report"}[method]:
                 os.kill(os.getpid(), number)
             return call(what, *args, **more)
 
@@ -179,4 +181,4 @@ def test_item_38_too_few_cpus_for_the_engines_is_an_input_error(engine: Shared) 
     with pytest.raises(
         InputError, match=r"ppo.rollout_engines=900 and ppo.workers=1: needs 900 x .* room for \d+ of"
     ):
-        rollout.open_pool(town_config(ppo={"rollout_engines": 900}), engine.folder, 1, gpu=False)
+        open_engines(town_config(ppo={"rollout_engines": 900}), engine.folder, 1, gpu=False)

@@ -23,7 +23,9 @@ from cai_ray.storage import files
 from cai_ray.storage.models import folder_sha
 from cai_ray.storage.run import Run
 from cai_ray.train import sft
-from cai_ray.train.runtime import checkpoints, fit
+from cai_ray.train.runtime import checkpoints
+from cai_ray.train.runtime.engine import Trained
+from cai_ray.train.runtime.ranks import rank
 from tests.ray import training
 
 for module in (sys.modules[__name__], training):
@@ -132,15 +134,15 @@ def test_a_row_longer_than_a_micro_batch_is_said_before_anything_starts(tmp_path
 
 def dying_loop(config: dict[str, Any]) -> dict[str, Any]:
     """The loop on a machine that loses its power in the middle of step 6."""
-    step, run = fit.Trained.step, config["run"]
+    step, run = Trained.step, config["run"]
 
-    def die_in_step_6(self: fit.Trained) -> float:
+    def die_in_step_6(self: Trained) -> float:
         norm = step(self)
-        if self.engine.global_steps == 6 and fit.rank() == 0:
+        if self.engine.global_steps == 6 and rank() == 0:
             training.die_once(run.path("died"))
         return norm
 
-    fit.Trained.step = die_in_step_6  # type: ignore[method-assign]
+    Trained.step = die_in_step_6  # type: ignore[method-assign]
     return sft.loop(config)
 
 
@@ -178,11 +180,11 @@ def _same(one: Run, other: Run) -> None:
 
 def noting_loop(config: dict[str, Any], stop: bool) -> dict[str, Any]:
     """The loop, up to its first checkpoint if the user is to stop it there; it notes where it began."""
-    restore, save, began = fit.restore, fit.save_checkpoint, Path(config["run"].path("began"))
+    restore, save, began = sft.restore, sft.save_checkpoint, Path(config["run"].path("began"))
 
     def noted(engines: Any) -> Any:
         state = restore(engines)
-        if fit.rank() == 0:
+        if rank() == 0:
             with began.open("a") as f:
                 f.write(f"{state['step'] if state else 0} ")
         return state
@@ -193,7 +195,7 @@ def noting_loop(config: dict[str, Any], stop: bool) -> dict[str, Any]:
         if stop:
             raise Stopped("by the user")
 
-    fit.restore, fit.save_checkpoint = noted, save_and_stop
+    sft.restore, sft.save_checkpoint = noted, save_and_stop
     return sft.loop(config)
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cai_ray.train.ppo.rollout import Pool, Request, StaleError
+from cai_ray.train.ppo.pool import Pool
+from cai_ray.train.ppo.rollout_engine import Request, StaleError
 from cai_ray.train.weights import sync
-from cai_ray.train.weights.sync import SyncError, digest, digests_of, pack, unpack
+from cai_ray.train.weights.proof import TOLERANCE, Proof, SyncError, check_probes, digest, digests_of, prove
+from cai_ray.train.weights.sync import pack, unpack
 from tests.ray.engines import Shared, logprobs, shared, weights
 
-TOLERANCE = sync.TOLERANCE["float32"]
+FP32 = TOLERANCE["float32"]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -51,9 +53,9 @@ def pool(engine: Shared, versions: Any) -> Pool:
     return made
 
 
-def prove(pool: Pool, versions: Any, version: int = 1) -> sync.Proof:
+def prove_version(pool: Pool, versions: Any, version: int = 1) -> Proof:
     probes, states, values = versions
-    return sync.prove(pool, digests_of(states[1].items()), version, probes, values[1], values[0], TOLERANCE)
+    return prove(pool, digests_of(states[1].items()), version, probes, values[1], values[0], FP32)
 
 
 def forward_gap(pool: Pool, versions: Any, version: int = 1) -> float:
@@ -65,35 +67,35 @@ def forward_gap(pool: Pool, versions: Any, version: int = 1) -> float:
 
 def test_item_24_a_send_is_proved_on_tokens_that_moved(pool: Pool, versions: Any) -> None:
     probes, states, values = versions
-    sync.prove(pool, digests_of(states[0].items()), 0, probes, values[0], None, TOLERANCE)
+    prove(pool, digests_of(states[0].items()), 0, probes, values[0], None, FP32)
     sent = [sync.send(pool, states[1].items(), v) for v in (1, 2, 3)]
-    proof = prove(pool, versions, version=3)
-    assert proof.gap <= TOLERANCE and proof.moved > 10 * TOLERANCE and proof.shown > 100
+    proof = prove_version(pool, versions, version=3)
+    assert proof.gap <= FP32 and proof.moved > 10 * FP32 and proof.shown > 100
     print({"send_s": [round(s.seconds, 3) for s in sent], **proof._asdict()})
 
 
 def test_item_24_a_skipped_send_fails_the_proof(pool: Pool, versions: Any) -> None:
     with pytest.raises(SyncError, match="holds weights 0"):
-        prove(pool, versions)
+        prove_version(pool, versions)
 
 
 def test_item_24_a_send_of_nothing_under_a_new_number_fails_the_proof(pool: Pool, versions: Any) -> None:
     sync.send(pool, (), 1)
     with pytest.raises(SyncError, match="did not receive"):
-        prove(pool, versions)
-    assert forward_gap(pool, versions) > 10 * TOLERANCE
+        prove_version(pool, versions)
+    assert forward_gap(pool, versions) > 10 * FP32
 
 
 def test_item_24_the_weights_of_the_step_before_fail_the_proof(pool: Pool, versions: Any) -> None:
     sync.send(pool, versions[1][0].items(), 1)
     with pytest.raises(SyncError, match="holds other values"):
-        prove(pool, versions)
+        prove_version(pool, versions)
     # Without digests the forward pass says so too.
     probes, _, values = versions
     (_, got), *_ = pool.report(probes, 1)
     old, new = torch.cat(values[0]), torch.cat(values[1])
     with pytest.raises(SyncError, match="nearer to the weights before"):
-        sync.check_probes(torch.tensor(got).flatten(), new, old, TOLERANCE, "engine")
+        check_probes(torch.tensor(got).flatten(), new, old, FP32, "engine")
 
 
 def test_item_24_any_tensor_left_out_fails_the_proof(pool: Pool, versions: Any) -> None:
@@ -105,8 +107,8 @@ def test_item_24_any_tensor_left_out_fails_the_proof(pool: Pool, versions: Any) 
         sync.send(pool, states[0].items(), 0)
         sync.send(pool, ((n, t) for n, t in states[1].items() if n != name), 1)
         with pytest.raises(SyncError, match=f"did not receive {name}"):
-            prove(pool, versions)
-        if forward_gap(pool, versions) <= TOLERANCE:
+            prove_version(pool, versions)
+        if forward_gap(pool, versions) <= FP32:
             unseen.append(name)
     # The engine's embedding and head are one parameter: either tensor fills it, only the head renews the packed copy.
     assert unseen == [EMBEDDING]
@@ -123,9 +125,9 @@ def test_item_24_an_update_too_small_for_the_forward_pass_is_seen(pool: Pool, ve
     stale[name] = stale[name].clone()
     stale[name][7] = torch.nextafter(stale[name][7], torch.tensor(9.0))
     sync.send(pool, stale.items(), 1)
-    assert forward_gap(pool, versions) <= TOLERANCE
+    assert forward_gap(pool, versions) <= FP32
     with pytest.raises(SyncError, match=f"holds other values in {name}"):
-        prove(pool, versions)
+        prove_version(pool, versions)
 
 
 def test_item_23_the_prefix_cache_is_reset_at_every_update(pool: Pool, engine: Shared, versions: Any) -> None:
@@ -143,7 +145,7 @@ def test_item_23_the_prefix_cache_is_reset_at_every_update(pool: Pool, engine: S
         wanted = logprobs(model, [q.ids + r.ids for q, r in zip(long, rollouts, strict=True)])
         for request, rollout, row in zip(long, rollouts, wanted, strict=True):
             got = torch.tensor(rollout.logprobs)
-            assert torch.allclose(got, row[len(request.ids) - 1 :], atol=TOLERANCE)
+            assert torch.allclose(got, row[len(request.ids) - 1 :], atol=FP32)
 
 
 def test_item_23_no_engine_answers_for_another_version(pool: Pool, versions: Any) -> None:

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_ray.config.training import TrainConfig
+from cai_ray.train import comparisons
 from cai_ray.train.batches import Example
 from cai_ray.train.comparisons import MicroBatch, Pairs
 from cai_ray.train.dialogues import pack
-from cai_ray.train.runtime import fit
+
+pass
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30)
 
@@ -27,9 +29,9 @@ def pairs_of(lengths: list[tuple[int, int]]) -> Pairs:
 
 def on_ranks(data: Pairs, batch: list[int], tokens: int, world: int, monkeypatch) -> list[list[MicroBatch]]:
     found = []
-    monkeypatch.setattr(fit, "world_size", lambda: world)
+    monkeypatch.setattr(comparisons, "world_size", lambda: world)
     for rank in range(world):
-        monkeypatch.setattr(fit, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(comparisons, "rank", lambda rank=rank: rank)
         found.append(data.micro_batches(batch, TrainConfig(micro_batch_tokens=tokens)))
     return found
 

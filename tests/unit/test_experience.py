@@ -21,7 +21,7 @@ from cai_ray.train.ppo.experience import (
     make_targets,
     minibatches,
 )
-from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.rollout_engine import Rollout
 from cai_ray.train.ppo.scoring import keeps_graphs
 
 PROMPTS = [[5, 6], [7], [8, 9, 10]]
@@ -62,7 +62,7 @@ def test_item_26_without_a_penalty_a_row_cut_off_is_bootstrapped_with_the_value(
     scores = some_scores(batch)
     cut = make_targets(batch, scores, config(lam=1.0), 0.0)
     # Undiscounted returns are what comes at the end: the value after the last token, or the score.
-    assert cut.returns[2, 3:].tolist() == pytest.approx([float(scores.after[2, 6])] * 4, abs=1e-5)
+    assert cut.returns[2, 3:].tolist() == pytest.approx([float(scores.values_after[2, 6])] * 4, abs=1e-5)
     ended = float(scores.reward[0])
     assert cut.returns[0, 2:5].tolist() == pytest.approx([ended] * 3, abs=1e-5)
     penalised = make_targets(batch, scores, config(lam=1.0, missing_eos_reward=-3.0), 0.0)
@@ -79,16 +79,16 @@ def test_targets_are_those_of_a_plain_loop() -> None:
     for i, (prompt, rollout) in enumerate(zip(PROMPTS, ROLLOUTS, strict=True)):
         first, n = len(prompt), len(rollout.ids)
         places = range(first, first + n)
-        reward = [-0.3 * float(scores.logprobs[i, t] - scores.reference[i, t]) for t in places]
+        reward = [-0.3 * float(scores.old_logprobs[i, t] - scores.ref_logprobs[i, t]) for t in places]
         reward[-1] += -3.0 if rollout.truncated else float(scores.reward[i])
-        value = [float(scores.after[i, t - 1]) for t in places] + [0.0]
+        value = [float(scores.values_after[i, t - 1]) for t in places] + [0.0]
         advantage = 0.0
         for k in reversed(range(n)):
             advantage = reward[k] + 0.9 * value[k + 1] - value[k] + 0.9 * 0.8 * advantage
             assert float(targets.advantages[i, first + k]) == pytest.approx(advantage, abs=1e-4)
             assert float(targets.returns[i, first + k]) == pytest.approx(advantage + value[k], abs=1e-4)
             assert float(targets.values[i, first + k]) == pytest.approx(value[k])
-        kl = sum(float(scores.logprobs[i, t] - scores.reference[i, t]) for t in places)
+        kl = sum(float(scores.old_logprobs[i, t] - scores.ref_logprobs[i, t]) for t in places)
         assert float(targets.kl[i]) == pytest.approx(kl, abs=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_a_group_is_the_baseline_of_its_samples(how: str) -> None:
     batch = make_batch([PROMPTS[0]] * 2 + [PROMPTS[2]] * 2, [ROLLOUTS[i] for i in (0, 2, 1, 2)])
     scores = some_scores(batch)
     targets = make_targets(batch, scores, config(advantage=how, group=2), 0.3)
-    kl = ((scores.logprobs - scores.reference) * batch.mask).sum(1).tolist()
+    kl = ((scores.old_logprobs - scores.ref_logprobs) * batch.mask).sum(1).tolist()
     reward = [r - 0.3 * k for r, k in zip(scores.reward.tolist(), kl, strict=True)]
     for i in range(4):
         other = reward[i ^ 1]
@@ -126,7 +126,7 @@ def test_item_21_weights_are_of_trainer_against_engine_and_clamped() -> None:
     batch = make_batch(PROMPTS, ROLLOUTS)
     scores = some_scores(batch)
     weights = make_targets(batch, scores, config(importance_cap=1.5), 0.05).weights
-    wanted = (scores.logprobs - batch.engine_logprobs).exp().clamp(max=1.5) * batch.mask
+    wanted = (scores.old_logprobs - batch.engine_logprobs).exp().clamp(max=1.5) * batch.mask
     assert torch.allclose(weights, wanted) and float(weights.max()) == 1.5
 
 
@@ -135,7 +135,7 @@ def test_what_stands_outside_the_mask_does_not_matter() -> None:
     scores = some_scores(batch)
     targets = make_targets(batch, scores, config(whiten="whiten"), 0.05)
     # Not the values just before a response or after it: those are states of its own.
-    noisy = Scores(*(s + (1 - batch.mask) * 7 for s in scores[:2]), scores.after, scores.reward)
+    noisy = Scores(*(s + (1 - batch.mask) * 7 for s in scores[:2]), scores.values_after, scores.reward)
     for a, b in zip(targets, make_targets(batch, noisy, config(whiten="whiten"), 0.05), strict=True):
         assert torch.equal(a, b)
 

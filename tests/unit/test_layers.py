@@ -1,8 +1,10 @@
 """The layers of the package: who may import whom. Read from the sources, so that lazy imports count too."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +46,8 @@ ROOMS = (
 # What configuration errors, constitutions, records and prompts need: no torch, no Ray.
 LIGHT = ("errors", "stages", "constitution", "config", "storage", "prompts", "data", "provenance", "judging")
 MODULES_AT_THE_TOP = 6
+LIBRARIES = {"ray", "vllm", "deepspeed", "transformers", "peft", "liger_kernel", "torch"}
+"""Their private parts are touched in compat/ alone."""
 TABLE = "cai_ray.stages"
 HEAVY = {"ray", "torch", "vllm", "transformers", "deepspeed", "peft", "accelerate"}
 
@@ -185,3 +189,83 @@ def test_every_room_has_a_place_and_few_modules_stand_at_the_top():
     assert not strangers, f"give {sorted(strangers)} a place in ROOMS"
     top = [p.name for p in PACKAGE.glob("*.py") if p.name not in ("__init__.py", "__main__.py")]
     assert len(top) <= MODULES_AT_THE_TOP, f"{sorted(top)}: find a room for one"
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in SOURCES.items()}
+
+
+@cache
+def own_names() -> frozenset[str]:
+    """Every name that the package itself defines: functions, classes, variables, attributes, arguments."""
+    names = {"_asdict", "_replace", "_fields", "_exit"}  # of named tuples, and os._exit
+    for tree in trees().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                    names.add(node.attr)
+            elif isinstance(node, ast.arg):
+                names.add(node.arg)
+    return frozenset(names)
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def private_parts(module: str) -> list[str]:
+    """What a module imports or reads of the libraries that their authors keep to themselves."""
+    parts = []
+    for node in ast.walk(trees()[module]):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            source = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            paths = [".".join([*source, alias.name]) for alias in node.names]
+            for path in paths:
+                words = path.split(".")
+                hidden = any(map(private, words)) or "internal_kv" in words or path.startswith("vllm.v1.")
+                if words[0] in LIBRARIES and hidden:
+                    parts.append(path)
+        elif isinstance(node, ast.Attribute) and node.attr not in own_names():
+            of_a_library = node.attr.startswith("__") and ast.unparse(node).split(".")[0] in LIBRARIES
+            if private(node.attr) or of_a_library:
+                parts.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and private(node.arg or "") and node.arg not in own_names():
+            parts.append(f"{node.arg}=")
+    return parts
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if room(m) != "compat"])
+def test_private_parts_of_libraries_are_touched_in_compat_alone(module):
+    assert not private_parts(module), f"{module}: move {private_parts(module)} to cai_ray/compat"
+
+
+def test_private_parts_would_be_seen():
+    seen = {part for m in SOURCES if room(m) == "compat" for part in private_parts(m)}
+    assert {
+        "ray._private.state.state",
+        "ray.experimental.internal_kv._internal_kv_put",
+        "deepspeed.ops.__compatible_ops__",
+        "engine._global_grad_norm",
+        "vllm.v1.engine.async_llm.AsyncLLM",
+        "module._non_persistent_buffers_set",
+    } <= seen
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if room(m) == "compat" and not m.endswith(".compat")])
+def test_compat_names_the_pinned_version_of_its_library(module):
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = [
+        *project["dependencies"],
+        *(d for ds in project["optional-dependencies"].values() for d in ds),
+    ]
+    pins = dict(re.findall(r"^([\w-]+)(?:\[.*\])?==([\d.]+)$", "\n".join(required), re.MULTILINE))
+    named = re.findall(r"^([\w-]+) (\d+(?:\.\d+)+):", ast.get_docstring(trees()[module]) or "", re.MULTILINE)
+    assert named, (
+        f"{module}: begin a paragraph of its docstring with library and version, `ray {pins['ray']}: …`"
+    )
+    assert all(pins[library] == version for library, version in named), f"{module}: {named}, pinned: {pins}"

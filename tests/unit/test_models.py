@@ -30,12 +30,9 @@ from cai_ray.train.models import (
     load_reward_model,
     load_value_model,
     reward_scale,
-    save_folder,
-    score_last,
-    sequence_logprobs,
-    sequence_values,
-    state_items,
 )
+from cai_ray.train.sequences import score_last, sequence_logprobs, sequence_values
+from cai_ray.train.weights.state import save_folder, state_items
 
 PAD, EOS, WORDS = 0, 1, 64
 CFG = TrainConfig()

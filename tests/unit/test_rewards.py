@@ -15,8 +15,8 @@ from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.run import Run
 from cai_ray.train.models import RewardScale, load_reward_model
 from cai_ray.train.ppo.experience import make_batch, minibatches
-from cai_ray.train.ppo.rewards import Reward, combined, describe, load_rewards, raw_scores, read_by
-from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.rewards import Reward, combined, describe, load_rewards, make_readers, raw_scores
+from cai_ray.train.ppo.rollout_engine import Rollout
 from tests import tiny
 
 TALKS = [
@@ -114,10 +114,10 @@ def test_values_cannot_start_from_a_model_that_reads_other_tokens(models: dict[s
     with pytest.raises(
         InputError, match=r"has another tokenizer than the policy; use ppo\.value_init: policy"
     ):
-        read_by(run, run.config.ppo, policy)
+        make_readers(run, run.config.ppo, policy)
     for fine in ({"value_init": "policy"}, {"rewards": [{"model": models["same"]}]}):
         run = make_run(models, **{"rewards": [{"model": models["other"]}], **fine})
-        read_by(run, run.config.ppo, policy)
+        make_readers(run, run.config.ppo, policy)
 
 
 def test_rewards_stand_in_the_order_of_their_weights() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cai_ray.config.training import TrainConfig
-from cai_ray.train.runtime.fit import distribute, schedule
+from cai_ray.train.runtime.engine import distribute, schedule
 
 
 @pytest.fixture

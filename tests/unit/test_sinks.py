@@ -112,7 +112,7 @@ class Away:
 
     package = "json"
 
-    def __init__(self, watched: sinks.Watched):
+    def __init__(self, watched: sinks.DashboardRun):
         self.left = 1
 
     def log(self, step: int, metrics: Any) -> None:
@@ -130,7 +130,7 @@ class Stuck(Away):
 
 
 class Refusing(Away):
-    def __init__(self, watched: sinks.Watched):
+    def __init__(self, watched: sinks.DashboardRun):
         raise PermissionError("no key")
 
 
@@ -195,7 +195,7 @@ def test_the_id_is_that_of_the_run_the_stage_and_its_inputs_whatever_the_attempt
         ("a", "rm", "sft-01-100"),
         ("b", "sft", "sft-01-100"),
     ):
-        monkeypatch.setattr(metrics, "_told", key)
+        monkeypatch.setattr(metrics, "_driver_key", key)
         metrics.Log(make_run(tmp_path / folder), stage, 1)
     assert seen[0] == seen[1]
     assert len(set(seen)) == 4

@@ -15,7 +15,7 @@ def watch_of(folder: Path, opinions: list[float]) -> Watch:
     config = {"name": "t", "out": str(folder), "model": "m", "constitution": "harmless"}
     watch = Watch.__new__(Watch)
     watch.run = Run(RunConfig.model_validate(config | {"prompts": [{"path": "none.jsonl"}]}))
-    watch.history, watch._needed = [], 0
+    watch.cfg, watch.history, watch._needed = watch.run.config.ppo, [], 0
     for number, opinion in enumerate(opinions):
         look(watch, 10 * number, opinion)
     return watch
@@ -47,5 +47,5 @@ def test_a_model_goes_when_no_checkpoint_that_counts_calls_it_the_best(tmp_path:
 def test_the_best_alone_is_left_at_the_end(tmp_path: Path) -> None:
     watch = watch_of(tmp_path, [0.5, 0.6, 0.4])
     (Path(watch._folder(10)) / "config.json").write_text("{}")
-    assert watch.publish() == 10 and kept(watch) == ["step-000010"]
+    assert watch.publish(20) == 10 and kept(watch) == ["step-000010"]
     assert Path(watch.run.path("ppo", "model", "config.json")).exists()

@@ -38,9 +38,9 @@ def check(run: Run, preflight: Preflight) -> None:
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for workers, engines and the feedback model at once."""
-    from cai_ray.train.ppo import feedback, rollout
-    from cai_ray.train.runtime.fit import check_resources
+    from cai_ray.train.ppo import engine_owner, feedback
+    from cai_ray.train.runtime.group import check_resources
 
     gpu = uses_gpu(run.config)
     check_resources(run, run.config.ppo)
-    rollout.check_room(run.config, gpu, feedback.needed(run, gpu))
+    engine_owner.check_room(run.config, gpu, feedback.needed(run, gpu))

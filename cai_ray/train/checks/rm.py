@@ -15,6 +15,6 @@ def check(run: Run, preflight: Preflight) -> None:
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the workers."""
-    from cai_ray.train.runtime.fit import check_resources
+    from cai_ray.train.runtime.group import check_resources
 
     check_resources(run, run.config.rm)

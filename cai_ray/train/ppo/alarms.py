@@ -1,8 +1,8 @@
-"""Goodhart alarms: what says that a policy learns the reward and not what the reward stands for. Pure functions.
+"""Goodhart alarms: signs that a policy learns the reward instead of what the reward stands for. Pure functions.
 
-A reward model is right about the policy that its comparisons are of. As PPO moves away, reward goes on rising while
-true quality falls (Gao et al. 2022, arXiv 2210.10760). A snapshot holds numbers of the policy's responses to
-development prompts; an alarm compares one with the SL-CAI policy's before any update.
+A reward model is right about the policy that its comparisons come from. As PPO moves away from it, reward goes on
+rising while true quality falls (Gao et al. 2022, arXiv 2210.10760). A snapshot holds numbers about the policy's
+responses to development prompts. An alarm compares a snapshot with that of the SL-CAI policy, before any update.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cai_ray.judging.wording import is_malformed, phrases
 
 
 class Snapshot(NamedTuple):
-    """What is measured of a policy. Shares are of the responses."""
+    """Measurements of a policy's responses. Shares are shares of the responses."""
 
     step: int
     reward: float
@@ -26,11 +26,11 @@ class Snapshot(NamedTuple):
     length: float
     """Mean tokens of a response."""
     malformed: float
-    """Cut off, empty or repeating itself."""
+    """Share of responses that are cut off, empty or repeat themselves."""
     refusals: float | None
-    """Of benign prompts; None where there are none, or no rule says what a refusal is."""
+    """Share of benign prompts that are refused; None without such prompts or without rules for refusals."""
     phrases: dict[str, float]
-    """The phrases that most responses share."""
+    """The most common phrases, with the share of responses that contain them."""
 
 
 def measure(
@@ -44,31 +44,36 @@ def measure(
     benign: Sequence[bool],
     refusals: Sequence[str],
 ) -> Snapshot:
-    """
+    """Measures a policy's responses.
+
     Args:
-        benign: of each response, whether its prompt is one to be helped with.
+        step: steps that the policy was trained for.
+        reward, opinion: means over the responses.
+        lengths: tokens of each response.
+        benign: for each response, whether its prompt deserves help.
         refusals: regular expressions, matched at the start of a response.
     """
     n = len(responses)
-    asked = [text for text, fine in zip(responses, benign, strict=True) if fine]
-    declined = [is_refusal(text, refusals) for text in asked]
-    bad = [is_malformed(text, cut) for text, cut in zip(responses, truncated, strict=True)]
+    to_benign = [text for text, is_benign in zip(responses, benign, strict=True) if is_benign]
+    refused = [is_refusal(text, refusals) for text in to_benign]
+    malformed = [is_malformed(text, cut_off) for text, cut_off in zip(responses, truncated, strict=True)]
     return Snapshot(
         step=step,
         reward=reward,
         opinion=opinion,
         length=sum(lengths) / n,
-        malformed=sum(bad) / n,
-        refusals=sum(declined) / len(asked) if asked and refusals else None,
+        malformed=sum(malformed) / n,
+        refusals=sum(refused) / len(to_benign) if to_benign and refusals else None,
         phrases=phrases(responses),
     )
 
 
 def alarms(history: Sequence[Snapshot], cfg: WatchConfig) -> list[str]:
-    """What is wrong with the last snapshot, each in words with its numbers.
+    """The alarms that the last snapshot raises, each a sentence with its numbers.
 
     Args:
         history: every snapshot until now; the first is the SL-CAI policy's.
+        cfg: the bounds; one that is None raises no alarm.
     """
     before, now = history[0], history[-1]
     out = []
@@ -91,8 +96,10 @@ def alarms(history: Sequence[Snapshot], cfg: WatchConfig) -> list[str]:
     if cfg.max_opinion_drop is not None:
         top = history[best_of(history)]
         last = history[-cfg.patience :]
-        apart = [s for s in last if s.reward > top.reward and s.opinion < top.opinion - cfg.max_opinion_drop]
-        if len(apart) == cfg.patience:
+        diverged = [
+            s for s in last if s.reward > top.reward and s.opinion < top.opinion - cfg.max_opinion_drop
+        ]
+        if len(diverged) == cfg.patience:
             out.append(
                 f"divergence: reward {top.reward:.3g} → {now.reward:.3g} since step {top.step}, second opinion "
                 f"{top.opinion:.3g} → {now.opinion:.3g}"
@@ -101,5 +108,5 @@ def alarms(history: Sequence[Snapshot], cfg: WatchConfig) -> list[str]:
 
 
 def best_of(history: Sequence[Snapshot]) -> int:
-    """Which snapshot the second opinion likes best; of equals the latest."""
+    """The index of the snapshot that the second opinion rates highest; the latest of equals."""
     return max(range(len(history)), key=lambda i: (history[i].opinion, i))

@@ -1,4 +1,4 @@
-"""What a practitioner looks at: the numbers of one PPO step, and a few of its responses to read."""
+"""The metrics of one PPO step, and a few of its responses to read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.records import derive_id, to_table
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo.experience import Batch, Scores, Targets
-from cai_ray.train.ppo.rollout import Rollout
+from cai_ray.train.ppo.rollout_engine import Rollout
+from cai_ray.train.runtime.ranks import rank
 
 
-def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
-    """
+def step_metrics(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, float]) -> dict[str, float]:
+    """The metrics of a step, by the names of metrics.jsonl (docs/training.md says how to read them).
+
     Args:
-        sums: what `ppo.update_policy` and `ppo.update_value` return.
+        sums: what `update.update_policy` and `update.update_value` return.
     """
     tokens, rows = float(batch.mask.sum()), len(batch.rows)
     out = {
@@ -26,7 +28,7 @@ def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, floa
         "kl/reference_per_token": float(targets.kl.sum()) / tokens,
         "rollout/length": tokens / rows,
         "rollout/eos_rate": 1 - float(batch.truncated.float().mean()),
-        "rollout/entropy": -float((scores.logprobs * batch.mask).sum()) / tokens,
+        "rollout/entropy": -float((scores.old_logprobs * batch.mask).sum()) / tokens,
         "rollout/weight": float(targets.weights.sum()) / tokens,
         "ppo/minibatches": sums["minibatches"],
     }
@@ -46,7 +48,7 @@ def summary(batch: Batch, scores: Scores, targets: Targets, sums: dict[str, floa
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the valid tokens: 1 is perfect, 0 is a constant's."""
+    """1 - Var(returns - values) / Var(returns) over the tokens of the mask: 1 is perfect, 0 is a constant's."""
     chosen = mask != 0
     error, target = (returns - values)[chosen], returns[chosen]
     return float(1 - error.var() / target.var().clamp(min=1e-8))
@@ -60,8 +62,10 @@ def save_rollouts(
     renderer: Renderer,
     targets: Targets,
 ) -> None:
-    """The step's first few responses, for reading."""
-    kept = min(run.config.ppo.save_rollouts, len(rows))
+    """Writes the step's first few responses (`ppo.save_rollouts`) for reading. Rank 0 writes."""
+    if rank() != 0:
+        return
+    count = min(run.config.ppo.save_rollouts, len(rows))
     table = [
         {
             "step": step + 1,
@@ -74,7 +78,7 @@ def save_rollouts(
             "length": len(rollouts[i].ids),
             "truncated": rollouts[i].truncated,
         }
-        for i in range(kept)
+        for i in range(count)
     ]
     if table:
         run.write_rows("ppo", to_table(table, "rollouts"), part=step + 1)

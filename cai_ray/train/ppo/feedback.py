@@ -1,4 +1,4 @@
-"""The feedback model in an actor of its own, for fresh labels while a policy trains."""
+"""The feedback model in an actor of its own: it labels responses while a policy trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cai_ray.storage.run import Run
 
 
 class FeedbackModel:
-    """Labels comparisons as stage `label` does, one call for many."""
+    """Labels comparisons as stage `label` does, many in one call."""
 
     def __init__(self, run: Run, gpu: bool):
         self.held = Holder()
@@ -28,10 +28,10 @@ class FeedbackModel:
         self._slots = asyncio.Semaphore(config.engine.max_num_seqs)
 
     async def prefer(self, rows: list[dict[str, Any]]) -> list[float | None]:
-        """The probability that response a is preferred, before `label.clamp`; None where the model says nothing.
+        """The probability that response a is preferred, before `label.clamp`; None if a row cannot be labelled.
 
         Args:
-            rows: `id`, `messages`, `response_a`, `response_b`.
+            rows: `id`, `messages`, `response_a` and `response_b` of each comparison.
         """
 
         async def one(row: dict[str, Any]) -> float | None:
@@ -45,7 +45,7 @@ class FeedbackModel:
 
 
 def needed(run: Run, gpu: bool) -> dict[str, float] | None:
-    """What the actor takes of a node, where PPO asks it."""
+    """The resources that the actor takes on a node; None if PPO does not use the feedback model."""
     watch = run.config.ppo.watch
     return _bundle(run.feedback().config, gpu) if watch.every and watch.asks_feedback else None
 
@@ -56,7 +56,7 @@ def _bundle(config: RunConfig, gpu: bool) -> dict[str, float]:
 
 
 def open_feedback(run: Run, gpu: bool) -> Any:
-    """The actor, which starts in the background; should it die, it is started again and asked once more."""
+    """Starts the actor in the background. If it dies, Ray starts it again and repeats the call."""
     import ray
 
     feedback = run.feedback()

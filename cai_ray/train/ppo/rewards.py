@@ -1,8 +1,8 @@
 """PPO's reward: one reward model or several with weights, each in units of its own reference set.
 
 A reward model with the policy's tokenizer reads the very tokens that the policy wrote (docs/method.md, item 14). One
-with another tokenizer reads the text, rendered by its own chat template; where that is longer than its context, the
-beginning of the conversation is left out, never the end of the response.
+with another tokenizer reads the text, rendered by its own chat template. If that is longer than its context, the
+beginning of the conversation is dropped, never the end of the response.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, pad, rank_micro_batches
 from cai_ray.train.dialogues import context_length
-from cai_ray.train.models import RewardScale, load_reward_model, reward_scale, score_last, sequence_values
+from cai_ray.train.models import RewardScale, load_reward_model, reward_scale
 from cai_ray.train.ppo.experience import Batch
 from cai_ray.train.runtime.ranks import device, global_sum, rank, to_device, world_size
+from cai_ray.train.sequences import score_last, sequence_values
 
 
 @dataclass
 class Reader:
-    """How a reward model with a tokenizer of its own reads a response."""
+    """Renders a response for a reward model that has another tokenizer than the policy."""
 
     policy: Renderer
     renderer: Renderer
     templates: TemplateSet
     limit: int
-    """Tokens of its context, and of a micro-batch."""
+    """Most tokens: those of its context or of a micro-batch, whichever are fewer."""
 
     def __call__(self, conversation: Sequence[Message], response: Sequence[int], truncated: bool) -> Example:
-        """
+        """A conversation and a response in the reward model's tokens.
+
         Args:
             response: the tokens that the policy wrote.
+            truncated: whether the length limit ended it.
 
         Raises:
             RowError: its chat template refuses the conversation.
@@ -58,7 +61,7 @@ class Reader:
 
 @dataclass
 class Reward:
-    """A frozen reward model."""
+    """A frozen reward model and how its scores count."""
 
     name: str
     model: nn.Module
@@ -66,7 +69,7 @@ class Reward:
     weight: float
     pad_id: int
     reader: Reader | None
-    """None where it has the policy's tokenizer."""
+    """None if the model has the policy's tokenizer."""
 
 
 def load_rewards(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reward]:
@@ -75,8 +78,14 @@ def load_rewards(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reward]:
 
 
 def load_reward(run: Run, cfg: PpoConfig, policy: Renderer, model: str, weight: float = 1.0) -> Reward:
+    """A reward model on this rank's device.
+
+    Args:
+        policy: the policy's renderer.
+        model: a role, folder or id.
+    """
     path = run.model(model)
-    reader = reader_of(run, cfg, policy, model)
+    reader = make_reader(run, cfg, policy, model)
     return Reward(
         name=Path(model).name,
         model=load_reward_model(path, cfg, trainable=False).to(device()),
@@ -87,8 +96,8 @@ def load_reward(run: Run, cfg: PpoConfig, policy: Renderer, model: str, weight: 
     )
 
 
-def reader_of(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reader | None:
-    """None where the model reads the policy's tokens as they are."""
+def make_reader(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reader | None:
+    """The reader of a reward model; None if it reads the policy's own tokens."""
     templates = load_templates(run.config.templates)
     path = run.model(model)
     renderer = Renderer(path, templates.chat_template)
@@ -97,13 +106,13 @@ def reader_of(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reader 
     return Reader(policy, renderer, templates, min(context_length(path), cfg.micro_batch_tokens))
 
 
-def read_by(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:
-    """Of the reward models of `ppo.rewards`, those that read text.
+def make_readers(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:
+    """Readers of those models of `ppo.rewards` that have another tokenizer than the policy.
 
     Raises:
         InputError: values are to start from a reward model that reads other tokens than the policy writes.
     """
-    readers = [reader_of(run, cfg, policy, source.model) for source in cfg.rewards]
+    readers = [make_reader(run, cfg, policy, source.model) for source in cfg.rewards]
     if cfg.advantage == "gae" and cfg.value_init == "rm" and readers[0] is not None:
         raise InputError(
             f"ppo.value_init=rm: the first of ppo.rewards, {cfg.rewards[0].model}, has another tokenizer than the "
@@ -113,7 +122,7 @@ def read_by(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:
 
 
 def same_tokens(one: Renderer, other: Renderer) -> bool:
-    """Whether two models are given the same ids for the same conversation."""
+    """Whether two models get the same ids for the same conversation."""
     return (
         one.template == other.template
         and one.end_id == other.end_id
@@ -129,31 +138,31 @@ def raw_scores(
     groups: Sequence[Sequence[int]],
     cfg: PpoConfig,
 ) -> Tensor:
-    """(N, reward models): each model's number at each row's last token, as it gives it; the same on every rank.
+    """(N, reward models): each model's raw score at each row's last token; the same on every rank.
 
     Args:
-        conversations: of each row without the response, for models that read text.
+        conversations: each row's messages without the response, for models that read text.
         groups: this rank's micro-batches, for models that read the policy's tokens.
     """
-    found = torch.zeros(len(batch.rows), len(rewards))
+    scores = torch.zeros(len(batch.rows), len(rewards))
     for column, reward in enumerate(rewards):
         rows, shares = batch.rows, groups
         if reward.reader is not None:
-            cut = batch.truncated.tolist()
+            truncated = batch.truncated.tolist()
             written = [list(compress(row.ids, row.mask)) for row in batch.rows]
-            rows = [reward.reader(*row) for row in zip(conversations, written, cut, strict=True)]
+            rows = [reward.reader(*row) for row in zip(conversations, written, truncated, strict=True)]
             lengths = [len(row.ids) for row in rows]
             shares = rank_micro_batches(lengths, cfg.micro_batch_tokens, rank(), world_size())
         for group in shares:
             if group:
                 inputs = to_device(pad([rows[i] for i in group], reward.pad_id))
-                scores = score_last(sequence_values(reward.model, inputs), inputs["attention_mask"])
-                found[list(group), column] = scores.cpu()
-    return global_sum(found)
+                last = score_last(sequence_values(reward.model, inputs), inputs["attention_mask"])
+                scores[list(group), column] = last.cpu()
+    return global_sum(scores)
 
 
 def combined(raw: Tensor, rewards: Sequence[Reward], clip: float) -> Tensor:
-    """(N,): the weighted sum of the scores, each centred, scaled and clipped.
+    """(N,): the weighted sum of the scores, each centred, scaled and clipped to ±clip.
 
     Args:
         raw: (N, reward models), from `raw_scores`.
@@ -166,7 +175,7 @@ def combined(raw: Tensor, rewards: Sequence[Reward], clip: float) -> Tensor:
 
 
 def describe(raw: Tensor, rewards: Sequence[Reward]) -> dict[str, Any]:
-    """Each model's mean, where there are several."""
+    """Each model's mean normalised score as metrics; nothing for a single model."""
     if len(rewards) < 2:
         return {}
     return {

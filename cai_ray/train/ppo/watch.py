@@ -1,9 +1,9 @@
-"""Snapshots of the policy while PPO runs, measured by an opinion that PPO does not train against.
+"""Snapshots of the policy while PPO runs, rated by a second opinion that PPO does not train against.
 
-Every `ppo.watch.every` steps the policy answers development prompts. The second opinion of its responses is that of
-the feedback model, which compares them with the SL-CAI policy's, or of another reward model; the embedded world's judge
-is never asked here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
-stage's result, and an alarm says where the policy leaves what its reward stands for (alarms.py).
+Every `ppo.watch.every` steps the policy answers development prompts. The second opinion on its responses comes from
+the feedback model, which compares them with the SL-CAI policy's, or from another reward model. The embedded world's
+judge is never used here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
+stage's result. An alarm shows when the policy leaves what its reward stands for (alarms.py).
 """
 
 from __future__ import annotations
@@ -22,77 +22,99 @@ from cai_ray.storage.tables import write_table
 from cai_ray.train.batches import rank_micro_batches
 from cai_ray.train.ppo.alarms import Snapshot, alarms, best_of, measure
 from cai_ray.train.ppo.experience import make_batch
-from cai_ray.train.ppo.rewards import Reader, Reward, combined, load_reward, raw_scores, reader_of
-from cai_ray.train.ppo.rollout import Pool, Request
-from cai_ray.train.ppo.sampling import Prompt, encoded
-from cai_ray.train.runtime.fit import Trained, save_model
+from cai_ray.train.ppo.prompts import Prompt, encode_prompts
+from cai_ray.train.ppo.rewards import Reader, Reward, combined, load_reward, make_reader, raw_scores
+from cai_ray.train.ppo.rollout_engine import Request
+from cai_ray.train.ppo.rollouts import Rollouts
+from cai_ray.train.ppo.scoring import Models
 from cai_ray.train.runtime.metrics import warn
 from cai_ray.train.runtime.ranks import from_first, rank, world_size
+from cai_ray.train.weights.state import save_model
 
 
-def read_watched(run: Run, renderer: Renderer, readers: Sequence[Reader]) -> list[Prompt]:
+def read_watch_prompts(run: Run, renderer: Renderer, readers: Sequence[Reader]) -> list[Prompt]:
     """The development prompts with their token ids.
 
     Args:
-        readers: of the reward models that read text (`rewards.read_by`).
+        readers: readers of the reward models that read text (`rewards.make_readers`).
 
     Raises:
-        InputError: there is none that can be used.
+        InputError: no prompt can be used.
     """
     cfg = run.config.ppo.watch
-    if not cfg.asks_feedback and (second := reader_of(run, run.config.ppo, renderer, cfg.opinion)):
+    if not cfg.asks_feedback and (second := make_reader(run, run.config.ppo, renderer, cfg.opinion)):
         readers = [*readers, second]
     rows = read_prompts(cfg.prompts, run.config.seed)
     rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
-    ready = encoded(run, renderer, rows, readers)
+    ready = encode_prompts(run, renderer, rows, readers)
     if not ready:
         raise InputError("ppo.watch.prompts: no prompt can be encoded and fits the context; give others")
     return ready
 
 
 class Watch:
-    """Looks at the policy now and then; every rank has one, and calls it alike.
+    """Measures the policy every `ppo.watch.every` steps and keeps its best model; with 0 it does nothing.
+
+    Every rank has one and makes every call alike.
 
     Args:
-        pool: the engines; on rank 0 alone.
-        feedback: the feedback model's actor, where it gives the second opinion.
-        history: the snapshots of a checkpoint.
+        args: what the loop was given: `watch_prompts`, and `feedback`, the feedback model's actor, if that gives the
+            second opinion.
+        rollouts: whose engines answer the prompts; they hold the policy's weights and are idle.
+        history: the snapshots of the checkpoint that the run goes on from.
     """
 
     def __init__(
         self,
         run: Run,
-        prompts: list[Prompt],
+        args: dict[str, Any],
         renderer: Renderer,
-        rewards: Sequence[Reward],
-        pool: Pool | None,
-        feedback: Any,
-        history: list[Snapshot],
+        models: Models,
+        rollouts: Rollouts,
+        history: Sequence[Snapshot],
     ):
-        self.run, self.cfg, self.prompts, self.renderer = run, run.config.ppo, prompts, renderer
-        self.rewards, self.pool, self.feedback = rewards, pool, feedback
+        self.run, self.cfg, self.renderer = run, run.config.ppo, renderer
+        self.policy, self.rewards, self.rollouts = models.policy, models.rewards, rollouts
         self.history = [Snapshot(*s) for s in history]
-        self.refusals = load_templates(run.config.templates).refusals
-        watch = self.cfg.watch
-        self.second = None if watch.asks_feedback else load_reward(run, self.cfg, renderer, watch.opinion)
+        self.before: list[str] = []
+        """The SL-CAI policy's responses."""
         self._needed = self._best() if self.history else 0
         """The best of the last checkpoint that counts."""
-        self.before: list[str] = []
+        watch = self.cfg.watch
+        if not watch.every:
+            return
+        self.prompts: list[Prompt] = args["watch_prompts"]
+        self.feedback = args["feedback"]
+        self.refusals = load_templates(run.config.templates).refusals
+        self.second = None if watch.asks_feedback else load_reward(run, self.cfg, renderer, watch.opinion)
         if self.history:
             rows = self.run.rows("ppo", name="snapshot")
-            told = {row["prompt_id"]: row["response"] for row in rows if row["step"] == 0}
-            self.before = [told[p["id"]] for p in prompts]
+            first = {row["prompt_id"]: row["response"] for row in rows if row["step"] == 0}
+            self.before = [first[p["id"]] for p in self.prompts]
 
-    def look(self, policy: Trained, step: int) -> dict[str, float]:
-        """Measures the policy after so many steps, which the engines hold as weights number `step`, and keeps its
-        model where it is the best until now."""
+    def start(self) -> None:
+        """Measures the SL-CAI policy, which the engines hold, if there is no snapshot yet."""
+        if self.cfg.watch.every and not self.history:
+            self.take_snapshot(0)
+
+    def snapshot_if_due(self, step: int, total: int) -> dict[str, float]:
+        """Takes a snapshot every `ppo.watch.every` steps and after the last step; returns its metrics, or none."""
+        every = self.cfg.watch.every
+        return self.take_snapshot(step) if every and (step % every == 0 or step == total) else {}
+
+    def take_snapshot(self, step: int) -> dict[str, float]:
+        """Measures the policy after so many steps, which the engines hold as weights number `step`.
+
+        Its model is kept if it is the best until now.
+
+        Raises:
+            Stopped: the feedback model labels no response.
+        """
         cfg = self.cfg
         requests = [
             Request(p["ids"], derive_seed(self.run.config.seed, "watch", p["id"])) for p in self.prompts
         ]
-        rollouts = from_first(
-            self.pool.sample(requests, step, cfg.temperature, cfg.max_tokens) if self.pool else None
-        )
+        rollouts = self.rollouts.sample(requests, step)
         batch = make_batch([p["ids"] for p in self.prompts], rollouts)
         texts = [self.renderer.decode(r.ids) for r in rollouts]
         conversations = [p["messages"] for p in self.prompts]
@@ -103,12 +125,11 @@ class Watch:
             return combined(raw, models, cfg.reward_clip).tolist()
 
         reward = scores(self.rewards)
-        if self.second is not None:
-            opinions: list[float | None] = list(scores([self.second]))
-        else:
-            opinions = from_first(self._labels(texts) if self.pool else None)
-        given = [o for o in opinions if o is not None]
-        if not given:
+        opinions: Sequence[float | None] = (
+            self._labels(texts) if self.second is None else scores([self.second])
+        )
+        labelled = [o for o in opinions if o is not None]
+        if not labelled:
             raise Stopped(
                 f"step {step}: the feedback model labels none of {len(texts)} development responses"
             )
@@ -116,7 +137,7 @@ class Watch:
             step,
             texts,
             reward=sum(reward) / len(reward),
-            opinion=sum(given) / len(given),
+            opinion=sum(labelled) / len(labelled),
             lengths=[len(r.ids) for r in rollouts],
             truncated=[r.truncated for r in rollouts],
             benign=[p["kind"] == "helpful" for p in self.prompts],
@@ -128,18 +149,19 @@ class Watch:
             self._write(step, texts, [r.truncated for r in rollouts], reward, opinions)
         self.history.append(snapshot)
         if self._best() == step:
-            save_model(policy, self.run.model("sl"), self._folder(step))
+            save_model(self.policy, self.run.model("sl"), self._folder(step))
         raised = self.alarms()
         for alarm in raised if rank() == 0 else ():
             warn(f"ppo: step {step}: {alarm}")
         return self._numbers(snapshot) | {"watch/alarms": len(raised)}
 
-    def due(self, step: int, total: int) -> bool:
-        return step % self.cfg.watch.every == 0 or step == total
-
     def alarms(self) -> list[str]:
-        """Of the last snapshot."""
-        return alarms(self.history, self.cfg.watch)
+        """The alarms of the last snapshot; none before there is one."""
+        return alarms(self.history, self.cfg.watch) if self.history else []
+
+    def alarmed_at(self, step: int) -> bool:
+        """Whether a snapshot was taken after this step and raised an alarm."""
+        return bool(self.history) and self.history[-1].step == step and bool(self.alarms())
 
     def ends(self) -> bool:
         """Whether an alarm ends the stage with the best snapshot as its result.
@@ -155,24 +177,42 @@ class Watch:
             )
         return bool(raised) and self.cfg.watch.on_alarm == "finish"
 
-    def publish(self) -> int:
-        """The best snapshot becomes the stage's model; its step. Rank 0 copies."""
-        top = self._best()
+    def publish(self, step: int) -> int:
+        """Writes the stage's model: the best snapshot, or without snapshots the policy after the last step.
+
+        Args:
+            step: the steps that are done.
+
+        Returns:
+            The step that the model is from.
+
+        Raises:
+            Stopped: an alarm ends the stage without a result (`ends`).
+        """
+        if not self.history:
+            save_model(self.policy, self.run.model("sl"), self.run.path("ppo", "model"))
+            return step
+        self.ends()
+        best = self._best()
         if rank() == 0:
-            files.upload_folder(self._folder(top), self.run.path("ppo", "model"))
-        self._leave({top})
-        return top
+            files.upload_folder(self._folder(best), self.run.path("ppo", "model"))
+        self._keep_models({best})
+        return best
 
     def saved(self) -> None:
-        """A checkpoint is on its way, and the one before it counts: models that neither calls the best are removed.
+        """Removes models that are no longer needed, once a checkpoint is on its way and the one before it counts.
 
-        Not before: a run that goes on from a checkpoint may judge what comes after it otherwise.
+        Models that either calls the best stay: a run that goes on from the earlier one may judge later steps otherwise.
         """
-        self._leave({self._needed, self._best()})
-        self._needed = self._best()
+        if self.history:
+            self._keep_models({self._needed, self._best()})
+            self._needed = self._best()
 
     def _labels(self, texts: list[str]) -> list[float | None]:
-        """How likely the feedback model prefers each response to the SL-CAI policy's; one half for the same text."""
+        """P(the feedback model prefers each response to the SL-CAI policy's); one half for the SL-CAI policy itself.
+
+        Rank 0 asks the feedback model.
+        """
         import ray
 
         if not self.history:
@@ -186,14 +226,17 @@ class Watch:
             }
             for p, text, before in zip(self.prompts, texts, self.before, strict=True)
         ]
-        return ray.get(self.feedback.prefer.remote(pairs))
+        labels: list[float | None] = from_first(
+            ray.get(self.feedback.prefer.remote(pairs)) if rank() == 0 else None
+        )
+        return labels
 
     def _best(self) -> int:
-        """Its step."""
+        """The step of the best snapshot."""
         return self.history[best_of(self.history)].step
 
-    def _leave(self, steps: set[int]) -> None:
-        """Removes the models of all other snapshots."""
+    def _keep_models(self, steps: set[int]) -> None:
+        """Removes the models of all other snapshots; rank 0 does it."""
         for snapshot in self.history if rank() == 0 else ():
             if snapshot.step not in steps:
                 files.delete(self._folder(snapshot.step))
@@ -207,7 +250,7 @@ class Watch:
         texts: list[str],
         truncated: list[bool],
         reward: list[float],
-        opinions: list[float | None],
+        opinions: Sequence[float | None],
     ) -> None:
         rows = [
             {
@@ -216,11 +259,11 @@ class Watch:
                 "prompt_id": p["id"],
                 **{key: p[key] for key in ("messages", "kind", "family")},
                 "response": text,
-                "truncated": cut,
+                "truncated": is_truncated,
                 "reward": score,
                 "opinion": opinion,
             }
-            for p, text, cut, score, opinion in zip(
+            for p, text, is_truncated, score, opinion in zip(
                 self.prompts, texts, truncated, reward, opinions, strict=True
             )
         ]

@@ -1,8 +1,8 @@
-"""Checkpoints of a group of ranks: saved beside training, saved before a node goes, restored by any number of ranks.
+"""Checkpoints of a group of ranks, saved while training goes on and restored by any number of ranks.
 
-Each rank writes its share into a folder of its node, and Ray Train copies the shares to the run's storage while the
-loop goes on. A checkpoint counts when all shares are there and Ray Train's own record names it; a group that dies
-before that goes on from the one before.
+Each rank writes its shard into a folder of its node, and Ray Train copies the shards to the run's storage while the
+loop goes on. A checkpoint counts when all shards are there and Ray Train's own record names it. A group that dies
+before that goes on from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,25 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cai_ray.cluster.meter import Holder
+from cai_ray.compat.deepspeed import convert_to_universal, loading_universal
 from cai_ray.errors import InputError, OverBudget
 from cai_ray.storage.records import derive_id
 from cai_ray.train.runtime.ranks import device, from_first, global_sum, rank, world_size
 
 if TYPE_CHECKING:
-    from cai_ray.train.runtime.fit import Trained
+    from cai_ray.train.runtime.engine import Trained
 
 
 def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step: int) -> None:
     """Saves models, optimizers, schedules, random numbers and the loop's `state`; every rank calls it alike.
 
-    It returns when the shares are written on their nodes. One checkpoint is on its way at a time: the next one waits
-    for it. Ray Train waits for the last before it ends the loop.
+    It returns when the shards are written on their nodes. Uploads do not overlap: the next checkpoint waits for the one
+    before. Ray Train waits for the last before it ends the loop.
 
     Args:
-        state: what the loop needs to go on, of this rank (anything that torch.save takes).
+        state: what this rank's loop needs to go on; anything that torch.save takes.
 
     Raises:
-        OverBudget: the budget is spent (`checkpoint_due` said so), and this checkpoint counts.
+        OverBudget: the budget is spent (`checkpoint_due`). This checkpoint counts by then.
     """
     from ray.train import Checkpoint, CheckpointUploadMode, report
 
@@ -55,81 +55,87 @@ def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step:
         random["cuda"] = torch.cuda.get_rng_state()
     own = {"state": state, "random": random, "step": step, "world_size": world_size()}
     torch.save(own, folder / f"loop-{rank()}.pt")
-    # Ray Train deletes the folder when it is copied.
+    # Ray Train deletes the folder after copying it.
     report(
         {"step": step},
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
     )
-    if _spent:
+    if _stop_reason:
         wait_until_saved()
-        raise OverBudget(_spent)
+        raise OverBudget(_stop_reason)
 
 
 def checkpoint_due(step: int, every: int) -> bool:
-    """Whether to save after this step: every so many, and at once where one of the group's nodes is about to go or the
-    budget is spent.
+    """Whether to save after this step: every `every` steps, and at once if a node will go or the budget is spent.
 
-    Every rank calls it after every step, and all get the same answer.
+    Every rank calls it after every step and gets the same answer.
     """
-    return _told_to_stop() or _told_to_go() or step % every == 0
+    return _budget_is_spent() or _preemption_announced() or step % every == 0
 
 
 _holder: Holder | None = None
-_spent: str | None = None
+_stop_reason: str | None = None
 
 
-def heed(holder: Holder | None) -> None:
-    """Who is told when the budget is spent: this rank's holder. None where the run has no budget."""
-    global _holder, _spent
-    _holder, _spent = holder, None
+def watch_budget(holder: Holder | None) -> None:
+    """Makes this rank look whether the run's budget is spent.
+
+    Args:
+        holder: this rank's, which is told; None if the run has no budget.
+    """
+    global _holder, _stop_reason
+    _holder, _stop_reason = holder, None
 
 
-def _told_to_stop() -> bool:
-    """Whether any rank was told that the budget is spent."""
-    global _spent
+def _budget_is_spent() -> bool:
+    """True if any rank was told so; then `_stop_reason` says which limit was reached."""
+    global _stop_reason
     if _holder is None:
         return False
     if global_sum(torch.tensor(float(_holder.told is not None))):
-        _spent = from_first(_holder.look() or _holder.told)
-    return _spent is not None
+        _stop_reason = from_first(_holder.look() or _holder.told)
+    return _stop_reason is not None
 
 
-_answered: Any = None
+_last_notice: Any = None
 
 
-def _told_to_go() -> bool:
-    """True once for each notice that nodes of the group are to be taken away, as those of a spot market are.
+def _preemption_announced() -> bool:
+    """True once for each notice that nodes of the group will be taken away, as spot markets do.
 
-    The group trains on until they are: then Ray Train starts it again elsewhere.
+    The group trains on until they are. Then Ray Train starts it again elsewhere.
     """
-    global _answered
-    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":  # nobody would tell
+    global _last_notice
+    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":  # nobody would notify
         return False
     from ray.train import get_preemption_info
 
-    told = get_preemption_info()  # rank 0's, on every rank
-    new = told is not None and told != _answered
-    _answered = told
+    notice = get_preemption_info()  # rank 0's, on every rank
+    new = notice is not None and notice != _last_notice
+    _last_notice = notice
     return new
 
 
 def wait_until_saved() -> None:
-    """Returns when the last checkpoint counts: a group that dies now goes on from it."""
+    """Waits until the last checkpoint counts: a group that dies now goes on from it."""
     from ray.train import CheckpointConsistencyMode, get_all_reported_checkpoints
 
     get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
 
 def restore(engines: Mapping[str, Trained]) -> dict[str, Any] | None:
-    """Loads the last checkpoint into the engines and returns the loop's state; None where there is none.
+    """Loads the last checkpoint into the engines and returns the loop's state; None if there is no checkpoint.
 
-    Ranks that are not as many as saved it take what rank 0 had, and their share of what all had.
+    If the number of ranks changed, each rank takes rank 0's loop state and its own shard of the models.
+
+    Raises:
+        InputError: DeepSpeed cannot share the checkpoint out among another number of ranks.
     """
     from ray.train import get_checkpoint, get_context
 
-    if get_context().get_local_rank() == 0:  # no rank can be at a first checkpoint before all have come here
-        shutil.rmtree(_scratch(), ignore_errors=True)  # what a killed group left
+    if get_context().get_local_rank() == 0:  # no rank saves before all have come here
+        shutil.rmtree(_scratch(), ignore_errors=True)  # leftovers of a killed group
     checkpoint = get_checkpoint()
     if checkpoint is None:
         return None
@@ -141,15 +147,15 @@ def restore(engines: Mapping[str, Trained]) -> dict[str, Any] | None:
                 _load(trained, folder, tag)
         else:
             for tag, trained in engines.items():
-                _load_share(trained, folder, tag, saved_by)
+                _load_resharded(trained, folder, tag, saved_by)
     torch.set_rng_state(own["random"]["torch"])
     if "cuda" in own["random"]:
         torch.cuda.set_rng_state(own["random"]["cuda"])
     return own["state"]
 
 
-def _read(folder: str, of: int) -> dict[str, Any]:
-    return torch.load(Path(folder) / f"loop-{of}.pt", weights_only=False, map_location="cpu")
+def _read(folder: str, of_rank: int) -> dict[str, Any]:
+    return torch.load(Path(folder) / f"loop-{of_rank}.pt", weights_only=False, map_location="cpu")
 
 
 def _load(trained: Trained, folder: str, tag: str) -> None:
@@ -165,42 +171,30 @@ def _has_adapter(trained: Trained) -> bool:
 # ------------------------------------------------------------------------------------------ another number of ranks
 
 
-def _load_share(trained: Trained, folder: str, tag: str, saved_by: int) -> None:
+def _load_resharded(trained: Trained, folder: str, tag: str, saved_by: int) -> None:
     """Loads what another number of ranks saved, through DeepSpeed's universal checkpoint.
 
     Raises:
-        InputError: DeepSpeed cannot.
+        InputError: DeepSpeed cannot convert it.
     """
     if trained.zero_stage == 0:  # nothing is spread over ranks
-        return _load(trained, folder, tag)
-    with _universal(folder, tag, saved_by) as converted:
-        config = trained.engine._config
-        # A setting of the engine's start, at which nobody knew what would be loaded.
-        config.load_universal_checkpoint = True
-        try:
+        _load(trained, folder, tag)
+    else:
+        with _universal(folder, tag, saved_by) as converted, loading_universal(trained.engine):
             _load(trained, converted, tag)
-        finally:
-            config.load_universal_checkpoint = False
 
 
 @contextmanager
 def _universal(folder: str, tag: str, saved_by: int) -> Iterator[str]:
-    """A checkpoint with a file for each parameter and moment, whole: made once on each node, gone afterwards."""
+    """A copy of a checkpoint with one whole file per parameter and moment; each node makes one and deletes it."""
     from ray.train import get_context
     from ray.train.collective import barrier
 
     first = get_context().get_local_rank() == 0
-    made = _scratch() / "universal"
+    converted = _scratch() / "universal"
     if first:
-        from deepspeed.checkpoint import ds_to_universal
-
-        # In this process: it holds torch and perhaps a GPU, and must not fork.
-        how = {"num_extract_workers": 1, "num_merge_workers": 1, "inject_missing_state": True}
-        how |= {"strict": True, "keep_temp_folder": False}
         try:
-            ds_to_universal.main(
-                Namespace(input_folder=os.path.join(folder, tag), output_folder=str(made / tag), **how)
-            )
+            convert_to_universal(os.path.join(folder, tag), str(converted / tag))
         except (AssertionError, LookupError, NotImplementedError, ValueError) as e:
             raise InputError(
                 f"a checkpoint that {saved_by} workers saved cannot be shared out among {world_size()} "
@@ -208,15 +202,15 @@ def _universal(folder: str, tag: str, saved_by: int) -> Iterator[str]:
             ) from e
     barrier()
     try:
-        yield str(made)
+        yield str(converted)
         barrier()
     finally:
         if first:
-            shutil.rmtree(made)
+            shutil.rmtree(converted)
 
 
 def _scratch() -> Path:
-    """This run's folder on this node, for checkpoints that are made or taken apart."""
+    """This run's folder on this node, for checkpoints that are written or converted."""
     from ray.train import get_context
 
     run = derive_id(get_context().get_storage().experiment_fs_path)

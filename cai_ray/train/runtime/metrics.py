@@ -1,4 +1,4 @@
-"""Metrics of a stage: kept by rank 0, told to the driver, written as JSON lines and to the configured sinks."""
+"""Metrics of a stage: written as JSON lines and to the configured sinks, with progress shown by the driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cai_ray.storage.run import Run
 from cai_ray.train.runtime import sinks
 from cai_ray.train.runtime.ranks import rank
 
-# What the progress line shows of a stage's metrics, and by which name.
+# Metrics that the progress line shows, and their names there.
 _SHOWN = {
     "reward/mean": "reward",
     "kl/reference": "KL",
@@ -30,11 +30,16 @@ _SHOWN = {
     "dpo/ai_accuracy": "accuracy",
 }
 RECENT = 20
-"""Steps that the time left is estimated from: the first ones of a stage take longer than the others."""
+"""Last steps that the time left is estimated from: the first steps of a stage take longer than the others."""
 
 
 class Log:
-    """A stage's metrics, one row per step: kept on every rank, written and told by rank 0 only."""
+    """A stage's metrics, one row per step: every rank has them, rank 0 writes them.
+
+    Args:
+        total: steps of the stage.
+        rows: the rows of the checkpoint that the stage goes on from.
+    """
 
     def __init__(self, run: Run, stage: str, total: int, rows: list[dict[str, Any]] | None = None):
         self.run, self.stage, self.total = run, stage, total
@@ -43,9 +48,9 @@ class Log:
         self._ends: deque[float] = deque(maxlen=RECENT + 1)
         self._feeds: list[sinks.Feed] = []
         if rank() == 0:
-            # Of the key, the part before the time is the same for every attempt.
-            attempt = derive_id(run.root, stage, _told.rpartition("-")[0])
-            self._feeds = sinks.open_all(sinks.Watched(run, stage, attempt, tuple(self.rows)), warn)
+            # The part of the key before the time is the same for every attempt.
+            attempt = derive_id(run.root, stage, _driver_key.rpartition("-")[0])
+            self._feeds = sinks.open_all(sinks.DashboardRun(run, stage, attempt, tuple(self.rows)), warn)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds a row; `step` counts from 1."""
@@ -53,19 +58,20 @@ class Log:
         self._ends.append(time.monotonic())
         if rank() != 0:
             return
-        tell(progress(self.stage, step, self.total, metrics, step_seconds(self._ends)))
+        report_progress(progress(self.stage, step, self.total, metrics, step_seconds(self._ends)))
         for feed in self._feeds:
             feed.log(self.rows[-1])
-        if time.monotonic() - self._written > 30:  # whoever watches a long run sees it grow
+        if time.monotonic() - self._written > 30:  # the file of a long run grows while it trains
             self.write()
 
     def close(self) -> None:
-        """Writes the metrics for good."""
+        """Writes the metrics and closes the sinks; no row may follow."""
         self.write()
         if rank() == 0:
             sinks.close_all(self._feeds)
 
     def write(self) -> None:
+        """Writes metrics.jsonl anew with all rows; rank 0 does it."""
         if rank() == 0:
             self.run.write_metrics(self.stage, self.rows)
         self._written = time.monotonic()
@@ -74,10 +80,10 @@ class Log:
 def progress(
     stage: str, step: int, total: int, metrics: Mapping[str, Any], seconds: float | None = None
 ) -> str:
-    """One line on where a stage is.
+    """The progress line of a stage.
 
     Args:
-        seconds: what a step takes now; None while that is not known.
+        seconds: duration of a step now; None while it is not known.
     """
     parts = [f"{stage}: step {step} of {total}"]
     parts += [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
@@ -89,7 +95,7 @@ def progress(
 
 
 def step_seconds(ends: Sequence[float]) -> float | None:
-    """The mean time of the steps between these ends; the first step, which has the start in it, has none before it."""
+    """Mean duration of the steps that end at these times; None for one step, whose start is not known."""
     return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
 
 
@@ -112,7 +118,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress_lines(key: str) -> Iterator[None]:
-    """Prints on stderr what rank 0 says: where it is every few seconds (on a terminal more often), and its warnings."""
+    """Prints rank 0's progress every few seconds (on a terminal more often) and its warnings, on stderr."""
     done = threading.Event()
 
     def watch() -> None:
@@ -120,9 +126,9 @@ def progress_lines(key: str) -> Iterator[None]:
         warned: set[str] = set()
         ended = False
         while not ended:
-            ended = done.wait(0.5)  # what was said last is read after the end
+            ended = done.wait(0.5)  # the last report is read after the end
             for text in json.loads(get(key, "warnings") or b"[]"):
-                if text not in warned:  # a group that was started again may say it again
+                if text not in warned:  # a restarted group may warn again
                     print(f"  warning: {text}", file=sys.stderr, flush=True)
                 warned.add(text)
             line = get(key, "progress")
@@ -140,25 +146,29 @@ def progress_lines(key: str) -> Iterator[None]:
         forget(key)
 
 
-_told = ""
+_driver_key = ""
 _warnings: list[str] = []
 
 
-def told_to(key: str) -> None:
-    """Under which key this process tells its progress: the training run's name, and the time it was started at."""
-    global _told
-    _told = key
+def report_to(key: str) -> None:
+    """Lets this process report to the driver that waits under this key (`progress_lines`).
+
+    Args:
+        key: the training run's name, a dash, and the time of its start.
+    """
+    global _driver_key
+    _driver_key = key
     _warnings.clear()
 
 
-def tell(line: str) -> None:
-    """Tells the driver where rank 0 is; it prints the line now and then."""
-    if _told:
-        put(_told, "progress", line.encode())
+def report_progress(line: str) -> None:
+    """Sends a progress line to the driver, which prints the latest one now and then."""
+    if _driver_key:
+        put(_driver_key, "progress", line.encode())
 
 
 def warn(text: str) -> None:
-    """Tells the driver what went wrong without ending anything; it prints each text once."""
+    """Sends a warning to the driver, which prints each text once."""
     _warnings.append(text)
-    if _told:
-        put(_told, "warnings", json.dumps(_warnings).encode())
+    if _driver_key:
+        put(_driver_key, "warnings", json.dumps(_warnings).encode())

@@ -1,4 +1,4 @@
-"""What a rank of the training group knows of the others. Everything works in a single process, too."""
+"""What a rank of the training group knows about the others. Everything also works in a single process."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch import Tensor
 
 
 def rank() -> int:
+    """This process's number in the group; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of ranks; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device that this rank computes on."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def to_device(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    place = device()
-    return {k: v.to(place, non_blocking=True) for k, v in batch.items()}
+    """The tensors of a batch on this rank's device."""
+    target = device()
+    return {k: v.to(target, non_blocking=True) for k, v in batch.items()}
 
 
 def from_first(value: Any) -> Any:

@@ -1,11 +1,12 @@
-"""Where a stage's metrics can be watched beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+"""Dashboards for a stage's metrics beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
 
-A sink takes one row of numbers per step. Each works in a thread of its own, and its first failure (a server that is
-away) ends it with one warning: training never waits for a dashboard, and never ends with it.
+A sink takes one row of numbers per step. Each works in a thread of its own. Its first failure, such as a server that is
+down, ends it with one warning: training never waits for a dashboard and never fails with it.
 
-A stage is one run of its dashboard, in a project named as the run is. The run's id is the same for every attempt, so
-that a stage that was killed goes on with its curves. Steps after the last checkpoint are then logged twice, with the
-same numbers: TensorBoard's events are written anew, Weights & Biases drops what it has, MLflow shows both on one spot.
+A stage is one run of the dashboard, in a project named after our run. The id of the dashboard's run is the same for
+every attempt, so a stage that was killed continues its curves. Steps after the last checkpoint are then logged twice,
+with the same numbers: TensorBoard's events are written anew, Weights & Biases ignores steps it has, MLflow shows both
+at the same place.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Row = Mapping[str, Any]
 UPLOAD_S = 30
 """Seconds between copies to remote storage, which cannot append."""
 PATIENCE_S = 60
-"""How long the end of a stage waits for what a server has not taken yet."""
+"""Seconds that the end of a stage waits for a server to take the last rows."""
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -43,8 +44,8 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Watched(NamedTuple):
-    """A stage as its dashboards know it."""
+class DashboardRun(NamedTuple):
+    """A stage as a dashboard knows it: one run in a project."""
 
     run: Run
     stage: str
@@ -59,17 +60,19 @@ class Watched(NamedTuple):
 
     @property
     def texts(self) -> dict[str, Any]:
-        """What the numbers are of."""
+        """What describes the run there: stage, hash of the constitution, configuration."""
         opened = files.read_json(self.run.path("run.json"))
         return {"stage": self.stage} | {key: opened[key] for key in ("constitution_sha", "config")}
 
     def replay(self, sink: Sink) -> None:
+        """Logs the steps of the attempts before."""
         for row in self.rows:
             sink.log(row["step"], numbers(row))
 
 
 def check(names: Sequence[str]) -> None:
-    """
+    """Checks that the packages of these sinks are installed.
+
     Raises:
         InputError: the package of a sink is not installed.
     """
@@ -81,14 +84,15 @@ def check(names: Sequence[str]) -> None:
 
 
 def numbers(row: Row) -> dict[str, float]:
+    """The numbers of a row, without the step."""
     return {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
 
 
 class TensorBoard:
-    """Events under RUN/<stage>/tensorboard; where that is remote, a local file that is copied there now and then."""
+    """Events under RUN/<stage>/tensorboard; on remote storage, a local file that is copied there now and then."""
 
-    def __init__(self, watched: Watched):
-        # Not its SummaryWriter, whose queue and thread come to a file only in the end, or after two minutes.
+    def __init__(self, watched: DashboardRun):
+        # Not tensorboardX's SummaryWriter, which writes to the file only at the end or after two minutes.
         from tensorboardX.event_file_writer import EventsWriter
 
         self._uri = watched.run.path(watched.stage, "tensorboard")
@@ -124,9 +128,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The key, the server and the mode are wandb's own environment variables (WANDB_API_KEY, WANDB_MODE, …)."""
+    """Weights & Biases. Key, server and mode are its own environment variables (WANDB_API_KEY, WANDB_MODE, …)."""
 
-    def __init__(self, watched: Watched):
+    def __init__(self, watched: DashboardRun):
         import wandb
 
         self._run = wandb.init(
@@ -135,7 +139,7 @@ class WeightsAndBiases:
             id=watched.id,
             resume="allow",
             config=watched.texts,
-            # The process is Ray's: its output is not ours to take, and nobody reads what wandb prints there.
+            # The process belongs to Ray: wandb must not capture its output, and nobody reads what wandb prints.
             settings=wandb.Settings(console="off", silent=True),
         )
         if not self._run.resumed:
@@ -148,15 +152,15 @@ class WeightsAndBiases:
         import wandb
 
         self._run.finish()
-        wandb.teardown()  # waits for its process to have written all: Ray ends ours without the hooks of an exit
+        wandb.teardown()  # waits until its process has written all: Ray ends ours without exit hooks
 
 
 class MLflow:
-    """The server is mlflow's own environment variable, MLFLOW_TRACKING_URI."""
+    """MLflow. The server is its own environment variable, MLFLOW_TRACKING_URI."""
 
     TAG = "cai_ray.id"
 
-    def __init__(self, watched: Watched):
+    def __init__(self, watched: DashboardRun):
         from mlflow import MlflowClient
 
         client, name = MlflowClient(), watched.run.config.name
@@ -184,7 +188,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-SINKS: dict[str, Callable[[Watched], Sink]] = {
+SINKS: dict[str, Callable[[DashboardRun], Sink]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
@@ -192,9 +196,9 @@ SINKS: dict[str, Callable[[Watched], Sink]] = {
 
 
 class Feed:
-    """Hands rows to one sink, in a thread."""
+    """Passes rows to one sink, in a thread of its own."""
 
-    def __init__(self, name: str, watched: Watched, warn: Callable[[str], None]):
+    def __init__(self, name: str, watched: DashboardRun, warn: Callable[[str], None]):
         self._name, self._watched, self._warn = name, watched, warn
         self._rows: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"sink {name}", daemon=True)
@@ -204,7 +208,7 @@ class Feed:
         self._rows.put((row["step"], numbers(row)))
 
     def close(self, deadline: float) -> None:
-        """Waits until all is handed over, at most to the deadline (of time.monotonic)."""
+        """Waits until the sink has taken all rows, at most to the deadline (of time.monotonic)."""
         self._rows.put(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
@@ -216,7 +220,7 @@ class Feed:
             while (row := self._rows.get()) is not None:
                 sink.log(*row)
             sink.close()
-        except Exception as e:  # whatever a dashboard's client raises
+        except Exception as e:  # dashboards' clients raise anything
             self._warn(_given_up(self._name, e))
 
 
@@ -225,12 +229,13 @@ def _given_up(name: str, error: Exception) -> str:
     return f"{name} is given up for this stage ({type(error).__name__}: {why}); it goes on without"
 
 
-def open_all(watched: Watched, warn: Callable[[str], None]) -> list[Feed]:
+def open_all(watched: DashboardRun, warn: Callable[[str], None]) -> list[Feed]:
+    """Starts the configured sinks; `warn` takes one line for each that fails, now or later."""
     feeds = []
     for name in dict.fromkeys(watched.run.config.sinks):
         try:
-            import_module(_PACKAGES[name])  # in two threads at once, packages with circles may fail
-        except Exception as e:  # on this node it is not installed, or not whole
+            import_module(_PACKAGES[name])  # importing packages in two threads at once may fail
+        except Exception as e:  # missing or damaged on this node
             warn(_given_up(name, e))
         else:
             feeds.append(Feed(name, watched, warn))
@@ -238,6 +243,7 @@ def open_all(watched: Watched, warn: Callable[[str], None]) -> list[Feed]:
 
 
 def close_all(feeds: Sequence[Feed]) -> None:
+    """Ends the sinks, all of them within `PATIENCE_S` seconds."""
     deadline = time.monotonic() + PATIENCE_S
     for feed in feeds:
         feed.close(deadline)

@@ -1,12 +1,12 @@
-"""Ways from the trainer's weights to the engines, one name each (`ppo.weight_sync`).
+"""Ways of the weights from the trainer to the engines, by the names of `ppo.weight_sync`.
 
-- `ray`: through Ray's object store, by way of the CPUs; on any machine, and an engine that was replaced is sent the
-  weights again at once.
-- `nccl`: vLLM's weight-transfer interface, from GPU to GPU: one broadcast from the trainer's rank 0 to all engines.
+- `ray`: through Ray's object store, on the CPUs (sync.py). It works on any machine, and an engine that was replaced is
+  sent the weights again at once.
+- `nccl`: vLLM's weight-transfer interface from GPU to GPU: one broadcast from the trainer's rank 0 to all engines.
 - `gloo`: the same interface on CPUs.
 
-Of the two latter, engines and trainer are one group of communication: where an engine is lost, the training group
-starts again from its last checkpoint, and makes another.
+With the last two, engines and trainer are one communication group. If an engine is lost, the training group restarts
+from its last checkpoint and makes a new one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -25,12 +23,9 @@ from cai_ray.train.runtime.ranks import rank
 from cai_ray.train.weights import sync
 from cai_ray.train.weights.sync import Sent, cast
 
-TIMEOUT = timedelta(minutes=10)
-"""Until all have come, and for a tensor to pass."""
-
 Way = Literal["ray", "gloo", "nccl"]
 Send = Callable[[int], Sent]
-"""Sends the weights as they are now under a version number; every rank calls it alike."""
+"""Sends the current weights under a version number; every rank calls it alike."""
 
 
 def make_sender(
@@ -43,10 +38,10 @@ def make_sender(
     """Connects the trainer with the engines of a pool.
 
     Args:
-        pool: a `rollout.Pool`; None on ranks other than the first.
-        tensors: a pass over the weights (`fit.gathered_state`), in which all ranks take part.
+        pool: a `ppo.pool.Pool`; None on ranks other than 0.
+        tensors: makes a pass over the weights (`state.gathered_state`), in which all ranks take part.
         dtype: floating tensors are sent as this.
-        span: GPUs, and so workers, of each engine.
+        span: the GPUs, and so the workers, of each engine.
     """
     if way == "ray":
         return lambda version: sync.send(pool, tensors(), version, dtype)
@@ -56,11 +51,13 @@ def make_sender(
         NCCLTrainerWeightTransferEngine,
     )
 
+    from cai_ray.compat.vllm_gloo import GlooTrainer
+
     class Source(WeightSource):
         """The gathered weights as vLLM's interface reads them."""
 
         def __init__(self) -> None:
-            # One pass more at the start: under ZeRO-3 no rank knows whole shapes.
+            # This takes a pass: under ZeRO-3 no rank knows whole shapes.
             self._metadata = [ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self]
 
         def metadata(self) -> list[ParamMeta]:
@@ -70,63 +67,39 @@ def make_sender(
             for name, tensor in tensors():
                 yield name, cast(tensor, dtype)
 
-    class Gloo(NCCLTrainerWeightTransferEngine):
-        """vLLM's trainer side with gloo in NCCL's place."""
-
-        @classmethod
-        def trainer_init(cls, init_info: Any, *, client: Any, source: Any = None) -> Any:
-            made = cls(client=client, source=source, is_sender=init_info.is_sender, packed=False)
-            if made.is_sender:
-                where = {
-                    "master_address": init_info.master_address,
-                    "master_port": init_info.master_port,
-                    "world_size": init_info.world_size,
-                }
-                # The engines' call returns when all have met.
-                with ThreadPoolExecutor(1) as thread:
-                    met = thread.submit(client.init_weight_transfer_engine, where | {"rank_offset": 1})
-                    made.model_update_group = join_gloo(rank=0, **where)
-                    met.result()
-            return made
-
-        def _broadcast(self, source: Any, meta: list[ParamMeta]) -> None:
-            for _, tensor in self._checked_iter(source, meta) if self.is_sender else source:
-                if self.is_sender:
-                    self.model_update_group.broadcast(tensor.contiguous())
-
     client = Client(pool, span) if pool else None
     address, port = _address() if client else ("", 0)
     world_size = 1 + (client.workers if client else 0)
     info = NCCLTrainerInitInfo(address, port, world_size, packed=way == "nccl", rank=rank())
     source = Source()
-    kind = NCCLTrainerWeightTransferEngine if way == "nccl" else Gloo
-    transfer = kind.trainer_init(info, client=client, source=source)
+    trainer_class = NCCLTrainerWeightTransferEngine if way == "nccl" else GlooTrainer
+    transfer = trainer_class.trainer_init(info, client=client, source=source)
     size = sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in source.metadata())
 
-    def sending(version: int) -> Sent:
+    def send(version: int) -> Sent:
         started = time.perf_counter()
         if client:
             client.version = version
         transfer.send_weights()
         return Sent(len(source.metadata()), size, time.perf_counter() - started)
 
-    return sending
+    return send
 
 
 class Client:
-    """All engines of a pool, as vLLM's trainer side speaks with them (`VLLMWeightSyncClient`)."""
+    """The engines of a pool as vLLM's trainer side calls them (`VLLMWeightSyncClient`)."""
 
     def __init__(self, pool: Any, span: int):
         self._pool, self._span = pool, span
         self.version = 0
-        """Of the weights that are sent next."""
+        """The number of the weights that are sent next."""
 
     @property
     def workers(self) -> int:
         return self._pool.size * self._span
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Each engine's workers have ranks of their own in the group."""
+        """Lets the engines join the group; each engine's workers get ranks of their own."""
         first = init_info["rank_offset"]
         self._pool.ask(
             "connect",
@@ -146,31 +119,8 @@ class Client:
         self._pool.ask(method, [arguments] * self._pool.size)
 
 
-class GlooGroup:
-    """The trainer's rank 0 and all engines' workers, beside torch's own groups."""
-
-    def __init__(self, group: Any):
-        self._group = group
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """From rank 0 to all; in place on the others."""
-        from torch.distributed import BroadcastOptions
-
-        options = BroadcastOptions()
-        options.rootRank = 0
-        self._group.broadcast([tensor], options).wait()
-
-
-def join_gloo(*, master_address: str, master_port: int, world_size: int, rank: int) -> GlooGroup:
-    """Returns when all have come."""
-    from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
-
-    store = TCPStore(master_address, master_port, world_size, rank == 0, timeout=TIMEOUT)
-    return GlooGroup(ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, TIMEOUT))
-
-
 def _address() -> tuple[str, int]:
-    """Of this node, with a port that is free."""
+    """This node's address and a free port."""
     import ray.util
 
     with socket.socket() as s:

@@ -1,0 +1,65 @@
+"""Stage `ppo`, the driver's side: it reads the prompts, starts engines and training group, and ends both.
+
+The RL-CAI policy starts from the SL-CAI policy and is trained against the reward model (Bai et al. 2022, section 4);
+loop.py is what runs on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cai_ray.cluster.connect import uses_gpu
+from cai_ray.storage.models import folder_sha, model_sha
+from cai_ray.storage.records import derive_id
+from cai_ray.storage.run import Run
+from cai_ray.train.ppo import feedback
+from cai_ray.train.ppo.engine_owner import close_engines, open_engines
+from cai_ray.train.ppo.loop import loop
+from cai_ray.train.ppo.prompts import policy_renderer, read_training_prompts
+from cai_ray.train.ppo.rewards import make_readers
+from cai_ray.train.ppo.watch import read_watch_prompts
+from cai_ray.train.runtime.group import check_resources, fit
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Trains the RL-CAI policy; returns the stage's part of the manifest.
+
+    Raises:
+        InputError: prompts, reward models or the cluster do not fit the configuration.
+        Stopped: a check failed or an alarm ended the run; the same command goes on from the last checkpoint.
+    """
+    import ray
+
+    config, cfg = run.config, run.config.ppo
+    check_resources(run, cfg)
+    renderer = policy_renderer(run)
+    readers = make_readers(run, cfg, renderer)
+    prompts, errors = read_training_prompts(run, renderer, readers)
+    inputs = derive_id(
+        [(p["id"], p["ids"]) for p in prompts],
+        [model_sha(run.model(source.model)) for source in cfg.rewards],
+    )
+    extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
+    gpu = uses_gpu(config)
+    feedback_bundle = feedback.needed(run, gpu)
+    if cfg.watch.every:
+        extra["watch_prompts"] = read_watch_prompts(run, renderer, readers)
+    owner = open_engines(config, run.locate("sl"), renderer.end_id, gpu, feedback_bundle)
+    extra["engine_owner"] = owner
+    extra["feedback"] = feedback.open_feedback(run, gpu) if feedback_bundle else None
+    try:
+        out = fit(run, "ppo", loop, cfg, extra)
+    finally:
+        close_engines(owner)
+        if feedback_bundle:
+            ray.kill(extra["feedback"])
+    return {
+        "rows_in": len(prompts) + errors,
+        "rows_out": out["rollouts"],
+        "errors": errors,
+        "tokens": {"generated": out["tokens"]},
+        "model": "sl",
+        "reward_models": {source.model: source.weight for source in cfg.rewards},
+        "model_sha": folder_sha(run.path("ppo", "model")),
+        **{key: out[key] for key in ("metrics", "snapshot", "alarms")},
+    }
