@@ -28,7 +28,7 @@ class RayConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["vllm", "openai", "scripted"] = "vllm"
-    """`openai`: an endpoint with the OpenAI API, for the models of `label.engine` and `revise.critique_engine`."""
+    """`openai`: an endpoint with the OpenAI API, for judges (`label.judge.engine`) and `revise.critique_model`."""
     base_url: str | None = None
     """The endpoint's address, without a key in it; it mostly ends in /v1."""
     api_key_env: str | None = None

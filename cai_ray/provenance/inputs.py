@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cai_ray.config.ppo import LABELS
+from cai_ray import constitution as constitutions
+from cai_ray.config.judge import JudgeConfig, PromptedModel
+from cai_ray.config.ppo import JUDGE
 from cai_ray.data.formats import data_files
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
@@ -59,6 +61,8 @@ def inputs(run: Run, name: str) -> dict[str, str]:
             paths += [s.path for s in getattr(getattr(value, "watch", None), "prompts", ())]
             paths += [p for p in [getattr(value, "gold", None)] if p]
             models = [model_sha(run.model(m)) for m in _models(value)]
+            for model in _prompted_models(value).values():
+                models += _prompted_model_shas(run, model)
             files_sha = [_source_sha(p, {}) for p in paths]
             if folder := getattr(getattr(value, "harness", None), "include_path", None):
                 files_sha.append(_folder_sha(folder))
@@ -84,11 +88,13 @@ def _settings(section: BaseModel) -> dict[str, Any]:
     """What of a section changes its stage's result. Of an engine that is which endpoint, and how it is asked, or how
     its weights are rounded."""
     settings = {k: v for k, v in section.model_dump(mode="json").items() if k not in _HOW}
-    for key in ("engine", "critique_engine"):
-        settings.pop(key, None)
-        engine = getattr(section, key, None)
-        if engine and engine.answers_by:
-            settings[key] = engine.answers_by
+    for key, model in _prompted_models(section).items():
+        place = settings
+        for part in key.split("."):
+            place = place[part]
+        place.pop("engine")
+        if model.engine and model.engine.answers_by:
+            place["engine"] = model.engine.answers_by
     # As it was before there were such settings.
     return {k: v for k, v in settings.items() if k not in _ADDED or v != _ADDED[k]}
 
@@ -99,7 +105,29 @@ def _models(section: BaseModel) -> list[str]:
     named += [source.model for source in getattr(section, "rewards", ())]
     if watch := getattr(section, "watch", None):
         named.append(watch.opinion)
-    return [model for model in named if model not in {*ROLES, LABELS}]
+    return [model for model in named if model not in {*ROLES, JUDGE}]
+
+
+def _prompted_models(section: BaseModel, prefix: str = "") -> dict[str, PromptedModel]:
+    """The models that a section, or a section in it, describes, by their keys."""
+    models: dict[str, PromptedModel] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, PromptedModel):
+            models[prefix + name] = value
+        elif isinstance(value, BaseModel):
+            models |= _prompted_models(value, f"{prefix}{name}.")
+    return models
+
+
+def _prompted_model_shas(run: Run, model: PromptedModel) -> list[str]:
+    """Hashes of what a prompted model's settings name, besides the run's own models, template set and document."""
+    shas = [] if model.model in ROLES else [run.resolve_model(model).sha]
+    if model.templates:
+        shas.append(load_templates(model.templates).sha)
+    if isinstance(model, JudgeConfig) and model.constitution:
+        shas.append(constitutions.load(model.constitution).sha)
+    return shas
 
 
 def _folder_sha(path: str) -> str:
