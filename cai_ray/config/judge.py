@@ -13,6 +13,14 @@ from cai_ray.config.engine import EngineConfig
 from cai_ray.config.section import Section
 
 
+# Arguments of transformers' `apply_chat_template` that are no arguments of a template.
+_RENDERERS_OWN = {
+    "conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}  # fmt: skip
+
+
 class PromptedModel(Section):
     """A model that is prompted, and what belongs to it. Whatever is left out is the run's."""
 
@@ -25,6 +33,13 @@ class PromptedModel(Section):
     template_args: dict[str, Any] = Field(default={})
     """Arguments of the model's chat template, such as {enable_thinking: false}. An endpoint is given them as
     `chat_template_kwargs`."""
+
+    @field_validator("template_args")
+    @classmethod
+    def _of_the_template_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := _RENDERERS_OWN & value.keys():
+            raise ValueError(f"{min(taken)}: the renderer itself sets it; leave it out")
+        return value
 
 
 class JudgeConfig(PromptedModel):
