@@ -11,7 +11,16 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from typing import Any, NoReturn, TypeVar
 
 from cai_ray import __version__
-from cai_ray.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, Stopped
+from cai_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    InputError,
+    Stopped,
+    Unavailable,
+)
 from cai_ray.stages import POLICIES, STAGES, stages_of
 
 T = TypeVar("T")
@@ -30,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as e:
         print(f"cai-ray: stopped: {e}", file=sys.stderr)
         return EXIT_STOPPED
+    except Unavailable as e:
+        print(f"cai-ray: {e}", file=sys.stderr)
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print("cai-ray: interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -341,15 +353,16 @@ def _run_stages(args: argparse.Namespace, names: list[str] | None, force: bool) 
             )
         names = names[: names.index(args.until) + 1] if args.until else names
     if args.check:
-        from cai_ray.estimate import memory
+        from cai_ray.estimate.fit import memory_lines
+        from cai_ray.estimate.shape import elsewhere
         from cai_ray.storage.run import Run
 
-        for line in memory.report(config):
+        for line in memory_lines(config):
             print(line)
-        elsewhere = memory.elsewhere(config)
-        pipeline.check_inputs(config, names, model_elsewhere=elsewhere)
+        model_elsewhere = elsewhere(config)
+        pipeline.check_inputs(config, names, model_elsewhere=model_elsewhere)
         pipeline.check_run(Run(config), names, args.overwrite, keep)
-        if elsewhere:
+        if model_elsewhere:
             print(f"not seen from here: weights, tokenizer and chat template of {config.model}")
         print("ok: nothing was started")
         return EXIT_DONE

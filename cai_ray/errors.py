@@ -1,8 +1,8 @@
-"""The errors a user sees, and the exit codes they end with.
+"""The errors that a user sees, and the exit codes of the commands.
 
-An `InputError` is the user's to mend: the command prints its one line and exits with 2. A `Stopped` is a
-gate, an alarm or a budget doing its work: exit code 3, and the run can be resumed. Anything else is ours,
-and keeps its traceback.
+An `InputError` is for the user to mend: the command prints one line and exits with 2. A `Stopped` is a gate, an alarm
+or a budget at work: exit code 3, and the run can be resumed. An `Unavailable` is nobody's mistake, such as a machine
+that is too busy: one line, exit code 1. Anything else is a fault of this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ class Stopped(Exception):
 
 
 class OverBudget(Stopped):
-    """The budget is spent; every rank of a training group raises it alike."""
+    """The budget is spent. In a training group every rank raises this at the same step."""
+
+
+class Unavailable(Exception):
+    """The machine or a service that a command needs is not ready; the same command may succeed later."""
 
 
 class RowError(Exception):
-    """One row cannot be processed. The row keeps this text in its `error` column; the job goes on."""
+    """One row cannot be processed. Its text goes to the row's `error` column, and the job goes on."""
 
 
 class Abstained(RowError):
-    """The feedback model says nothing by one principle. Others' votes still count; where all abstain, the row errs."""
+    """The feedback model gives no vote on one principle. The other votes count; a row without any vote is an error."""

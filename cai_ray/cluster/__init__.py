@@ -1,1 +1,1 @@
-"""The Ray cluster: how it is joined, what has room on it, what a stage uses of it."""
+"""The Ray cluster: joining it, checking that it has room, and counting what a stage uses of it."""

@@ -1,4 +1,4 @@
-"""Joins or starts the Ray cluster; whether it is large enough is placement.py's."""
+"""Joins the Ray cluster, or starts one on this machine. Whether it is large enough is checked in placement.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 from cai_ray.compat.ray_core import metrics_port_option
+from cai_ray.compat.ray_start import start_local, wait_longer
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
-from cai_ray.errors import InputError
+from cai_ray.errors import InputError, Unavailable
 
 # One thread per process: several processes that spin on the same two cores are 4 to 20 times slower.
 WORKER_ENV = {
@@ -20,16 +21,28 @@ WORKER_ENV = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "DS_ACCELERATOR": "cpu",
-    # vLLM compiles its scoring code at the first request; on CPU that costs seconds per process and gains nothing.
+    # vLLM compiles its scoring code at the first request. On CPU this costs seconds per process and gains nothing.
     "TORCH_COMPILE_DISABLE": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
 
 
+START_ATTEMPTS = 2
+"""How often Ray is started on this machine before it counts as too busy."""
+
+
 def connect(config: RunConfig, metrics_port: int | None = None) -> None:
-    """Connects to the configured cluster, the job's own, or a new local one; a second call does nothing."""
-    # Ray's own notices go to its log files; what a person should read on stderr is ours.
+    """Connects to the configured cluster, the job's own, or a new local one; a second call does nothing.
+
+    Raises:
+        InputError: no cluster answers at the configured address.
+        Unavailable: this machine is too busy to start Ray.
+    """
+    # Ray's notices go to its log files. What a person should read on stderr is ours.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    address = cluster_address(config)
+    if address is None:
+        wait_longer()
     import ray
 
     if ray.is_initialized():
@@ -39,7 +52,6 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = joined(config)
     if address:
         try:
             ray.init(address=address, runtime_env={"env_vars": worker_env(config)}, **options)
@@ -47,22 +59,26 @@ def connect(config: RunConfig, metrics_port: int | None = None) -> None:
             raise InputError(
                 f"ray.address={address}: no cluster answers there ({str(e).splitlines()[0]})"
             ) from e
-    else:
+    elif not start_local(
+        START_ATTEMPTS,
         # Logical CPUs are bookkeeping here: Ray Data's own actors ask for one each, while the machine's cores
         # are shared by whoever has work.
-        ray.init(
-            address="local",  # not whatever cluster somebody else has started on this machine
-            num_cpus=config.ray.cpus or max(16, os.cpu_count() or 1),
-            include_dashboard=False,
-            runtime_env={"env_vars": worker_env(config)},
-            object_store_memory=512 << 20,
-            **metrics_port_option(metrics_port),
-            **options,
+        num_cpus=config.ray.cpus or max(16, os.cpu_count() or 1),
+        include_dashboard=False,
+        runtime_env={"env_vars": worker_env(config)},
+        object_store_memory=512 << 20,
+        **metrics_port_option(metrics_port),
+        **options,
+    ):
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        raise Unavailable(
+            f"Ray did not start in time, in {START_ATTEMPTS} attempts: this machine is busy (load average {load:.0f} "
+            f"on {cores} {'core' if cores == 1 else 'cores'}); run the same command again when it has less to do"
         )
 
 
-def joined(config: RunConfig) -> str | None:
-    """The address of a cluster that somebody else has started; None where one is started here."""
+def cluster_address(config: RunConfig) -> str | None:
+    """The address of an existing cluster; None if a local one is to be started."""
     return config.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 

@@ -1,8 +1,8 @@
-"""What a run has cost: seconds of CPUs and GPUs that were held for it, tokens of endpoints, and by prices money.
+"""Accounts for what a run has cost: seconds of CPUs and GPUs, tokens of endpoints, and their price in money.
 
-Every attempt at a stage leaves one record, RUN/spent/STAGE-*.json, which is written while it runs (meter.py), so that
-one that is killed is counted, too. A stage that is completed has the sum of its attempts in its manifest. The records
-stay: what a stage cost that was made again was spent all the same.
+Every attempt at a stage leaves one record, RUN/spent/STAGE-*.json. It is written while the stage runs (meter.py), so
+that a killed attempt is counted, too. The manifest of a completed stage has the sum of its attempts. The records stay:
+if a stage is made again, its earlier cost was spent all the same.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _UNITS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "wall_hours": "hou
 
 
 class Spent(NamedTuple):
-    """What was held, and for how long: CPUs and GPUs are counted as they are reserved, in use or not."""
+    """Resources that were held, and for how long. Reserved CPUs and GPUs count, whether in use or not."""
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
     start_seconds: float = 0.0
-    """Of generating processes, until their engines answered. Together, as `work_seconds`."""
+    """Time of generating processes until their engines answered, added up over the processes."""
     work_seconds: float = 0.0
-    """Of generating processes, from then on until their last row."""
+    """Time of generating processes from then on until their last row, added up likewise."""
     endpoint: Usage = Usage()
-    """Tokens and calls that endpoints answered, those of rows that failed among them."""
+    """Tokens and calls that endpoints answered, including those of rows that failed."""
 
     def __add__(self, other: Spent) -> Spent:  # type: ignore[override]
         return Spent(
@@ -50,14 +50,14 @@ class Spent(NamedTuple):
         return {**numbers, "endpoint": self.endpoint._asdict()}
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> Spent:
-        """From `as_dict`, whatever else is beside it."""
-        numbers = {name: float(found.get(name) or 0) for name in cls._fields if name != "endpoint"}
-        return cls(**numbers, endpoint=Usage(**(found.get("endpoint") or {})))
+    def from_dict(cls, data: dict[str, Any]) -> Spent:
+        """The reverse of `as_dict`. Further keys are ignored."""
+        numbers = {name: float(data.get(name) or 0) for name in cls._fields if name != "endpoint"}
+        return cls(**numbers, endpoint=Usage(**(data.get("endpoint") or {})))
 
 
 class Attempt(NamedTuple):
-    """At a stage. `made`: the id of the manifest that it led to; None while there is none."""
+    """One attempt at a stage."""
 
     name: str
     stage: str
@@ -65,62 +65,63 @@ class Attempt(NamedTuple):
     """A hash of the stage's inputs."""
     started: str
     made: str | None
+    """Id of the manifest that the attempt led to; None while there is none."""
     spent: Spent
 
     def write(self, run: Run) -> None:
-        about = {name: getattr(self, name) for name in ("stage", "inputs", "started", "made")}
-        files.write_json(run.path(FOLDER, f"{self.name}.json"), {**about, **self.spent.as_dict()})
+        fields = {name: getattr(self, name) for name in ("stage", "inputs", "started", "made")}
+        files.write_json(run.path(FOLDER, f"{self.name}.json"), {**fields, **self.spent.as_dict()})
 
 
 def attempts(run: Run, stage: str = "") -> list[Attempt]:
-    """All that this directory has seen, by stage; or those at one stage.
+    """All attempts that the run directory records, in the order of their names; or only those at one stage.
 
     Raises:
-        InputError: the record of one is damaged.
+        InputError: a record is damaged.
     """
-    found = []
+    records = []
     for path in files.list_files(run.path(FOLDER), ".json"):
         name = path.rsplit("/", 1)[1].removesuffix(".json")
         if not name.startswith(stage and f"{stage}-"):
             continue
         remedy = "delete it; what that attempt cost is then not counted"
-        said = files.read_object(run.path(FOLDER, f"{name}.json"), remedy)
-        if said is None:
+        data = files.read_object(run.path(FOLDER, f"{name}.json"), remedy)
+        if data is None:
             continue
-        about = {key: said[key] for key in ("stage", "inputs", "started", "made")}
-        found.append(Attempt(name=name, **about, spent=Spent.of(said)))
-    return found
+        fields = {key: data[key] for key in ("stage", "inputs", "started", "made")}
+        records.append(Attempt(name=name, **fields, spent=Spent.from_dict(data)))
+    return records
 
 
 def settle(run: Run, stage: str, inputs: str, made: str) -> None:
-    """A manifest holds these attempts: later ones at the same stage are not added to them."""
+    """Marks a stage's attempts as counted in a manifest, so that later attempts are not added to them."""
     for attempt in attempts(run, stage):
         if attempt.inputs == inputs and attempt.made is None:
             attempt._replace(made=made).write(run)
 
 
 def resources(run: Run, stage: str, inputs: str) -> dict[str, Any]:
-    """For the manifest of a stage that is done: the sum of the attempts that led to it, and how many there were."""
+    """The sum of the attempts that led to a finished stage, and their number, for the stage's manifest."""
     own = [a for a in attempts(run, stage) if a.inputs == inputs and a.made is None]
     return {"attempts": len(own), **total(own).as_dict()}
 
 
-def total(found: Iterable[Attempt]) -> Spent:
-    return sum((a.spent for a in found), Spent())
+def total(records: Iterable[Attempt]) -> Spent:
+    return sum((a.spent for a in records), Spent())
 
 
 def money(spent: Spent, stage: str, prices: PricesConfig | None) -> float | None:
-    """None without prices. What has no price costs nothing."""
+    """The price of a stage's resources; None if the run has no prices. What has no price costs nothing."""
     if prices is None:
         return None
     gpu = prices.gpu_hour
     if STAGES[stage].kind != "trains" and prices.generation_gpu_hour is not None:
         gpu = prices.generation_gpu_hour
     held = spent.gpu_seconds * (gpu or 0) + spent.cpu_seconds * (prices.cpu_hour or 0)
-    return held / HOUR + _tokens(spent.endpoint, prices)
+    return held / HOUR + _token_price(spent.endpoint, prices)
 
 
-def _tokens(used: Usage, prices: PricesConfig) -> float:
+def _token_price(used: Usage, prices: PricesConfig) -> float:
     price = prices.endpoint
     if price is None:
         return 0.0
@@ -130,26 +131,26 @@ def _tokens(used: Usage, prices: PricesConfig) -> float:
 
 
 def by_stage(run: Run, names: Iterable[str]) -> dict[str, Spent]:
-    """What each stage took that is done, by its manifest, or that is under way; others are left out."""
-    found, open_ = {}, [a for a in attempts(run) if a.made is None]
+    """What each stage took: a finished one by its manifest, one under way by its attempts. Others are left out."""
+    stages, unfinished = {}, [a for a in attempts(run) if a.made is None]
     for name in names:
         manifest = run.manifest(name)
         if manifest and manifest.get("resources"):
-            found[name] = Spent.of(manifest["resources"])
-        elif manifest is None and (own := [a for a in open_ if a.stage == name]):
-            found[name] = total(own)
-    return found
+            stages[name] = Spent.from_dict(manifest["resources"])
+        elif manifest is None and (own := [a for a in unfinished if a.stage == name]):
+            stages[name] = total(own)
+    return stages
 
 
-def over_budget(config: RunConfig, found: Iterable[Attempt]) -> str | None:
-    """Which limit these attempts have reached, and how to go on, in a line; None if none is."""
-    found = list(found)
-    whole = total(found)
+def over_budget(config: RunConfig, records: Iterable[Attempt]) -> str | None:
+    """One line on the limit that these attempts have reached, and how to go on; None if none is reached."""
+    records = list(records)
+    whole = total(records)
     used = {
         "gpu_hours": whole.gpu_seconds / HOUR,
         "cpu_hours": whole.cpu_seconds / HOUR,
         "wall_hours": whole.wall_seconds / HOUR,
-        "money": sum(money(a.spent, a.stage, config.prices) or 0.0 for a in found),
+        "money": sum(money(a.spent, a.stage, config.prices) or 0.0 for a in records),
     }
     for name, amount in used.items():
         limit = getattr(config.budget, name)

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a stage, whatever the libraries that run it make of the signal."""
+"""Makes sure that Ctrl-C ends a stage, whatever the libraries that run it do with the signal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 @contextmanager
 def interruptible(again_after: float = 5.0) -> Iterator[None]:
-    """Within, a Ctrl-C that reached this process leaves as KeyboardInterrupt.
+    """Makes a Ctrl-C during the block leave it as KeyboardInterrupt.
 
-    Ray Data loses one that arrives while it starts: raised inside a callback, it is printed and dropped. Ray
+    Ray Data loses an interrupt that arrives while it starts: raised inside a callback, it is printed and dropped. Ray
     Train's handler exits with code 0, as if all were done, and stays in place after training. So an interrupt is
-    raised again until it has ended the block, an exit becomes an interrupt, and the handler before is put back.
+    raised again until it has ended the block, an exit becomes an interrupt, and the previous handler is restored.
 
     Args:
-        again_after: seconds until an interrupt that was lost is raised once more.
+        again_after: seconds until a lost interrupt is raised once more.
     """
     main = threading.main_thread()
-    if threading.current_thread() is not main:  # signals are the main thread's
+    if threading.current_thread() is not main:  # only the main thread gets signals
         yield
         return
     assert main.ident is not None

@@ -1,7 +1,7 @@
-"""Whether what a stage needs has room on the cluster: asked before the start, since Ray waits without a word.
+"""Checks that a stage's resources fit on the cluster before it starts, since Ray waits silently for what never comes.
 
-Ray places bundles: so much of each resource, all on one node. So totals are not enough: four nodes with a GPU each have
-no room for an actor of four. What counts is nodes that are up, and nodes that an autoscaler may add.
+Ray places bundles: an amount of each resource, all on one node. Totals are not enough: four nodes with one GPU each
+have no room for an actor with four. Nodes that are up count, and nodes that an autoscaler may add.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts the autoscaler's configuration on the head, which is where a submitted job's driver runs."""
 _SECRETS = "/var/run/secrets/kubernetes.io/serviceaccount"
 _LABEL = "ray.io/node-group"
+_UNBOUNDED = 1 << 20
 MARK = 0.001
 """What a bundle takes of a resource that only marks nodes (`ray.training_nodes`)."""
 
@@ -25,14 +26,14 @@ Resources = Mapping[str, float]
 
 
 class Nodes(NamedTuple):
-    """Nodes that are alike: up, or such as may be added."""
+    """A number of nodes with the same resources: up, or ones that may be added."""
 
     resources: Resources
     number: int
 
 
-class Need(NamedTuple):
-    """Bundles that are alike, all of them at once."""
+class ResourceNeed(NamedTuple):
+    """A number of equal bundles that are needed at the same time."""
 
     bundle: Resources
     number: int
@@ -40,55 +41,59 @@ class Need(NamedTuple):
 
 class Cluster(NamedTuple):
     up: list[Nodes]
-    more: list[Nodes] | None
-    """What an autoscaler may add to them; None where it does not say."""
+    addable: list[Nodes] | None
+    """What an autoscaler may add. None if it does not say."""
 
 
 def bundle(
     cpus: float, gpus: float, nodes: str | None, beside: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """What one actor or worker takes, on nodes with a mark where there is one."""
+    """The resources of one actor or worker, restricted to marked nodes if `nodes` names a mark."""
     return {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | marks(nodes) | dict(beside or {})
 
 
 def marks(nodes: str | None) -> dict[str, float]:
+    """The resource that keeps a bundle on the nodes with a mark; empty without one."""
     return {nodes: MARK} if nodes else {}
 
 
-def check(config: RunConfig, what: str, needs: Sequence[Need], remedy: str) -> None:
-    """Says at once what would never start.
+def check(config: RunConfig, what: str, needs: Sequence[ResourceNeed], remedy: str) -> None:
+    """Stops a stage that could never start.
 
     Args:
         what: the settings that need it, with their values.
         remedy: which of them to change, and how.
 
     Raises:
-        InputError: the cluster has no room for all of it, grown as far as it can grow.
+        InputError: the cluster has no room for all of it, even grown as far as it can grow.
     """
-    cluster = look(config)
-    if cluster.more is None:
+    cluster = read_cluster(config)
+    if cluster.addable is None:
         return
-    found = room(needs, cluster)
-    if all(n == need.number for n, need in zip(found, needs, strict=True)):
+    placed = count_placed(needs, cluster)
+    if all(n == need.number for n, need in zip(placed, needs, strict=True)):
         return
-    asked = {kind for need in needs for kind in need.bundle}
-    lacking = next(i for i, need in enumerate(needs) if found[i] < need.number)
-    wanted = " and ".join(f"{need.number} x {_show(need.bundle, asked)}" for need in needs)
-    which = f" of {_show(needs[lacking].bundle, asked)}" if len(needs) > 1 else ""
+    kinds = {kind for need in needs for kind in need.bundle}
+    short = next(i for i, need in enumerate(needs) if placed[i] < need.number)
+    needed = " and ".join(f"{need.number} x {_show(need.bundle, kinds)}" for need in needs)
+    which = f" of {_show(needs[short].bundle, kinds)}" if len(needs) > 1 else ""
     raise InputError(
-        f"{what}: needs {wanted}, each on one node, and there is room for {found[lacking]}{which}; "
-        f"the cluster has {_list(cluster.up, asked)} and {_may_add(cluster.more, asked)}; {remedy}"
+        f"{what}: needs {needed}, each on one node, and there is room for {placed[short]}{which}; "
+        f"the cluster has {_list(cluster.up, kinds)} and {_may_add(cluster.addable, kinds)}; {remedy}"
     )
 
 
-def room(needs: Sequence[Need], cluster: Cluster) -> list[int]:
-    """How many of each need find a place, together: the largest first, where they leave least behind."""
-    nodes = [*cluster.up, *(cluster.more or [])]
-    found = [0] * len(needs)
+def count_placed(needs: Sequence[ResourceNeed], cluster: Cluster) -> list[int]:
+    """How many bundles of each need find room if all are placed together.
+
+    The largest bundles are placed first, each where it leaves the least behind.
+    """
+    nodes = [*cluster.up, *(cluster.addable or [])]
+    placed = [0] * len(needs)
     for i in sorted(range(len(needs)), key=lambda i: _size(needs[i].bundle), reverse=True):
         need, left = needs[i].bundle, needs[i].number
-        # CPUs are taken from nodes without a GPU first. What is up comes before what may come.
-        for place in sorted(range(len(nodes)), key=lambda n: _spares(nodes[n].resources, need)):
+        # Nodes without a GPU give their CPUs first. Nodes that are up come before those that may be added.
+        for place in sorted(range(len(nodes)), key=lambda n: _wastes_gpu(nodes[n].resources, need)):
             resources, count = nodes[place]
             each = _fit(need, resources, left)
             if not each or not count:
@@ -96,69 +101,65 @@ def room(needs: Sequence[Need], cluster: Cluster) -> list[int]:
             full, rest = divmod(min(left, each * count), each)
             nodes[place] = Nodes(resources, count - full - bool(rest))
             for bundles, times in ((each, full), (rest, bool(rest))):
-                less = {k: v - need.get(k, 0) * bundles for k, v in resources.items()}
-                nodes.append(Nodes(less, int(times)))
+                rest_of_node = {k: v - need.get(k, 0) * bundles for k, v in resources.items()}
+                nodes.append(Nodes(rest_of_node, int(times)))
             left -= full * each + rest
-        found[i] = needs[i].number - left
-    return found
+        placed[i] = needs[i].number - left
+    return placed
 
 
-def look(config: RunConfig) -> Cluster:
+def read_cluster(config: RunConfig) -> Cluster:
     """The cluster that this process is connected to."""
     import ray
 
     # Ray's own order is by random ids.
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: _size(node["Resources"]))
     groups = [node["Labels"].get(_LABEL) for node in alive]
-    kinds = _kinds(config)
+    kinds = _autoscaled_kinds(config)
     if kinds is None:
-        more = None
+        addable = None
     else:
-        more = [Nodes(k.resources, k.number - groups.count(name)) for name, k in kinds.items()]
-        more = [k for k in more if k.number > 0]
-    return Cluster([Nodes(node["Resources"], 1) for node in alive], more)
+        addable = [Nodes(k.resources, k.number - groups.count(name)) for name, k in kinds.items()]
+        addable = [k for k in addable if k.number > 0]
+    return Cluster([Nodes(node["Resources"], 1) for node in alive], addable)
 
 
-def _kinds(config: RunConfig) -> dict[str, Nodes] | None:
-    """Kinds of nodes that an autoscaler keeps, with its bounds, by name. None where it does not say.
+def _autoscaled_kinds(config: RunConfig) -> dict[str, Nodes] | None:
+    """Kinds of nodes that an autoscaler keeps, by name, with its bounds. None if it does not say.
 
-    Ray has no interface for it: the autoscaler's own configuration is read where it has it from.
+    Ray has no interface for this, so the autoscaler's configuration is read from where the autoscaler has it.
     """
-    groups = reported_node_groups()
-    if groups:  # a platform with an autoscaler of its own
-        return {g.name: Nodes(g.resources, g.max_count if g.max_count >= 0 else 1 << 20) for g in groups}
+    if groups := reported_node_groups():
+        return {g.name: Nodes(g.resources, g.max_count if g.max_count >= 0 else _UNBOUNDED) for g in groups}
     named = config.ray.autoscaling_config
     if not (named or config.ray.address or os.environ.get("RAY_ADDRESS")):
-        return {}  # started here
+        return {}  # a local cluster has no autoscaler
     path = os.path.expanduser(named or BOOTSTRAP)
     if os.path.exists(path):
         import yaml
 
         with open(path, encoding="utf-8") as f:
-            return kinds_of(yaml.safe_load(f))
+            return worker_kinds(yaml.safe_load(f))
     if named:
         raise InputError(f"ray.autoscaling_config={named}: there is no such file")
-    name = os.environ.get("RAY_CLUSTER_NAME")  # the Kubernetes operator's
-    return _kubernetes(name) if name and os.path.exists(_SECRETS) else {}
+    name = os.environ.get("RAY_CLUSTER_NAME")  # set by the Kubernetes operator
+    if not (name and os.path.exists(_SECRETS)):
+        return {}
+    with open(f"{_SECRETS}/namespace", encoding="utf-8") as f:
+        autoscaling = kubernetes_config(name, f.read().strip())
+    if autoscaling is None:
+        return None
+    return worker_kinds(autoscaling) if autoscaling else {}
 
 
-def kinds_of(autoscaling: Mapping[str, Any]) -> dict[str, Nodes]:
-    """Of a configuration as `ray up` takes it."""
-    most = int(autoscaling.get("max_workers", 1 << 20))
+def worker_kinds(autoscaling: Mapping[str, Any]) -> dict[str, Nodes]:
+    """Kinds of worker nodes, by name, in a configuration as `ray up` takes it."""
+    most = int(autoscaling.get("max_workers", _UNBOUNDED))
     return {
         name: Nodes(kind.get("resources", {}), min(most, int(kind.get("max_workers", most))))
         for name, kind in autoscaling["available_node_types"].items()
         if name != autoscaling["head_node_type"]
     }
-
-
-def _kubernetes(name: str) -> dict[str, Nodes] | None:
-    """Of the RayCluster that this pod belongs to. The operator lets a head read it where autoscaling is on."""
-    with open(f"{_SECRETS}/namespace", encoding="utf-8") as f:
-        config = kubernetes_config(name, f.read().strip())
-    if not config:
-        return None if config is None else {}
-    return kinds_of(config)
 
 
 def _fit(need: Resources, resources: Resources, most: int) -> int:
@@ -170,24 +171,24 @@ def _size(need: Resources) -> tuple[float, float]:
     return need.get("GPU", 0), need.get("CPU", 0)
 
 
-def _spares(resources: Resources, need: Resources) -> bool:
+def _wastes_gpu(resources: Resources, need: Resources) -> bool:
     """Whether the node has a GPU that the bundle would leave idle."""
     return resources.get("GPU", 0) > 0 and not need.get("GPU")
 
 
-def _show(resources: Resources, asked: Iterable[str]) -> str:
-    shown = {k: resources.get(k, 0) for k in ("CPU", "GPU") if k in asked or resources.get(k)}
-    marked = [k for k in sorted(asked) if k not in shown and k in resources]
+def _show(resources: Resources, kinds: Iterable[str]) -> str:
+    shown = {k: resources.get(k, 0) for k in ("CPU", "GPU") if k in kinds or resources.get(k)}
+    marked = [k for k in sorted(kinds) if k not in shown and k in resources]
     return "{" + ", ".join([*(f"{k}: {v:g}" for k, v in shown.items()), *marked]) + "}"
 
 
-def _list(kinds: Iterable[Nodes], asked: Iterable[str]) -> str:
-    counted: dict[str, int] = {}
-    for kind in kinds:
-        shown = _show(kind.resources, asked)
-        counted[shown] = counted.get(shown, 0) + kind.number
-    return ", ".join(f"{n} {'node' if n == 1 else 'nodes'} of {shown}" for shown, n in counted.items())
+def _list(nodes: Iterable[Nodes], kinds: Iterable[str]) -> str:
+    numbers: dict[str, int] = {}
+    for group in nodes:
+        shown = _show(group.resources, kinds)
+        numbers[shown] = numbers.get(shown, 0) + group.number
+    return ", ".join(f"{n} {'node' if n == 1 else 'nodes'} of {shown}" for shown, n in numbers.items())
 
 
-def _may_add(kinds: Sequence[Nodes], asked: Iterable[str]) -> str:
-    return f"an autoscaler that may add {_list(kinds, asked)}" if kinds else "no autoscaler that adds more"
+def _may_add(nodes: Sequence[Nodes], kinds: Iterable[str]) -> str:
+    return f"an autoscaler that may add {_list(nodes, kinds)}" if nodes else "no autoscaler that adds more"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    pass
+from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """Tokens: of prompts, of them found in the prefix cache, and generated; and how often an engine was asked."""
+    """Token counts of engine calls, and the number of calls."""
 
     prompt: int = 0
     cached: int = 0
+    """Those of the prompt tokens that were in the prefix cache."""
     generated: int = 0
     calls: int = 0
 

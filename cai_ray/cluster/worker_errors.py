@@ -1,4 +1,4 @@
-"""Errors of Ray's workers as the errors that they are."""
+"""Raises errors of Ray's workers here as what they were there."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from cai_ray.errors import InputError
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """An InputError in a worker of Ray Data, or what the system refused it, is one here: Ray keeps its text alone, in
-    the worker's traceback."""
+    """Raises a worker's InputError or OSError as such.
+
+    Ray Data wraps a worker's errors, and keeps nothing of them but the text of the traceback.
+    """
     from ray.exceptions import RayError
 
     try:
         yield
     except RayError as e:
-        if at_fault := input_error(str(e)):
-            raise at_fault from e
-        told = re.search(r"^\w+: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?$", str(e), re.MULTILINE)
-        if told is not None:
-            raise OSError(int(told[1]), told[2], told[3]) from e
+        if error := input_error(str(e)):
+            raise error from e
+        refused = re.search(r"^\w+: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?$", str(e), re.MULTILINE)
+        if refused is not None:
+            raise OSError(int(refused[1]), refused[2], refused[3]) from e
         raise
 
 
 def input_error(traceback: str) -> InputError | None:
-    """The one that a worker's traceback ends with."""
-    told = re.search(r"^cai_ray\.errors\.InputError: (.+)$", traceback, re.MULTILINE)
-    return InputError(told[1]) if told else None
+    """The InputError that a worker's traceback ends with, if it ends with one."""
+    match = re.search(r"^cai_ray\.errors\.InputError: (.+)$", traceback, re.MULTILINE)
+    return InputError(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""The constitution as code: the document and its hashes, its second form in Markdown, lint, diff, import of votes."""
+"""The constitution as code: the document and its hashes, its form in Markdown, lint, differences, import of votes."""
 
 from cai_ray.constitution.document import Constitution as Constitution
 from cai_ray.constitution.document import Principle as Principle

@@ -1,4 +1,4 @@
-"""What an edit changes: two constitutions principle by principle, and their wording word by word."""
+"""What an edit changed: two constitutions compared by principle, and their wording by word."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any, Literal, NamedTuple
 
 from cai_ray.constitution.document import Constitution, Principle
 
-What = Literal["added", "removed", "changed", "described"]
+Kind = Literal["added", "removed", "changed", "described"]
 WORDING = ("title", "text", "critique_request", "revision_request", "comparison", "source")
 
 
 class Change(NamedTuple):
     principle: str
-    what: What
-    """`described`: only what no model reads has changed (`Principle.sha` is the same)."""
+    what: Kind
+    """`described`: only text that no model reads has changed (`Principle.sha` is the same)."""
     fields: dict[str, tuple[Any, Any]]
-    """Before and after, of each field that differs."""
+    """Each field that differs, before and after."""
 
 
 def differences(before: Constitution, after: Constitution) -> list[Change]:
-    """In the order of `after`, then what was removed; a principle is known by its id."""
+    """The changes in the order of `after`, then the removed principles. A principle is known by its id."""
     old = {p.id: p for p in before.principles}
     new = {p.id: p for p in after.principles}
-    found = []
+    changes = []
     for name, p in new.items():
         if name not in old:
-            found.append(Change(name, "added", _fields(None, p)))
+            changes.append(Change(name, "added", _fields(None, p)))
         elif fields := _fields(old[name], p):
             same = (old[name].sha, old[name].enabled) == (p.sha, p.enabled)
-            found.append(Change(name, "described" if same else "changed", fields))
-    return found + [Change(name, "removed", _fields(p, None)) for name, p in old.items() if name not in new]
+            changes.append(Change(name, "described" if same else "changed", fields))
+    return changes + [Change(name, "removed", _fields(p, None)) for name, p in old.items() if name not in new]
 
 
 def _fields(before: Principle | None, after: Principle | None) -> dict[str, tuple[Any, Any]]:
@@ -45,7 +45,7 @@ def _fields(before: Principle | None, after: Principle | None) -> dict[str, tupl
 
 
 def lines(changes: list[Change]) -> Iterator[str]:
-    """For a terminal: wording as `[-gone-]` and `{+come+}`, other fields as before -> after."""
+    """The changes for a terminal: wording as `[-removed-]` and `{+added+}`, other fields as before -> after."""
     for change in changes:
         yield f"{change.principle}: {change.what}"
         for name, (before, after) in change.fields.items():
@@ -57,7 +57,7 @@ def lines(changes: list[Change]) -> Iterator[str]:
 
 
 def words(before: str, after: str) -> str:
-    """A text with what has gone as `[-…-]` and what has come as `{+…+}`, by words."""
+    """A text with removed words as `[-…-]` and added ones as `{+…+}`."""
     old, new = before.split(), after.split()
     out = []
     for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():

@@ -1,7 +1,7 @@
-"""The document: principles, validated, with a content hash for each and over all.
+"""The document: validated principles, with a content hash for each and for all together.
 
-The hash covers what changes a model's behaviour (texts, requests, weights, which principles are enabled) and
-leaves out what does not (sources, tags, examples, file layout), so that a better citation does not invalidate a run.
+The hash covers what changes a model's behaviour (texts, requests, weights, which principles are enabled) and leaves out
+what does not (sources, tags, examples, file layout), so that a better citation does not invalidate a run.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from cai_ray.constitution import markdown
 from cai_ray.errors import InputError
 
 
-class _Part(BaseModel):
+class _DocumentPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Example(_Part):
-    """A response to a prompt, by which `cai-ray constitution test` measures a principle."""
+class ExampleResponse(_DocumentPart):
+    """A response to a prompt, with which `cai-ray constitution test` tests a principle."""
 
     prompt: str = Field(min_length=1)
     response: str = Field(min_length=1)
 
 
-class Examples(_Part):
-    violates: tuple[Example, ...] = ()
-    """What a critique by this principle must find fault with."""
-    follows: tuple[Example, ...] = ()
-    """What it must not."""
+class Examples(_DocumentPart):
+    violates: tuple[ExampleResponse, ...] = ()
+    """Responses that a critique by this principle must find fault with."""
+    follows: tuple[ExampleResponse, ...] = ()
+    """Responses that it must not find fault with."""
 
 
-class Principle(_Part):
+class Principle(_DocumentPart):
     """One principle, in the words that the critique, revision and feedback models read."""
 
     id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -46,22 +46,22 @@ class Principle(_Part):
     critique_request: str = Field(min_length=1)
     revision_request: str = Field(min_length=1)
     comparison: str = Field(min_length=1)
-    """The question put to the feedback model when two responses are compared."""
+    """The question to the feedback model when two responses are compared."""
     form: Literal["positive", "negative"] = "positive"
     """Whether `comparison` asks for the better response or for the worse one."""
     source: str = ""
     tags: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
-    """Families of prompts in which it is meant to be at stake."""
+    """Families of prompts in which the principle is expected to be at stake."""
     priority: int = Field(default=0, ge=0)
-    """1 goes before 2 where principles conflict, for people who read reports; 0 is none. Votes have weights."""
+    """For readers of reports: 1 goes before 2 if principles conflict, and 0 is no priority. Votes use `weight`."""
     weight: float = Field(default=1.0, gt=0)
     enabled: bool = True
     examples: Examples = Examples()
 
     @property
     def sha(self) -> str:
-        """Hash of what changes behaviour, `enabled` left out: a disabled principle keeps its identity."""
+        """Hash of what changes behaviour, without `enabled`: a disabled principle keeps its identity."""
         parts = [
             self.id,
             self.text,
@@ -73,15 +73,15 @@ class Principle(_Part):
         return _sha([*parts, self.form] if self.form == "negative" else parts)
 
 
-class SignOff(_Part):
-    """Who stands for this version of the document, and since when."""
+class SignOff(_DocumentPart):
+    """Who approves this version of the document, and since when."""
 
     name: str = Field(min_length=1)
     date: str = Field(default="", pattern=r"^(\d{4}-\d{2}-\d{2})?$")
     note: str = ""
 
 
-class Constitution(_Part):
+class Constitution(_DocumentPart):
     """A named, versioned list of principles."""
 
     name: str = Field(min_length=1)
@@ -91,7 +91,7 @@ class Constitution(_Part):
     authors: tuple[str, ...] = ()
     sign_off: tuple[SignOff, ...] = ()
     sources: tuple[str, ...] = ()
-    """Documents that principles draw on, where one line (`source`) is not enough."""
+    """Documents that principles draw on, if one line (`source`) is not enough."""
     principles: tuple[Principle, ...] = Field(min_length=1)
 
     @field_validator("principles")
@@ -114,23 +114,25 @@ class Constitution(_Part):
         return [p for p in self.principles if p.enabled]
 
     def without(self, ids: Iterable[str]) -> Constitution:
-        """The same document with some of its principles off.
+        """The same document with some of its principles disabled.
 
         Raises:
-            InputError: it has no such principle, or none is left.
+            InputError: it has no such principle, or no enabled principle would be left.
         """
         ids = set(ids)
         if unknown := sorted(ids - {p.id for p in self.principles}):
-            known = ", ".join(p.id for p in self.principles)
+            ids_here = ", ".join(p.id for p in self.principles)
             raise InputError(
-                f"without {unknown[0]}: constitution {self.name} has no such principle; it has {known}"
+                f"without {unknown[0]}: constitution {self.name} has no such principle; it has {ids_here}"
             )
         if all(p.id in ids for p in self.enabled):
             raise InputError(
                 f"without {', '.join(sorted(ids))}: no principle of {self.name} is left; leave one"
             )
-        kept = tuple(p.model_copy(update={"enabled": p.enabled and p.id not in ids}) for p in self.principles)
-        return self.model_copy(update={"principles": kept})
+        principles = tuple(
+            p.model_copy(update={"enabled": p.enabled and p.id not in ids}) for p in self.principles
+        )
+        return self.model_copy(update={"principles": principles})
 
     def __getitem__(self, principle_id: str) -> Principle:
         for principle in self.principles:
@@ -139,7 +141,7 @@ class Constitution(_Part):
         raise KeyError(principle_id)
 
     def to_yaml(self) -> str:
-        """Without what is as it would be anyway, but for the fields that every principle has."""
+        """The YAML form, without optional fields that have their defaults."""
         data = self.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
@@ -148,7 +150,7 @@ def load(path: str | Path) -> Constitution:
     """Reads a constitution: YAML, or a document in Markdown (`*.md`, constitution/markdown.py).
 
     Raises:
-        InputError: the file is missing or cannot be read, or a principle lacks a field.
+        InputError: the file does not exist or cannot be read, or the document is not valid (see `parse`).
     """
     path = find(path)
     try:
@@ -162,10 +164,10 @@ def load(path: str | Path) -> Constitution:
 
 
 def parse(data: Any, name: str) -> Constitution:
-    """A constitution from what YAML gave.
+    """A constitution from plain data, as YAML gives it.
 
     Raises:
-        InputError: a field is missing, not known, or not what it should be; the line names the principle.
+        InputError: a field is missing, unknown or not valid; the message names the principle.
     """
     if not isinstance(data, dict):
         raise InputError(f"constitution {name}: a mapping with `name` and `principles` is needed")
@@ -184,30 +186,30 @@ def parse(data: Any, name: str) -> Constitution:
 
 
 def find(path: str | Path) -> Path:
-    """A path as given, or the name of a constitution that ships with the package."""
-    given = Path(path)
-    if given.exists():
-        return given
+    """The file of a constitution: a path as given, or the name of one that ships with the package."""
+    file = Path(path)
+    if file.exists():
+        return file
     shipped = Path(__file__).parents[1] / "constitutions"
-    for candidate in (shipped / given.name, shipped / f"{given.name}.yaml", shipped / f"{given.name}.md"):
-        if len(given.parts) == 1 and candidate.exists():
+    for candidate in (shipped / file.name, shipped / f"{file.name}.yaml", shipped / f"{file.name}.md"):
+        if len(file.parts) == 1 and candidate.exists():
             return candidate
     names = ", ".join(shipped_names())
-    raise InputError(f"constitution {given}: no such file; give a path, or one of: {names}")
+    raise InputError(f"constitution {file}: no such file; give a path, or one of: {names}")
 
 
 def shipped_names() -> list[str]:
-    """The constitutions that come with the package, which are named without a path."""
+    """The names of the constitutions that ship with the package."""
     folder = Path(__file__).parents[1] / "constitutions"
     return sorted(p.stem for kind in ("*.yaml", "*.md") for p in folder.glob(kind))
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of the YAML form: editors complete by it (`constitution.schema.json`)."""
-    made = Constitution.model_json_schema()
+    """The JSON Schema of the YAML form, with which editors complete and check a file."""
+    fields = Constitution.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **made,
+        **fields,
         "title": "cai_ray constitution",
     }
 

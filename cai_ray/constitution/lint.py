@@ -1,7 +1,7 @@
-"""What can be found wrong with a constitution by reading it: slips of form, of wording and of balance.
+"""Finds faults of a constitution by reading it: in its form, its wording and its balance.
 
-A finding names the principle, what is wrong and the remedy. An error is what a run would suffer from; a warning what a
-careful author would change; a note what is missing and may stay so.
+A finding names the principle, what is wrong and the remedy. An error would harm a run; a warning is what a careful
+author would change; a note is what is missing and may stay so.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ TEXTS = ("text", "critique_request", "revision_request", "comparison")
 NEAR = 0.7
 """Overlap of two principles' sets of 5-grams (Jaccard) at which they count as near-duplicates."""
 LONG_TEXT, LONG_SENTENCE = 80, 45
-"""Words, over which a small model loses the thread."""
+"""Numbers of words above which a small model loses the thread."""
 UNEQUAL, HEAVY = 4.0, 5.0
-"""Requests whose lengths differ by this factor; the heaviest principle's weight over the median's."""
+"""The factor by which the lengths of two requests may differ, and a weight may differ from the median."""
 
 GUESSES = 10
-"""Misspelt words that a guess is looked for: each takes a hundredth of a second."""
+"""The number of misspelt words that get a guess. Each takes a hundredth of a second."""
 
-# The marks by which template sets and chat formats tell the parts of a prompt apart. Text is data and breaks none, but
-# a model that reads them inside a principle may take it for the next part.
+# The marks by which template sets and chat formats separate the parts of a prompt. A text cannot break them, but a
+# model that reads such a mark inside a principle may take it for the next part.
 MARKS = re.compile(
     r"<\|[^|>]*\|>|\[/?INST\]|</?s>|^\s*#{1,6} |\([AB]\)|^\s*(?:system|user|assistant|human|person)\s*:|\{[a-z_]+\}",
     re.IGNORECASE | re.MULTILINE,
@@ -47,20 +47,20 @@ class Finding(NamedTuple):
     level: Level
     check: str
     principle: str | None
-    """Its id; None for the document."""
+    """The principle's id; None if the finding concerns the document."""
     message: str
     remedy: str
 
 
 def lint(document: Constitution) -> list[Finding]:
-    """All findings, errors first, then in the order of the document."""
-    found = [f for check in CHECKS for f in check(document)]
+    """All findings: errors first, then in the order of the document."""
+    findings = [f for check in CHECKS for f in check(document)]
     order = {p.id: i for i, p in enumerate(document.principles)}
-    return sorted(found, key=lambda f: (LEVELS.index(f.level), order.get(f.principle or "", -1)))
+    return sorted(findings, key=lambda f: (LEVELS.index(f.level), order.get(f.principle or "", -1)))
 
 
 def duplicates(document: Constitution) -> Iterator[Finding]:
-    """Texts that are the same, or nearly (MinHash over 5-grams, all against all by locality-sensitive hashing)."""
+    """Texts that are equal, or nearly (MinHash over 5-grams, all against all by locality-sensitive hashing)."""
     same: dict[tuple[str, str], str] = {}
     finders = {name: RMinHashDeduplicator(NEAR, 128, use_lsh=True, seed=0) for name in TEXTS}
     for p in document.principles:
@@ -71,7 +71,7 @@ def duplicates(document: Constitution) -> Iterator[Finding]:
                     "error",
                     "duplicate",
                     p.id,
-                    f"{name} is that of {first!r}",
+                    f"{name} is the same as that of {first!r}",
                     "leave one of them out, or reword it",
                 )
                 continue
@@ -83,14 +83,14 @@ def duplicates(document: Constitution) -> Iterator[Finding]:
                     "warning",
                     "near_duplicate",
                     p.id,
-                    f"{name} is nearly that of {sorted(near)[0]!r}",
+                    f"{name} is nearly the same as that of {sorted(near)[0]!r}",
                     "say what sets them apart, or merge them",
                 )
             finders[name].add(p.id, signature)
 
 
 def sides(document: Constitution) -> Iterator[Finding]:
-    """A critique and a revision that do not belong together, and a question that asks for the other side."""
+    """Critique and revision requests that do not belong together, and comparisons that ask for the wrong side."""
     for p in document.principles:
         critique, revision = len(p.critique_request.split()), len(p.revision_request.split())
         if max(critique, revision) > UNEQUAL * min(critique, revision):
@@ -107,7 +107,7 @@ def sides(document: Constitution) -> Iterator[Finding]:
                 "error",
                 "asks_for_the_worse",
                 p.id,
-                f"comparison asks for what is {worse[0]!r}, and its answer counts as the better response",
+                f"comparison asks for what is {worse[0]!r}, but its answer counts as the better response",
                 "ask for the better response, or set `form: negative`",
             )
         elif p.form == "negative" and not worse:
@@ -115,12 +115,13 @@ def sides(document: Constitution) -> Iterator[Finding]:
                 "warning",
                 "asks_for_the_better",
                 p.id,
-                "form is negative, and comparison does not seem to ask for the worse response",
+                "form is negative, but comparison does not seem to ask for the worse response",
                 "ask for the worse response, or leave `form` out",
             )
 
 
 def lengths(document: Constitution) -> Iterator[Finding]:
+    """Texts and sentences that are too long."""
     for p in document.principles:
         for name in TEXTS:
             words = getattr(p, name).split()
@@ -131,33 +132,37 @@ def lengths(document: Constitution) -> Iterator[Finding]:
                     "length",
                     p.id,
                     f"{name} has {len(words)} words",
-                    f"say it in {LONG_TEXT} or fewer",
+                    f"say it in {LONG_TEXT} words or fewer",
                 )
             elif sentence > LONG_SENTENCE:
                 yield Finding(
-                    "warning", "length", p.id, f"{name} has a sentence of {sentence} words", "make two of it"
+                    "warning", "length", p.id, f"{name} has a sentence of {sentence} words", "split it"
                 )
 
 
 def weights(document: Constitution) -> Iterator[Finding]:
-    """Principles that outweigh all others, or one another by far."""
+    """Principles that outweigh all others together, or whose weight is far from the others'."""
     enabled = document.enabled
     total = sum(p.weight for p in enabled)
     middle = median_low(p.weight for p in enabled)
     for p in enabled:
         if len(enabled) > 2 and p.weight > total / 2:
-            message = f"its weight {p.weight:g} is more than that of all others together"
+            message = f"its weight {p.weight:g} is more than all other weights together"
         elif p.weight > HEAVY * middle or p.weight * HEAVY < middle:
-            message = f"its weight {p.weight:g} is far from the median's, {middle:g}"
+            message = f"its weight {p.weight:g} is far from the median weight, {middle:g}"
         else:
             continue
         yield Finding(
-            "warning", "weight", p.id, message, "weigh it nearer to the others, or say why in its source"
+            "warning",
+            "weight",
+            p.id,
+            message,
+            "choose a weight nearer to the others, or give the reason in its source",
         )
 
 
 def marks(document: Constitution) -> Iterator[Finding]:
-    """What looks like a part of a prompt's structure."""
+    """Marks that look like the structure of a prompt."""
     for p in document.principles:
         for name in TEXTS:
             if mark := MARKS.search(getattr(p, name)):
@@ -165,13 +170,13 @@ def marks(document: Constitution) -> Iterator[Finding]:
                     "warning",
                     "mark",
                     p.id,
-                    f"{name} holds {mark[0].strip()!r}, which a model may take for the next part of its prompt",
+                    f"{name} contains {mark[0].strip()!r}, which a model may take for the next part of its prompt",
                     "say it in words",
                 )
 
 
 def evidence(document: Constitution) -> Iterator[Finding]:
-    """Principles without a source, without examples of both kinds, or made of their text alone."""
+    """Principles without a source or without examples of both kinds, and a document without a source."""
     for p in document.principles:
         if not p.source:
             yield Finding("note", "source", p.id, "no source", "name what it draws on")
@@ -205,7 +210,7 @@ def spelling(document: Constitution) -> Iterator[Finding]:
         if word in unknown:
             guess = guesses.get(word, word)
             remedy = f"did you mean {guess!r}?" if guess and guess != word else "is it a word?"
-            yield Finding("warning", "spelling", name, f"{word!r} is in no dictionary", remedy)
+            yield Finding("warning", "spelling", name, f"{word!r} is not in the dictionary", remedy)
 
 
 CHECKS: Sequence[Callable[[Constitution], Iterator[Finding]]] = (
@@ -218,12 +223,12 @@ def _plain(text: str) -> str:
 
 
 def _american(word: str) -> set[str]:
-    """How the dictionary writes a word of British spelling."""
+    """How the American dictionary may write a word of British spelling."""
     pairs = (("our", "or"), ("is", "iz"), ("ys", "yz"), ("ll", "l"), ("tre", "ter"), ("ence", "ense"))
     return {word.replace(british, american) for british, american in pairs}
 
 
 def _words(p: Principle) -> set[str]:
-    """Lower-case words; names and abbreviations are nobody's misspelling."""
+    """Words in lower case. Names and abbreviations are left out, since no dictionary has them all."""
     texts = " ".join(getattr(p, name) for name in TEXTS)
     return set(re.findall(r"(?<![\w'-])[a-z]{3,}(?![\w'-])", texts))

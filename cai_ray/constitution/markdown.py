@@ -18,10 +18,10 @@
     revision_request: Rewrite the response without ...
     ```
 
-A heading with text of its own and without headings below it is a principle; one with headings below it is a section,
-and the number of the section is its principles' priority. What stands in a block of YAML are fields of the principle as
-in the YAML form, all optional; requests that are not given are made of the text. `principle: false` leaves a heading
-out. The metadata at the top is that of the YAML form, too.
+A heading with text of its own and no headings below it is a principle. A heading with others below it is a section; the
+number of the section is its principles' priority. A block of YAML gives fields of the principle as in the YAML form,
+all optional; missing requests are made from the text. `principle: false` leaves a heading out. The metadata at the top
+has the fields of the YAML form, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REQUESTS = {
     "revision_request": "Rewrite the response so that it follows this principle, and keep what was good in it: {text}",
     "comparison": "Which response follows this principle better? {text}",
 }
-"""Of a principle that has a text alone."""
+"""The requests of a principle that has only a text."""
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Heading:
 
 
 def read(text: str, stem: str) -> dict[str, Any]:
-    """What the YAML form of the document would give.
+    """The data of the document's YAML form.
 
     Args:
-        stem: of the file: its name, if the document has none.
+        stem: the file's stem, which is the name of a document without one.
 
     Raises:
-        yaml.YAMLError: the metadata or the fields of a principle are no YAML.
+        yaml.YAMLError: the metadata or the fields of a principle are not valid YAML.
     """
     meta, body = _metadata(text)
     headings = _headings(body)
@@ -71,9 +71,9 @@ def read(text: str, stem: str) -> dict[str, Any]:
             continue
         if heading.texts or heading.fields:
             principles.append(_principle(heading, section))
-    described = {"description": " ".join(title.texts)} if title and title.texts else {}
+    description = {"description": " ".join(title.texts)} if title and title.texts else {}
     name = _slug(title.title) if title else stem
-    return {"name": name or stem, **described, **meta, "principles": principles}
+    return {"name": name or stem, **description, **meta, "principles": principles}
 
 
 def _metadata(text: str) -> tuple[dict[str, Any], str]:
@@ -90,26 +90,26 @@ def _headings(body: str) -> list[Heading]:
     from markdown_it import MarkdownIt
 
     lines = body.splitlines()
-    found: list[Heading] = []
+    headings: list[Heading] = []
     tokens = MarkdownIt("commonmark").parse(body)
     for i, token in enumerate(tokens):
         if token.level != 0 or token.nesting == -1:
-            continue  # what stands inside a block is read with the block
+            continue  # the content of a block is read with the block
         if token.type == "heading_open":
-            found.append(Heading(int(token.tag[1:]), tokens[i + 1].content))
-        elif not found or token.map is None or token.type == "html_block":
+            headings.append(Heading(int(token.tag[1:]), tokens[i + 1].content))
+        elif not headings or token.map is None or token.type == "html_block":
             continue
         elif token.type == "fence" and token.info.strip() in ("yaml", "yml"):
-            found[-1].fields |= _mapping(token.content, f"the fields of {found[-1].title!r}")
+            headings[-1].fields |= _mapping(token.content, f"the fields of {headings[-1].title!r}")
         else:
-            found[-1].texts.append(" ".join(line.strip() for line in lines[slice(*token.map)]).strip())
-    return found
+            headings[-1].texts.append(" ".join(line.strip() for line in lines[slice(*token.map)]).strip())
+    return headings
 
 
 def _mapping(text: str, what: str) -> dict[str, Any]:
     data = yaml.safe_load(text) or {}
     if not isinstance(data, dict):
-        raise yaml.YAMLError(f"{what} are no mapping of fields")
+        raise yaml.YAMLError(f"{what} are not a mapping")
     return data
 
 
@@ -117,15 +117,20 @@ def _principle(heading: Heading, section: int) -> dict[str, Any]:
     anchor = ANCHOR.search(heading.title)
     title = ANCHOR.sub("", heading.title)
     text = str(heading.fields.get("text", "\n\n".join(heading.texts)))
-    known = {"id": anchor[1] if anchor else _slug(title), "title": title, "text": text, **made_of(text)}
-    return {**known, "priority": section, **heading.fields}
+    fields = {
+        "id": anchor[1] if anchor else _slug(title),
+        "title": title,
+        "text": text,
+        **default_requests(text),
+    }
+    return {**fields, "priority": section, **heading.fields}
 
 
-def made_of(text: str) -> dict[str, str]:
-    """The requests and the question of a principle that has a text alone."""
+def default_requests(text: str) -> dict[str, str]:
+    """The requests and the comparison of a principle that has only a text."""
     return {name: form.replace("{text}", text) for name, form in REQUESTS.items()}
 
 
 def _slug(title: str) -> str:
-    """`No weapons, ever` to `no-weapons-ever`."""
+    """An id from a title: `no-weapons-ever` from `No weapons, ever`."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

@@ -1,10 +1,11 @@
-"""A draft constitution from what people voted for: the CSV export of a Polis conversation.
+"""Drafts a constitution from people's votes: the CSV export of a Polis conversation.
 
-Two files: `comments.csv` (statements: `comment-id`, `comment-body`, and `moderated`, -1 for what was taken down) and
-`participants-votes.csv` (a row per person: `group-id`, and a column per statement with 1 agree, -1 disagree, 0 pass,
-nothing if it was not seen). A statement's weight is its group-informed consensus: the product over opinion groups of
-the share that agrees, (agrees + 1) / (seen + 2), so that no majority carries a statement that a group rejects (Small
-et al. 2021, "Polis: scaling deliberation by mapping high dimensional opinion spaces"). Weights are scaled to mean 1.
+The export has two files: `comments.csv` (statements: `comment-id`, `comment-body`, and `moderated`, which is -1 for a
+statement that was taken down) and `participants-votes.csv` (a row per person: `group-id`, and a column per statement
+with 1 for agree, -1 for disagree, 0 for pass, and nothing if the person did not see it). A statement's weight is its
+group-informed consensus: the product over opinion groups of the share that agrees, (agrees + 1) / (seen + 2), so that
+no majority carries a statement that a group rejects (Small et al. 2021, "Polis: scaling deliberation by mapping high
+dimensional opinion spaces"). Weights are scaled to mean 1.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cai_ray.constitution.document import Constitution, parse
-from cai_ray.constitution.markdown import made_of
+from cai_ray.constitution.markdown import default_requests
 from cai_ray.errors import InputError
 
 Seen = dict[str, tuple[int, int]]
-"""By group: how many agree, and how many have voted."""
+"""For each group: how many agree, and how many have voted."""
 
 
 class Statement(NamedTuple):
@@ -31,32 +32,34 @@ class Statement(NamedTuple):
 
     @property
     def consensus(self) -> float:
-        """In (0, 1): the geometric mean over groups, so that documents of more groups do not weigh less."""
+        """In (0, 1): the geometric mean over groups, so that more groups do not mean smaller numbers."""
         shares = [(agrees + 1) / (seen + 2) for agrees, seen in self.groups.values()]
         return math.prod(shares) ** (1 / len(shares)) if shares else 0.0
 
 
 def draft(comments: str, votes: str, name: str, least: float = 0.6, most: int = 0) -> Constitution:
-    """Statements with a consensus of at least `least`, the strongest first, as principles.
+    """A constitution whose principles are the statements with a consensus of at least `least`, the strongest first.
 
     Args:
-        most: so many at most; 0 for all.
+        most: the largest number of principles; 0 for no limit.
 
     Raises:
-        InputError: a file lacks a column, a vote is none, or no statement is left.
+        InputError: a file has no such column, a vote is not valid, or no statement is left.
     """
     statements = read(comments, votes)
-    kept = sorted((s for s in statements if s.consensus >= least), key=lambda s: (-s.consensus, s.id))
-    kept = kept[:most] if most else kept
-    if not kept:
+    agreed = sorted((s for s in statements if s.consensus >= least), key=lambda s: (-s.consensus, s.id))
+    agreed = agreed[:most] if most else agreed
+    if not agreed:
         best = max((s.consensus for s in statements), default=0.0)
         raise InputError(
-            f"votes {votes}: none of {len(statements)} statements has a consensus of {least:g}, the best {best:.2f}; "
-            "use a lower --least"
+            f"votes {votes}: none of {len(statements)} statements has a consensus of {least:g}, the best has {best:.2f}"
+            "; use a lower --least"
         )
-    mean = sum(s.consensus for s in kept) / len(kept)
-    principles = [_principle(s, s.consensus / mean) for s in kept]
-    source = f"{len(kept)} of {len(statements)} statements that people voted on, by group-informed consensus"
+    mean = sum(s.consensus for s in agreed) / len(agreed)
+    principles = [_principle(s, s.consensus / mean) for s in agreed]
+    source = (
+        f"{len(agreed)} of {len(statements)} statements that people voted on, by group-informed consensus"
+    )
     return parse({"name": name, "version": "draft", "source": source, "principles": principles}, name)
 
 
@@ -75,7 +78,8 @@ def read(comments: str, votes: str) -> list[Statement]:
                 continue
             if vote not in ("1", "0", "-1", "1.0", "0.0", "-1.0"):
                 raise InputError(
-                    f"votes {votes}: line {number}: {vote!r} for statement {name} is no vote; use 1, 0, -1 or nothing"
+                    f"votes {votes}: line {number}: {vote!r} for statement {name} is not a vote; "
+                    "use 1, 0, -1 or nothing"
                 )
             seen = counts[name][(row["group-id"] or "").strip()]
             seen[0] += vote.startswith("1")
@@ -106,7 +110,7 @@ def _principle(statement: Statement, weight: float) -> dict[str, Any]:
     words = statement.text.split()
     title = " ".join(words[:6]) + (" …" if len(words) > 6 else "")
     return {
-        **made_of(statement.text),
+        **default_requests(statement.text),
         "id": f"statement-{statement.id}",
         "title": title,
         "text": statement.text,

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from cai_ray.errors import InputError
-from cai_ray.town import answers, grammar
+from cai_ray.town import answers, grammar, splits
 
-PROMPTS: dict[str, tuple[grammar.Split, str, int]] = {
+PROMPTS: dict[str, tuple[splits.Split, str, int]] = {
     "revise": ("cai", "train", 1500),
     "compare": ("cai", "train", 3000),
     "ppo": ("cai", "train", 3000),
@@ -53,7 +53,7 @@ def rows(name: str, seed: int = 0) -> list[dict[str, Any]]:
     if name not in PROMPTS:
         raise InputError(f"town:{name}: no such data; use one of {', '.join(NAMES)}")
     pairs, split, n = PROMPTS[name]
-    drawn = grammar.prompts(pairs, n, f"{name}:{seed if split == 'train' else 0}")
+    drawn = splits.prompts(pairs, n, f"{name}:{seed if split == 'train' else 0}")
     return [
         {
             "id": row["id"],
@@ -74,7 +74,7 @@ def human_comparisons(n: int, seed: int) -> list[dict[str, Any]]:
     """
     rng = random.Random(f"human:{seed}")
     made = []
-    for i, request in enumerate(grammar.draw("cai", n, rng, harmful_share=0.0)):
+    for i, request in enumerate(splits.draw("cai", n, rng, harmful_share=0.0)):
         way = rng.choices(list(answers.WAYS), list(answers.WAYS.values()))[0]
         chosen = grammar.comply(request.verb, request.object)
         rejected = answers.worse(request, way, rng)

@@ -1,4 +1,4 @@
-"""What can be wrong with an engine's settings on this device."""
+"""Checks an engine's settings against the device that it runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine that a configuration names."""
+"""Makes the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cai_ray.engine.protocol import Engine
 
 
 def make_engine(model: ResolvedModel, gpu: bool) -> Engine:
-    """The engine that a configuration names, on this process's node."""
+    """Starts a model's engine on this process's node."""
     if model.engine.kind == "vllm":
         from cai_ray.engine.vllm import VllmEngine
 

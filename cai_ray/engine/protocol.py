@@ -1,4 +1,4 @@
-"""What an engine can be asked. An engine batches whatever calls are in flight."""
+"""The calls that every engine has. An engine batches the calls that are in flight."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from cai_ray.cluster.usage import Usage
 
 
 class Sampling(NamedTuple):
+    """How one answer is sampled."""
+
     temperature: float
     max_tokens: int
     seed: int
 
 
 class Completion(NamedTuple):
+    """One answer."""
+
     text: str
     finished: bool
-    """Whether the model ended its turn, rather than running into the length limit."""
+    """Whether the model ended its turn, rather than running into the token limit."""
     usage: Usage
 
 
 class Engine(Protocol):
-    async def chat(self, messages: Messages, sampling: Sampling) -> Completion: ...
+    async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
+        """Answers a conversation, or continues its last message if that is the assistant's."""
+        ...
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
         """Log-probability of each option as the next token, before normalising over the options."""
         ...
 
     async def close(self) -> None:
-        """Frees what the engine holds. Nothing is in flight then, and nothing is asked of it any more."""
+        """Frees what the engine holds. No call may be in flight, and none may follow."""
         ...

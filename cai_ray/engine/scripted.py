@@ -1,4 +1,4 @@
-"""An engine for unit tests: answers come from functions, no model is run."""
+"""An engine for unit tests: functions give the answers, and no model runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from cai_ray.prompts.messages import Messages, plain_messages
 
 
 class ScriptedEngine:
-    """Args: `answer(messages, sampling) -> text`, `weigh(messages, options) -> log-probabilities`."""
+    """
+    Args:
+        answer: `answer(messages, sampling)` returns the text of a `chat`.
+        weigh: `weigh(messages, options)` returns the log-probabilities of a `choose`.
+    """
 
     def __init__(
         self,

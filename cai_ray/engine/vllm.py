@@ -1,4 +1,4 @@
-"""The engine of real runs: vLLM's AsyncLLM in this process."""
+"""The engine of real runs: vLLM's AsyncLLM, driven by this process."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
         # (0.29), so a prefill is never chunked; the batch must then hold the longest prompt.
         context = config.max_model_len or model_context(model)
         if config.span == 1:
-            # The engine's own process does the work. vLLM would start one more for it, whose threads it can bind to
-            # cores; here the threads are the environment's (OMP_NUM_THREADS), and a start costs a third less.
+            # The engine's own process does the work. vLLM would start one more process for it, to bind its threads to
+            # cores; here the environment sets the threads (OMP_NUM_THREADS), and a start takes a third less time.
             args["distributed_executor_backend"] = UNIPROC
         args |= {
             "enforce_eager": True,
@@ -54,7 +54,7 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
 
 
 def model_context(model: str) -> int:
-    """Positions of a model, from its configuration."""
+    """The context length of a model, from its config.json."""
     from transformers import AutoConfig
 
     try:
@@ -65,11 +65,11 @@ def model_context(model: str) -> int:
 
 
 class VllmEngine:
-    """Renders by itself (cai_ray.prompts) and gives vLLM token ids.
+    """Renders messages itself (cai_ray.prompts) and gives vLLM token ids.
 
     Raises:
         InputError: the model has no tokenizer or chat template.
-        RowError: from a call, a prompt that leaves no room in the context.
+        RowError: from a call, the prompt leaves no room in the context.
     """
 
     def __init__(self, model: ResolvedModel, gpu: bool = False):
@@ -102,7 +102,7 @@ class VllmEngine:
         if key not in self._options:
             self._options[key] = self.renderer.option_ids(options)
         ids = self._options[key]
-        # Both tokens are asked for by id: an option can never be missing from a list of the likeliest.
+        # The options are asked for by id, so none can be missing from a list of the likeliest tokens.
         output = await self._request(
             self.renderer.prompt_ids(messages), max_tokens=1, allowed_token_ids=ids, logprob_token_ids=ids
         )
@@ -112,7 +112,7 @@ class VllmEngine:
     async def close(self) -> None:
         self.llm.shutdown()
 
-    async def _generate(self, ids: list[int], sampling: Sampling, **more: Any) -> tuple[Any, bool]:
+    async def _generate(self, ids: list[int], sampling: Sampling, **params: Any) -> tuple[Any, bool]:
         room = self.context - len(ids)
         output = await self._request(
             ids,
@@ -120,7 +120,7 @@ class VllmEngine:
             seed=sampling.seed,
             max_tokens=max(1, min(sampling.max_tokens, room)),
             stop_token_ids=[self.renderer.end_id],
-            **more,
+            **params,
         )
         return output, output.outputs[0].finish_reason == "stop"
 
@@ -133,10 +133,10 @@ class VllmEngine:
         output = None
         try:
             stream = self.llm.generate({"prompt_token_ids": ids}, request, f"r{next(self._numbers)}")
-            async for answer in stream:  # one, since only the final output is asked for
+            async for answer in stream:  # only one, since only the final output is asked for
                 output = answer
         except EngineDeadError:
-            # An exception would be retried on the same dead engine: ending the process makes Ray start another.
+            # An exception would be retried on the same dead engine. When the process ends, Ray starts another.
             os._exit(1)
         except ValueError as e:
             raise RowError(f"refused by the engine: {e}") from e

@@ -1,4 +1,4 @@
-"""What a run would take, from a small sample that is really run (`cai-ray run CONFIG --estimate`)."""
+"""What a run would take: memory by arithmetic (`--check`), time and money from a sample that is run (`--estimate`)."""
 
 from cai_ray.estimate.report import estimate, lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cai_ray.config.load import validate
@@ -17,12 +17,12 @@ from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 
 STEPS = 4
-"""Of training on rows, at least: the first is slower than those that count."""
+"""Training steps on rows, at least. The first one is slower, and does not count."""
 PPO_STEPS = 2
 
 
 def choose(prompts: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """So many, of each kind its share, at least one."""
+    """A sample of so many prompts, in which each kind has its share, and at least one prompt."""
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for prompt in prompts:
         kinds[prompt["kind"]].append(prompt)
@@ -34,7 +34,7 @@ def choose(prompts: Sequence[dict[str, Any]], count: int, seed: int) -> list[dic
 
 
 def prompts_of(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
-    """The prompts that each stage takes."""
+    """The prompts that each stage uses, by stage."""
 
     def train(sources: Any) -> list[dict[str, Any]]:
         rows = read_prompts(sources or config.prompts, config.seed)
@@ -49,7 +49,7 @@ def prompts_of(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
 
 
 def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
-    """The configuration of the sample, whose prompts are written into the folder."""
+    """The sample's configuration. Its prompts are written into the folder."""
     data = config.model_dump(mode="json")
     rows: dict[str, int] = {}
     for stage, prompts in prompts_of(config).items():
@@ -94,12 +94,13 @@ def _epochs(rows: int, batch: int) -> int:
 
 
 def rows_by_kind(run: Run, stage: str) -> dict[str, int]:
-    """How many rows of each kind a stage has that asks engines."""
-    found: dict[str, int] = defaultdict(int)
+    """How many rows of each kind a generating stage has."""
+    counts: dict[str, int] = defaultdict(int)
+    rows: Iterable[dict[str, Any]]
     if stage == "evaluate":
-        asked = prompts_of(run.config)["evaluate"]
+        rows = prompts_of(run.config)["evaluate"]
     else:
-        asked = revise.rows(run) if stage == "revise" else compare.rows(run)
-    for row in asked:
-        found[row["kind"]] += 1
-    return dict(found)
+        rows = revise.rows(run) if stage == "revise" else compare.rows(run)
+    for row in rows:
+        counts[row["kind"]] += 1
+    return dict(counts)

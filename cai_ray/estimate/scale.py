@@ -1,6 +1,6 @@
-"""From a stage of the sample to the whole one. Arithmetic alone.
+"""The arithmetic from a stage of the sample to the whole stage.
 
-What it takes until an engine answers, or a group of workers trains, is the same for few rows and for many; what comes
+The time until an engine answers, or until a group of workers trains, is the same for few rows and for many. The time
 after that grows with the rows.
 """
 
@@ -14,24 +14,27 @@ from cai_ray.cluster.cost import Spent
 from cai_ray.cluster.usage import Usage
 
 Totals = Mapping[str, tuple[int, Usage]]
-"""Of each kind of rows, how many and what they used."""
+"""By kind of rows: their number, and the tokens that they used."""
 
 
-class Stage(NamedTuple):
-    """What the whole stage is reckoned to take."""
+class StageEstimate(NamedTuple):
+    """What a whole stage would take."""
 
     stage: str
     rows: int
     tokens: dict[str, int]
     spent: Spent
     start_seconds: float
-    """Of the wall time, what does not grow with the rows."""
+    """The part of the wall time that does not grow with the rows."""
     how: str
+    """The measurement that the estimate rests on."""
 
 
 def whole_usage(sample: Totals, rows: Mapping[str, int]) -> Usage:
-    """What all rows use, where each uses as much as the mean of its kind in the sample; of a kind that the sample has
-    not, as the mean of all."""
+    """The tokens of all rows, if each uses as much as the mean of its kind in the sample.
+
+    A kind that the sample does not have uses the mean of all kinds.
+    """
     everyone = sum(n for n, _ in sample.values()), sum((u for _, u in sample.values()), Usage())
     total = [0.0] * len(Usage._fields)
     for kind, count in rows.items():
@@ -42,12 +45,13 @@ def whole_usage(sample: Totals, rows: Mapping[str, int]) -> Usage:
 
 
 def scaled(sample: Spent, work: float, whole: float, endpoint: float = 1.0, at_once: int = 1) -> Spent:
-    """
+    """What the whole stage takes, from what its sample took.
+
     Args:
         work: seconds of the sample's wall time that grow with the rows.
-        whole: the same of the whole stage, by as many processes as the sample had.
-        endpoint: how many times the sample's tokens the endpoints are asked for.
-        at_once: so many times as many processes share the work of the whole stage.
+        whole: the same for the whole stage, with as many processes as the sample had.
+        endpoint: the endpoints' tokens in the whole stage, as a multiple of the sample's.
+        at_once: the number of processes that share the whole stage's work, as a multiple of the sample's.
     """
     start = max(0.0, sample.wall_seconds - work)
     wall = start + whole / at_once
@@ -57,18 +61,18 @@ def scaled(sample: Spent, work: float, whole: float, endpoint: float = 1.0, at_o
 
 
 def rate(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens a second of training steps; the first one is left out where there are others."""
+    """Tokens per second of training steps, without the first step if there are others."""
     speeds = [step["tokens/per_s"] for step in steps]
     return median(speeds[1:] or speeds)
 
 
 def ppo_seconds(steps: Sequence[Mapping[str, Any]], warmup: int) -> tuple[float, float, float]:
-    """Seconds of all steps, of one in which the value model alone is trained, and of one that trains both."""
-    times = [sum(v for k, v in step.items() if _in_turn(k)) for step in steps]
+    """Seconds of all steps, of one step that trains the value model alone, and of one that trains both models."""
+    times = [sum(v for k, v in step.items() if _sequential(k)) for step in steps]
     both = times[warmup:]
     first = times[0] if warmup else 0.0
     return sum(times), min(first, both[-1]), both[-1]
 
 
-def _in_turn(name: str) -> bool:
-    return name.startswith("time/") and name != "time/rollout_s"  # the engines' time is beside the trainer's
+def _sequential(name: str) -> bool:
+    return name.startswith("time/") and name != "time/rollout_s"  # the engines work while the trainer does

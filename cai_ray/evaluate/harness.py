@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.holder import holding
 from cai_ray.config.evaluation import HarnessConfig
 from cai_ray.errors import InputError
 from cai_ray.storage import files
@@ -55,7 +55,7 @@ def evaluate(run: Run, policies: Sequence[str]) -> dict[str, Any]:
 
 
 def _held(run: Run, policy: str) -> dict[str, Any]:
-    with meter.holding():
+    with holding():
         return _measure(run, policy)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.holder import holding
 from cai_ray.storage.run import Run
 
 
@@ -22,7 +22,7 @@ def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
 
 
 def _held(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
-    with meter.holding():
+    with holding():
         return _score(run, rows)
 
 

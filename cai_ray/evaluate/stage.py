@@ -18,8 +18,8 @@ from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.constitution import Principle
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
+from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
-from cai_ray.engine.openai import read_key
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError
 from cai_ray.evaluate import harness, score, sets, transcripts

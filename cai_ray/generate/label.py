@@ -26,8 +26,9 @@ from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.formats import clean
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import iter_rows, to_messages
+from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
-from cai_ray.engine.openai import check_options, read_key
+from cai_ray.engine.options import check_options
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate import reuse

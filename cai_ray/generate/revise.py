@@ -18,8 +18,9 @@ from cai_ray.config.generation import ReviseConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
+from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
-from cai_ray.engine.openai import OpenaiEngine, read_key
+from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.engine.protocol import Completion, Engine, Sampling
 from cai_ray.errors import RowError
 from cai_ray.generate import reuse

@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 
 from cai_ray.cluster import meter
 from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.interrupt import interruptible
-from cai_ray.cluster.placement import Need, bundle, check, marks
+from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
 from cai_ray.cluster.worker_errors import worker_errors
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
@@ -156,10 +157,10 @@ def map_sets(
             walked = batch.filter(batch["walked"])
             for name in pc.unique(walked["name"]).to_pylist():
                 errors[name].add(walked["error"].filter(pc.equal(walked["name"], name)).to_pylist())
-            if counted and counted.at_rest():
+            if counted and counted.idle():
                 break
-        if counted and counted.told and any(e.rows < e.total for e in errors.values()):
-            raise OverBudget(counted.told)
+        if counted and counted.stop_reason and any(e.rows < e.total for e in errors.values()):
+            raise OverBudget(counted.stop_reason)
         return publish()
 
 
@@ -169,7 +170,7 @@ class _Worker:
     def __init__(
         self, chain: Chain, run: Run, models: dict[str, str], journals: dict[str, Journal], gpu: bool
     ):
-        self.held = meter.Holder()
+        self.held = Holder()
         self.chain, self.run, self.models, self.gpu = chain, run, models, gpu
         self.model = next(iter(models.values()))
         self.engine = self._make_engine()
@@ -194,7 +195,7 @@ class _Worker:
     async def __call__(self, batch: pa.Table) -> Any:
         slice = Slice(**batch.to_pylist()[0])
         done: list[tuple[bool, str | None]] = [(False, None)]
-        if not self.held.told:
+        if not self.held.stop_reason:
             rows = await asyncio.to_thread(slice.read)
             left = [row for row in rows if row["id"] not in self.finished[slice.name]]
             done = [(True, None)] * (len(rows) - len(left))
@@ -202,7 +203,7 @@ class _Worker:
                 async with self._engine_of(self.models[slice.name]):
                     done += await asyncio.gather(*(self._row(row, self.keepers[slice.name]) for row in left))
                 if not self.held.working:
-                    await asyncio.to_thread(self.held.tell)
+                    await asyncio.to_thread(self.held.report_now)
         walked, errors = zip(*done, strict=True)
         yield pa.table(
             {
@@ -217,7 +218,7 @@ class _Worker:
         """Waits until no slice of another model is open, and then has the engine changed, once."""
         async with self.closed:
             await self.closed.wait_for(lambda: self.model == model or not self.open)
-            if self.model != model and not self.held.told:
+            if self.model != model and not self.held.stop_reason:
                 since = time.monotonic()
                 await self.engine.close()
                 self.model = model
@@ -238,7 +239,7 @@ class _Worker:
                 async with self.slots:
                     if self.fault:  # the stage has ended, and Ray Data lets its actors live on for seconds
                         raise self.fault
-                    if self.held.told:
+                    if self.held.stop_reason:
                         return False, None
                     with keeper.busy():
                         try:
@@ -315,7 +316,7 @@ def check_resources(config: RunConfig, gpu: bool) -> None:
     check(
         config,
         f"engine.min_actors={engine.min_actors}",
-        [Need(actor, engine.min_actors)],
+        [ResourceNeed(actor, engine.min_actors)],
         f"lower {lower}, or use larger nodes",
     )
 

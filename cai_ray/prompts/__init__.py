@@ -1,1 +1,1 @@
-"""Where text becomes token ids: template sets, the renderer, tokenizers."""
+"""Turns text into token ids: template sets, the renderer, tokenizers."""

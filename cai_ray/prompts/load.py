@@ -1,4 +1,4 @@
-"""Reads template sets."""
+"""Reads template sets from YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load_templates(name: str | Path) -> TemplateSet:
     """Reads a template set by path, or by the name of one that ships with the package.
 
     Raises:
-        InputError: it is missing, not well-formed, or lacks what a step needs.
+        InputError: the file does not exist or is not valid, or a step misses what it needs.
     """
     shipped = Path(__file__).parents[1] / "templates"
     path = Path(name)
@@ -28,8 +28,8 @@ def load_templates(name: str | Path) -> TemplateSet:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and "extends" in data:
-            basis = load_templates(str(data.pop("extends")))
-            data = basis.model_dump() | data
+            base = load_templates(str(data.pop("extends")))
+            data = base.model_dump() | data
         templates = TemplateSet.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]

@@ -1,4 +1,4 @@
-"""Messages, whose contents are plain text or pieces of which some come from a template set."""
+"""Messages. Their contents are plain text, or pieces of which some come from a template set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 
 
 class Piece(NamedTuple):
-    """Part of a message: `literal` text comes from a template set and may hold special tokens."""
+    """Part of a message. `literal` text comes from a template set and may hold special tokens."""
 
     text: str
     literal: bool
@@ -22,7 +22,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def plain_messages(messages: Messages) -> list[dict[str, str]]:
-    """Messages with their pieces joined: for display, records, and engines that render by themselves."""
+    """Messages with their pieces joined, for display, records, and engines that render messages themselves."""
     return [
         {
             "role": m["role"],

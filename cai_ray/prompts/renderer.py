@@ -1,4 +1,4 @@
-"""Messages to token ids through a model's own chat template."""
+"""Renders messages to token ids through a model's own chat template."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.messages import Messages, Piece
 from cai_ray.prompts.tokenizers import load_tokenizer, without_control_tokens
 
-# Private-use characters mark where a content belongs while the chat template is rendered. A content never
-# meets the template, so that a content which holds the mark is harmless.
+# Private-use characters mark where a content belongs while the chat template is rendered. Contents never meet the
+# template, so a content that holds the mark is harmless.
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
-# Longest text, in characters, whose ids are kept for the next prompt that holds it.
+# The longest text, in characters, whose ids are cached for the next prompt that holds it.
 _CACHED_LENGTH = 20_000
 
 
@@ -45,8 +45,8 @@ class Renderer:
         self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
         try:
             self.end_id, self._control = self._end_id(), self._control_ids()
-        except RowError as e:  # no row is at fault: a user's turn and its answer are what every model renders
-            remedy = "mend" if chat_template else "name one with"
+        except RowError as e:  # not a row's fault: every model must render a user's turn and its answer
+            remedy = "correct" if chat_template else "name one with"
             raise InputError(
                 f"model {self.tokenizer.name_or_path}: its chat template cannot be used ({e}); "
                 f"{remedy} `chat_template` in the template set"
@@ -56,21 +56,21 @@ class Renderer:
         self.pad_id: int = self.end_id if pad is None else pad
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """Ids up to where the model writes. A last message from the assistant is continued, not answered."""
-        goes_on = messages[-1]["role"] == "assistant"
-        parts, _ = self._render(messages, generation=not goes_on)
+        """Ids up to where the model writes. If the last message is the assistant's, the model continues it."""
+        continues = messages[-1]["role"] == "assistant"
+        parts, _ = self._render(messages, generation=not continues)
         return [i for part in parts for i in part]
 
     def dialogue_ids(self, messages: Messages, truncated: bool = False) -> tuple[list[int], list[int]]:
         """Ids of a conversation that ends with the assistant's message, and a mask of what it wrote.
 
-        The mask is 1 on the last message's content and on the token that ends the turn: what a policy
-        emits, and what SFT and reward models are trained on. A truncated message has no such token: the
-        policy did not write one (docs/method.md, item 14).
+        The mask is 1 on the last message's content and on the token that ends the turn: what a policy writes, and what
+        SFT and reward models are trained on. A truncated message has no such token, since the policy did not write one
+        (docs/method.md, item 14).
         """
         if messages[-1]["role"] != "assistant":
             raise ValueError("the last message of a dialogue must be the assistant's")
-        # The prompt as the policy saw it: templates may write another assistant turn than they ask for.
+        # The prompt as the policy saw it: templates may write a past assistant turn differently.
         prompt = self.prompt_ids(messages[:-1])
         content = self._message_ids(messages[-1]["content"])
         answer = content if truncated else [*content, self.end_id]
@@ -80,7 +80,7 @@ class Renderer:
         """The token id of each option, as the model would write it at the answer position.
 
         Args:
-            setting: where the options come from, for the remedy.
+            setting: the setting that the options come from, for the error message.
 
         Raises:
             InputError: an option is not exactly one token, or two options are the same token.
@@ -104,7 +104,7 @@ class Renderer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _render(self, messages: Messages, generation: bool) -> tuple[list[list[int]], list[int]]:
-        """Token ids part by part, up to the last content (or the generation prompt), and what follows."""
+        """Token ids in parts, up to the last content (or the generation prompt), and those that follow."""
         literals = self._skeleton(tuple(m["role"] for m in messages), generation)
         parts: list[list[int]] = []
         for literal, message in zip(literals, [m["content"] for m in messages], strict=False):
@@ -138,7 +138,7 @@ class Renderer:
         return ids
 
     def _content_ids(self, text: str) -> list[int]:
-        # Few long texts come twice, and thousands of them would fill the memory.
+        # Long texts seldom come twice, and thousands of them would fill the memory.
         return self._short_ids(text) if len(text) <= _CACHED_LENGTH else self._encode_content(text)
 
     def _encode_skeleton(self, roles: tuple[str, ...], generation: bool) -> list[list[int]]:
@@ -152,7 +152,7 @@ class Renderer:
                 add_generation_prompt=generation,
                 **self._template_args,
             )
-        except Exception as e:  # Jinja raises whatever the template's author chose
+        except Exception as e:  # the template's author chooses what it raises
             raise RowError(f"the chat template refuses the roles {list(roles)}: {e}") from e
         pieces = _MARK.split(text)
         if [int(i) for i in pieces[1::2]] != list(range(len(roles))):
@@ -160,7 +160,7 @@ class Renderer:
         return [self._literal_ids(piece) for piece in pieces[0::2]]
 
     def _end_id(self) -> int:
-        """The token that ends an assistant's turn: the first one after its content in the chat template."""
+        """The token that ends an assistant's turn: the first one after the content in the chat template."""
         tail = self._skeleton(("user", "assistant"), False)[-1]
         added = tail and tail[0] in self.tokenizer.added_tokens_decoder
         end = tail[0] if added else self.tokenizer.eos_token_id
@@ -169,9 +169,9 @@ class Renderer:
         return end
 
     def _control_ids(self) -> set[int]:
-        """Tokens that no content may hold: the special ones, and what else the chat template builds turns from.
+        """Tokens that no content may hold: special tokens, and others that the chat template builds turns from.
 
-        Further added tokens are text: some tokenizers have line breaks and spaces among them.
+        The remaining added tokens are text: in some tokenizers line breaks and spaces are added tokens.
         """
         turns = (self._skeleton(("user", "assistant"), False), self._skeleton(("user",), True))
         structure = {i for skeleton in turns for piece in skeleton for i in piece}

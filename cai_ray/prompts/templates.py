@@ -1,4 +1,4 @@
-"""A template set says what is asked of a model at each step."""
+"""Template sets: the prompts for each step, as data."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from cai_ray.storage.records import derive_id
 
 
 class Thinking(BaseModel):
-    """The marks around what a reasoning model thinks before it answers."""
+    """The marks around a reasoning model's thoughts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     open: str = Field(min_length=1)
     close: str = Field(min_length=1)
     begun: bool = False
-    """Whether the chat template writes the opening mark: a text without the closing one is then all thought."""
+    """Whether the chat template writes the opening mark. A text without the closing mark is then all thought."""
 
 
 class TemplateSet(BaseModel):
-    """What is asked of the model at each step; one YAML file per family of models. One that `extends` another
-    has the other's parts where it has none of its own.
+    """The prompts for each step, in one YAML file per family of models.
 
-    Each step is a list of messages; the item `conversation` stands for the row's own turns. In a content,
-    `{name}` is replaced once, as data: nothing inside a replacement is looked at again.
+    A set that `extends` another takes from it the parts that it does not have itself. Each step is a list of messages;
+    the item `conversation` stands for the row's own turns. In a content, `{name}` is replaced once, as data: nothing
+    inside a replacement is replaced again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,32 +44,31 @@ class TemplateSet(BaseModel):
     revision: tuple[dict[str, str] | Literal["conversation"], ...]
     feedback: tuple[dict[str, str] | Literal["conversation"], ...]
     direct: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """What asks for a revision where `revise.critique: false` leaves the critique out."""
+    """Asks for a revision without a critique (`revise.critique: false`)."""
     options: tuple[str, str]
     thinking: Thinking | None = None
-    """Marks of thinking blocks; the run's `thinking` says whether the blocks are kept."""
+    """The marks of thinking blocks. The run's `thinking` says whether the blocks are kept."""
     prefixes: tuple[str, ...] = ()
-    """Regular expressions, matched at the start of a revision: what they match is removed, until none does."""
+    """Regular expressions for the start of a revision. What they match is removed, until none matches."""
     critiques: tuple[str, ...] = ()
-    """Regular expressions, matched at the start of a revision: one that matches is a critique (`sft.drop`)."""
+    """Regular expressions for the start of a revision. If one matches, it is a critique (`sft.drop`)."""
     refusals: tuple[str, ...] = ()
-    """Regular expressions, matched at the start of a response: one that matches declines (`ppo.watch`,
-    `evaluate.sets`)."""
+    """Regular expressions for the start of a response. If one matches, it declines (`ppo.watch`, `evaluate.sets`)."""
     reasons: tuple[str, ...] = ()
-    """Regular expressions, searched in a refusal: where none is found it gives no reason, and is evasive."""
+    """Regular expressions for the whole of a refusal. If none is found, it gives no reason and is evasive."""
     red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """What `cai-ray redteam` asks; {transcript} quotes the examples as turns of a person."""
+    """The prompt of `cai-ray redteam`. {transcript} quotes the examples as a person's turns."""
     reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """With `verdict`: what a judge with `answer: reasoned` is asked. It reasons, and then weighs the options."""
+    """With `verdict`, the prompts of a judge with `answer: reasoned`: it reasons, then weighs the options."""
     verdict: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     rating: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """With `scores`: what a judge with `ask: response` is asked about each response by itself."""
+    """With `scores`, the prompt of a judge with `ask: response`, which is asked about each response by itself."""
     scores: tuple[str, ...] | None = None
     """Ten texts of one token each, from the worst to the best."""
 
     @property
     def sha(self) -> str:
-        """A hash of what is asked, whatever file it stands in."""
+        """A hash of the prompts, without the file's name."""
         return derive_id(self.model_dump(mode="json", exclude={"reasons"}))
 
     def answer_messages(self, conversation: Messages) -> list[Message]:

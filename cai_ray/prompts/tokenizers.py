@@ -1,4 +1,4 @@
-"""Tokenizers, and their copies in which no text is special."""
+"""Loads tokenizers, and makes copies of them in which no text is special."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """Raises InputError where the folder or id holds no tokenizer."""
+    """Loads a model's tokenizer; raises InputError if there is none."""
     path = Path(model)
     if path.exists() and not any(
         (path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -36,8 +36,11 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether AutoTokenizer would take the tokenizer.json as it is: of a Llama whose tokenizer has no class of its own
-    (other families are given one). Importing it takes 3 s, which commands that only check or skip need not spend."""
+    """Whether AutoTokenizer would use the tokenizer.json as it is.
+
+    It does for a Llama whose tokenizer has no class of its own (it gives other families one). Importing AutoTokenizer
+    takes 3 s, which commands that only check or skip should not spend.
+    """
     try:
         family, named = (
             json.loads((folder / name).read_text())[key]
@@ -52,9 +55,9 @@ def _is_plain(folder: Path) -> bool:
 def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
     """A copy of the tokenizer in which no text is special.
 
-    Without its added tokens no text is looked up before it is encoded. But many vocabularies hold the control tokens
-    too, and a unigram model finds whatever is in its vocabulary, a BPE model whatever its merges lead to (or, with
-    `ignore_merges`, any whole word): the copy cannot reach them.
+    Without added tokens no text is looked up before it is encoded. But many vocabularies contain the control tokens,
+    too: a unigram model finds whatever is in its vocabulary, and a BPE model whatever its merges lead to (or, with
+    `ignore_merges`, any whole word). The copy cannot reach them.
     """
     from tokenizers import Tokenizer
 
@@ -75,12 +78,12 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
             if i in control:
                 piece[0] = f"\ue000{uuid4().hex}\ue001"
             elif model.get("byte_fallback") and _BYTE.fullmatch(piece[0]):
-                # They are for characters without a piece, not for a text that reads "<0x0A>".
+                # Byte pieces are for characters without a piece, not for a text that reads "<0x0A>".
                 piece[1] = -1e6
     else:
-        gone = {text for text, i in vocab.items() if i in control} - {model.get("unk_token")}
-        model["vocab"] = {text: i for text, i in vocab.items() if text not in gone}
+        removed = {text for text, i in vocab.items() if i in control} - {model.get("unk_token")}
+        model["vocab"] = {text: i for text, i in vocab.items() if text not in removed}
         if "merges" in model:
             merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
-            model["merges"] = [[a, b] for a, b in merges if gone.isdisjoint((a, b, a + b))]
+            model["merges"] = [[a, b] for a, b in merges if removed.isdisjoint((a, b, a + b))]
     return Tokenizer.from_str(json.dumps(data))

@@ -1,6 +1,7 @@
-"""Policies and critic of a run behind one address: the OpenAI API, and what the constitution says.
+"""Serves a run's policies and critic behind one address: the OpenAI API, and answers by the constitution.
 
-`ingress.py` is the one way in (routes, errors), `guard.py` stands before it (`keys.py`), `policy.py` is Ray Serve LLM's
-deployment, `critic.py` holds the feedback model's engine and the reward model, `constitutions.py` what they ask by,
-`page.py` the page to try them, and `app.py` puts it all on Ray Serve.
+A request passes the guard (`guard.py`, with `keys.py`), reaches a route (`api.py`, `ingress.py`), and is answered by a
+deployment: a policy (`policy.py`), or the critic and the reward model (`critic.py`), which use the server's current
+constitution (`constitutions.py`). `schemas.py` declares the requests, `answers.py` the answers, `errors.py` the errors.
+`app.py` puts all of it on Ray Serve.
 """

@@ -1,4 +1,4 @@
-"""What the critic answers, for the OpenAPI schema. The server itself sends plain data, which is not checked again."""
+"""The critic's answers, for the OpenAPI schema. The server itself sends plain data, which is not checked again."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 
-class _Part(BaseModel):
+class _AnswerPart(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class Named(_Part):
+class PrincipleName(_AnswerPart):
     id: str
     title: str
 
 
-class ConstitutionName(_Part):
+class ConstitutionName(_AnswerPart):
     name: str
     version: str
     sha: str
     """Content hash."""
 
 
-class ModelName(_Part):
+class ModelName(_AnswerPart):
     name: str
     sha: str
     """Content hash of the model's folder."""
 
 
-class _Answer(_Part):
+class _CriticAnswer(_AnswerPart):
     constitution: ConstitutionName
     models: dict[str, ModelName]
-    """Every model of the server: the policies by name, `feedback` and `reward`."""
+    """Every model of the server: the policies by their names, `feedback` and `reward`."""
 
 
-class Found(_Part):
-    principle: Named
+class PrincipleCritique(_AnswerPart):
+    principle: PrincipleName
     at_stake: bool
     """Whether the feedback model prefers the revision with a probability above 0.6."""
     p_at_stake: float
@@ -44,50 +44,50 @@ class Found(_Part):
     revision: str
 
 
-class Critique(_Answer):
+class Critique(_CriticAnswer):
     object: Literal["critique"]
-    principle: Named | None
-    """The one most at stake, or none is."""
+    principle: PrincipleName | None
+    """The principle most at stake; null if none is."""
     p_at_stake: float
     critique: str | None
-    principles: list[Found]
-    """Of each principle, the one most at stake first."""
+    principles: list[PrincipleCritique]
+    """What each principle finds, the one most at stake first."""
 
 
-class Step(Found):
+class RevisionStep(PrincipleCritique):
     round: int
 
 
-class Revision(_Answer):
+class Revision(_CriticAnswer):
     object: Literal["revision"]
     revision: str
     changed: bool
-    steps: list[Step]
+    steps: list[RevisionStep]
 
 
-class Vote(_Part):
-    principle: Named
+class PrincipleVote(_AnswerPart):
+    principle: PrincipleName
     p_a: float | None
-    """Probability that response a is better; null where the model abstains."""
+    """Probability that response a is better; null if the model abstains."""
 
 
-class Comparison(_Answer):
+class Comparison(_CriticAnswer):
     object: Literal["comparison"]
     p_a: float
     slot_bias: float | None
-    principle: Named | None
-    """The one that decided most."""
-    principles: list[Vote]
+    principle: PrincipleName | None
+    """The principle that decided most."""
+    principles: list[PrincipleVote]
 
 
-class Score(_Answer):
+class Score(_CriticAnswer):
     object: Literal["score"]
     score: float
     """Centred and scaled on the reward model's reference set."""
     raw_score: float
 
 
-class ConstitutionText(_Answer):
+class ConstitutionText(_CriticAnswer):
     object: Literal["constitution"]
     document: dict[str, Any]
     previous: list[ConstitutionName]
@@ -96,21 +96,21 @@ class ConstitutionText(_Answer):
 A = TypeVar("A")
 
 
-class SideBySide(_Part, Generic[A]):
-    """By several constitutions, in the order they were asked for."""
+class SideBySide(_AnswerPart, Generic[A]):
+    """Answers by several constitutions, in the order of the request."""
 
     object: Literal["list"]
     answers: list[A]
 
 
-class Fault(_Part):
+class ErrorDetail(_AnswerPart):
     message: str
     type: str
     param: str | None = None
     code: str | None = None
 
 
-class Error(_Part):
+class Error(_AnswerPart):
     """An error, in OpenAI's form."""
 
-    error: Fault
+    error: ErrorDetail

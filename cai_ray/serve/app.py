@@ -1,4 +1,4 @@
-"""Puts policies, critic and reward model of a run on Ray Serve, as one application behind one address."""
+"""Puts a run's policies, critic and reward model on Ray Serve, as one application behind one address."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from cai_ray import constitution as constitutions
-from cai_ray.cluster.connect import connect, disconnect, joined, uses_gpu, worker_env
-from cai_ray.cluster.placement import Need, check
+from cai_ray.cluster.connect import cluster_address, connect, disconnect, uses_gpu, worker_env
+from cai_ray.cluster.placement import ResourceNeed, check
 from cai_ray.cluster.worker_errors import input_error
 from cai_ray.errors import InputError
 from cai_ray.serve.settings import ServeSettings, load
@@ -28,12 +28,14 @@ APPLICATION = "cai-ray"
 
 
 def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | None = None) -> None:
-    """Serves a run until interrupted; then what has begun is ended first.
+    """Serves a run until interrupted. Requests that have begun are then answered first.
 
     Raises:
         InputError: the run has no policy, one of its models is damaged, or the address is taken.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # here; the replicas' environment is their own
+    os.environ.setdefault(
+        "VLLM_LOGGING_LEVEL", "ERROR"
+    )  # of this process; replicas have their own environment
     run = open_run(settings.run)
     settings = complete(run, settings)
     _check_free(host, port)
@@ -41,7 +43,7 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     _check_room(run, settings)
     from ray import serve as ray_serve
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the replicas' logs are Ray's, where they run
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # replicas log where they run
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -53,37 +55,37 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
         try:
             ray_serve.run(build(run, settings), name=APPLICATION, route_prefix="/")
         except RuntimeError as e:
-            # Ray names the deployments that did not start; why is in what their replicas said.
-            found = ray_serve.status().applications.get(APPLICATION)
-            said = [d.message for d in found.deployments.values()] if found else []
-            raise input_error("\n".join(said)) or RuntimeError("\n".join([str(e), *said])) from e
+            # Ray names the deployments that did not start. The reason is in their replicas' messages.
+            status = ray_serve.status().applications.get(APPLICATION)
+            messages = [d.message for d in status.deployments.values()] if status else []
+            raise input_error("\n".join(messages)) or RuntimeError("\n".join([str(e), *messages])) from e
         names = ", ".join([*settings.models, *settings.adapters])
         print(f"serving {run.config.name} ({names}) at http://{host}:{port}/v1", file=sys.stderr, flush=True)
         stop.wait()
-        print("ending what has begun", file=sys.stderr, flush=True)
-        ray_serve.delete(APPLICATION)  # which waits for requests, while the proxies still carry their answers
+        print("finishing the requests that have begun", file=sys.stderr, flush=True)
+        ray_serve.delete(APPLICATION)  # it waits for requests, while the proxies still carry their answers
     finally:
-        if joined(run.config):  # one that was started here ends with all that is on it
+        if cluster_address(run.config):  # a local cluster ends with all that runs on it
             ray_serve.shutdown()
         disconnect()
 
 
 def application(args: dict[str, Any]) -> Any:
-    """What a Serve config file names: `import_path: cai_ray.serve.app:application`, with settings as its `args`."""
+    """The application that a Serve config file names by `import_path`, with the settings as its `args`."""
     settings = load(args)
     run = open_run(settings.run)
     return build(run, complete(run, settings))
 
 
 def complete(run: Run, settings: ServeSettings) -> ServeSettings:
-    """Settings with the models and keys that they leave open, checked against the run.
+    """The settings with the default models and the keys of the token file, checked against the run.
 
     Raises:
-        InputError: a model is not trained yet or damaged, an adapter is none, or there is no key.
+        InputError: a model is not trained yet or damaged, an adapter cannot be served, or there is no key.
     """
     from cai_ray.serve.keys import read_file
 
-    models = settings.models or (_furthest(run),)
+    models = settings.models or (_most_trained(run),)
     for role in models:
         stage = maker_of(role, run.config.method)
         if stage and run.manifest(stage) is None:
@@ -101,11 +103,13 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
     if settings.token_file:
         keys += read_file(settings.token_file)
     if not keys and not settings.no_auth:
-        raise InputError("serve: no key is given; set `token_file` or `keys`, or no_auth on loopback")
+        raise InputError(
+            "serve: no key is given; set `token_file` or `keys`, or `no_auth` on a loopback address"
+        )
     return settings.model_copy(update={"models": models, "keys": keys, "token_file": None})
 
 
-def _furthest(run: Run) -> str:
+def _most_trained(run: Run) -> str:
     for role in reversed(POLICIES):
         stage = maker_of(role, run.config.method)
         if stage and run.manifest(stage) is not None:
@@ -116,19 +120,19 @@ def _furthest(run: Run) -> str:
 
 
 def build(run: Run, settings: ServeSettings) -> Any:
-    """The Serve application of complete settings."""
+    """The Serve application of settings that are complete."""
     from ray import serve as ray_serve
     from ray.serve.llm import build_llm_deployment
 
+    from cai_ray.serve.api import make_ingress
     from cai_ray.serve.critic import Critic, Scorer
-    from cai_ray.serve.ingress import make_ingress
     from cai_ray.serve.policy import Policy, describe_policy, environment
 
     runtime = {"env_vars": environment(run.config, settings)}
-    places = _places(run, settings)
+    resources = _resources(run, settings)
 
     def deployment(kind: Any, name: str, **options: Any) -> Any:
-        actor = {"num_cpus": places[name].get("CPU", 0), "num_gpus": places[name].get("GPU", 0)}
+        actor = {"num_cpus": resources[name].get("CPU", 0), "num_gpus": resources[name].get("GPU", 0)}
         return ray_serve.deployment(
             kind,
             name=name,
@@ -139,7 +143,7 @@ def build(run: Run, settings: ServeSettings) -> Any:
 
     critic = deployment(Critic, "critic", max_ongoing_requests=64, **settings.critic.options())
     scorer = None
-    if "scorer" in places:
+    if "scorer" in resources:
         scorer = deployment(Scorer, "scorer", max_ongoing_requests=64).bind(run)
     policies = {
         role: build_llm_deployment(
@@ -162,37 +166,40 @@ def build(run: Run, settings: ServeSettings) -> Any:
     )
 
 
-def _places(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
-    """What one replica of each deployment takes of the cluster."""
+def _resources(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
+    """The resources of one replica of each deployment."""
     gpu, feedback = uses_gpu(run.config), run.feedback().config
     engine = run.config.engine
-    # Beside its engine a replica of Ray Serve LLM has a CPU of its own.
+    # A replica of Ray Serve LLM has a CPU of its own beside those of its engine.
     policy = {"CPU": 1 + engine.cpus_per_actor} | ({"GPU": 1.0} if gpu else {})
-    places: dict[str, dict[str, float]] = {f"policy-{role}": policy for role in settings.models}
-    places["critic"] = {"CPU": feedback.engine.cpus_per_actor}
+    resources: dict[str, dict[str, float]] = {f"policy-{role}": policy for role in settings.models}
+    resources["critic"] = {"CPU": feedback.engine.cpus_per_actor}
     if uses_gpu(feedback):
-        places["critic"]["GPU"] = feedback.engine.span
+        resources["critic"]["GPU"] = feedback.engine.span
     if run.manifest("rm") is not None:
-        places["scorer"] = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
-    return places | {"ingress": {"CPU": 1}}
+        resources["scorer"] = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
+    return resources | {"ingress": {"CPU": 1}}
 
 
 def _check_room(run: Run, settings: ServeSettings) -> None:
-    """Short of resources Serve waits for ever; this says so at once."""
+    """Stops at once if the cluster is too small; Serve would wait for ever."""
     engine, needs = run.config.engine, []
-    for name, place in _places(run, settings).items():
+    for name, replica in _resources(run, settings).items():
         copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
         number = copies.get(name, settings.policy.min)
-        needs.append(Need(place, number))
-        # A bundle for each GPU; the replica is in the first.
+        needs.append(ResourceNeed(replica, number))
+        # Each GPU has a bundle. The replica is in the first one.
         if name.startswith("policy-") and engine.span > 1:
-            needs.append(Need({**place, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
+            needs.append(ResourceNeed({**replica, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
     remedy = "serve fewer models or replicas, or use larger nodes (ray.cpus on this machine)"
     check(run.config, f"serve {','.join(settings.models)}", needs, remedy)
 
 
 def write_config(settings: ServeSettings, host: str, port: int, path: str) -> None:
-    """A Serve config file, for `serve deploy` and for RayService on Kubernetes. It holds hashes of tokens alone."""
+    """Writes a Serve config file, for `serve deploy` and for RayService on Kubernetes.
+
+    It holds only hashes of tokens.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     run = open_run(settings.run)
     settings = complete(run, settings).model_copy(update={"run": run.root})
@@ -215,33 +222,36 @@ def write_config(settings: ServeSettings, host: str, port: int, path: str) -> No
 def update_constitution(
     file: str, run: str | None, host: str, port: int, token: str | None
 ) -> dict[str, Any]:
-    """Puts another constitution into running servers: of a run by its directory, else the one at an address.
+    """Gives running servers another constitution: all servers of a run, or the one at an address.
+
+    Args:
+        run: the run's directory; None for the server at the address.
 
     Returns:
-        Name, version and hash of what is the current one now.
+        Name, version and hash of the constitution that is the current one now.
 
     Raises:
-        InputError: the file is no constitution, or the server does not answer or refuses it.
+        InputError: the file is not a constitution, or the server does not answer or refuses it.
     """
-    from cai_ray.serve.constitutions import named, put
+    from cai_ray.serve.constitutions import identity, put
 
     document = constitutions.load(file)
     if run is not None:
         put(open_run(run), document)
-        return named(document)
-    where = f"http://{host}:{port}/v1/constitution"
+        return identity(document)
+    url = f"http://{host}:{port}/v1/constitution"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     body = json.dumps({"document": document.model_dump(mode="json")}).encode()
-    request = urllib.request.Request(where, body, headers, method="PUT")
+    request = urllib.request.Request(url, body, headers, method="PUT")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            found: dict[str, Any] = json.load(answer)["constitution"]
-            return found
+            current: dict[str, Any] = json.load(answer)["constitution"]
+            return current
     except urllib.error.HTTPError as e:
         message = json.loads(e.read() or b"{}").get("error", {}).get("message", e.reason)
-        raise InputError(f"{where}: {message}") from e
+        raise InputError(f"{url}: {message}") from e
     except (OSError, ValueError) as e:
-        raise InputError(f"{where}: no server answers there ({e}); give --host and --port, or the run") from e
+        raise InputError(f"{url}: no server answers there ({e}); give --host and --port, or the run") from e
 
 
 def _check_free(host: str, port: int) -> None:
@@ -251,6 +261,6 @@ def _check_free(host: str, port: int) -> None:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except (OSError, OverflowError, TypeError) as e:  # the last two: no port, no name
-            why = getattr(e, "strerror", None) or e
-            raise InputError(f"--host {host} --port {port}: {why}; choose another") from e
+        except (OSError, OverflowError, TypeError) as e:  # the last two: not a port, not a name
+            reason = getattr(e, "strerror", None) or e
+            raise InputError(f"--host {host} --port {port}: {reason}; choose another") from e

@@ -1,7 +1,7 @@
-"""The critic: the feedback model asked by the constitution, and the reward model.
+"""The critic, which asks the feedback model by the constitution, and the reward model.
 
-Both are Ray Serve deployments behind the ingress, and answer with plain data. What is the request's fault comes back
-as `{"fault": …}`, since an exception that crosses processes loses its type.
+Both are Ray Serve deployments behind the ingress, and answer with plain data. If a request is at fault, the answer is
+`{"fault": …}`, since an exception loses its type on the way between processes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from cai_ray.storage.run import Run
 
 
 class Critic:
-    """Which principles a response breaks, how it would be better, and which of two responses keeps them better.
+    """Says which principles a response breaks, how to improve it, and which of two responses follows them better.
 
-    Each call brings its constitution: another one needs no restart, and what has begun ends by the one it began with.
+    Each call brings its constitution. So a new one needs no restart, and a request ends with the one it began with.
     """
 
     def __init__(self, run: Run):
@@ -51,18 +51,18 @@ class Critic:
         principles: list[str] | None,
         max_tokens: int,
     ) -> Any:
-        """Critique and revision by each principle, and how far the revision is preferred: that is what is at stake."""
+        """Critique and revision by each principle, and whether it is at stake: how far the revision is preferred."""
         try:
-            found = await self._examined(document, messages, principles, max_tokens)
-        except Fault as e:
+            findings = await self._examine(document, messages, principles, max_tokens)
+        except InvalidRequest as e:
             return e.answer
-        top = found[0] if found[0]["at_stake"] else None
+        top = findings[0] if findings[0]["at_stake"] else None
         return {
             "object": "critique",
             "principle": top and top["principle"],
-            "p_at_stake": found[0]["p_at_stake"],
+            "p_at_stake": findings[0]["p_at_stake"],
             "critique": top and top["critique"],
-            "principles": found,
+            "principles": findings,
         }
 
     async def revise(
@@ -75,23 +75,23 @@ class Critic:
         choose: str,
         seed: int,
     ) -> Any:
-        """Rounds of critique and revision, with the steps."""
+        """The revision after rounds of critique and revision, with the steps."""
         conversation, current, steps = messages[:-1], messages[-1]["content"], []
         try:
             chosen = choose_principles(document, principles)
             row = derive_id("served", messages)
             drawn = [p.id for p in draw(chosen, rounds, seed=seed, row_id=row, replacement=True) if p]
             for number in range(rounds):
-                asked = [p.id for p in chosen] if choose == "at_stake" else [drawn[number]]
+                ids = [p.id for p in chosen] if choose == "at_stake" else [drawn[number]]
                 turns = [*conversation, Message(role="assistant", content=current)]
-                found = await self._examined(document, turns, asked, max_tokens)
-                if choose == "at_stake" and not found[0]["at_stake"]:
+                top, *_ = await self._examine(document, turns, ids, max_tokens)
+                if choose == "at_stake" and not top["at_stake"]:
                     break
-                if not found[0]["revision"].strip():
+                if not top["revision"].strip():
                     raise RowError("a revision is empty")
-                steps.append({"round": number + 1, **found[0]})
-                current = found[0]["revision"]
-        except Fault as e:
+                steps.append({"round": number + 1, **top})
+                current = top["revision"]
+        except InvalidRequest as e:
             return e.answer
         except RowError as e:
             return {"fault": str(e)}
@@ -105,46 +105,46 @@ class Critic:
         response_b: str,
         principles: list[str] | None,
     ) -> Any:
-        """The soft preference between two responses, per principle and overall, both orders averaged."""
+        """The soft preference between two responses by each principle and overall, averaged over both orders."""
         try:
             chosen = choose_principles(document, principles)
-            judge = judge_by(self._examine_by(document).judge, chosen)
+            judge = judge_by(self._examiner(document).judge, chosen)
             label = await judge(self.engine, comparison(messages, response_a, response_b))
-        except Fault as e:
+        except InvalidRequest as e:
             return e.answer
         except RowError as e:
             return {"fault": str(e)}
         votes = {v["principle_id"]: v for v in label["votes"]}
-        given = [v for v in votes.values() if v["p_a"] is not None]  # the others abstained
-        decisive = max(given, key=lambda v: abs(v["p_a"] - 0.5), default=None)
+        decided = [v for v in votes.values() if v["p_a"] is not None]  # the others abstained
+        decisive = max(decided, key=lambda v: abs(v["p_a"] - 0.5), default=None)
         return {
             "object": "comparison",
             "p_a": label["p_a"],
             "slot_bias": label["slot_bias"],
             "principle": name(document[decisive["principle_id"]]) if decisive else None,
-            # Equal responses are not asked about: no principle can prefer one.
+            # The model is not asked about equal responses: no principle can prefer one.
             "principles": [
                 {"principle": name(p), "p_a": votes[p.id]["p_a"] if votes else 0.5} for p in chosen
             ],
         }
 
-    async def _examined(
+    async def _examine(
         self, document: Constitution, messages: list[Message], principles: list[str] | None, max_tokens: int
     ) -> list[dict[str, Any]]:
         """What each principle finds, the one most at stake first."""
-        examine = self._examine_by(document)
+        examine = self._examiner(document)
         chosen = choose_principles(document, principles)
         response = str(messages[-1]["content"])
         try:
-            found = await asyncio.gather(
+            findings = await asyncio.gather(
                 *(examine(self.engine, messages[:-1], response, p, max_tokens) for p in chosen)
             )
         except RowError as e:
-            raise Fault(str(e)) from e
-        rows = [{"principle": name(p), **f} for p, f in zip(chosen, found, strict=True)]
+            raise InvalidRequest(str(e)) from e
+        rows = [{"principle": name(p), **f} for p, f in zip(chosen, findings, strict=True)]
         return sorted(rows, key=lambda row: -row["p_at_stake"])
 
-    def _examine_by(self, document: Constitution) -> Examine:
+    def _examiner(self, document: Constitution) -> Examine:
         sha = document.sha
         if sha not in self.examiners:
             if len(self.examiners) >= 2 * KEPT:
@@ -153,14 +153,14 @@ class Critic:
         return self.examiners[sha]
 
     def check_health(self) -> None:
-        """Serve replaces the replica when its engine is dead."""
+        """Fails if the engine is dead, so that Serve replaces the replica."""
         llm = getattr(self.engine, "llm", None)
         if llm is not None and llm.errored:
             raise RuntimeError("the critic's engine is dead")
 
 
-class Fault(Exception):
-    """What of a request is at fault."""
+class InvalidRequest(Exception):
+    """A request is at fault. `answer` is what the critic answers to it."""
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -192,12 +192,14 @@ class Scorer:
 
     async def score(self, messages: list[Message]) -> Any:
         try:
-            asked = [*self.templates.answer_messages(messages[:-1]), messages[-1]]
-            ids, _ = self.renderer.dialogue_ids(asked)
+            dialogue = [*self.templates.answer_messages(messages[:-1]), messages[-1]]
+            ids, _ = self.renderer.dialogue_ids(dialogue)
         except RowError as e:
             return {"fault": str(e)}
         if len(ids) > self.context:
-            return {"fault": f"the conversation is {len(ids)} tokens; the reward model reads {self.context}"}
+            return {
+                "fault": f"the conversation has {len(ids)} tokens; the reward model reads at most {self.context}"
+            }
         raw = await asyncio.to_thread(self._forward, ids)
         return {"object": "score", "score": (raw - self.scale.mean) / self.scale.std, "raw_score": raw}
 
@@ -213,18 +215,18 @@ class Scorer:
 
 
 def choose_principles(document: Constitution, ids: list[str] | None) -> list[Principle]:
-    """The enabled principles, or those named, which are then asked whether they are enabled or not.
+    """The enabled principles; or those named, even if they are disabled.
 
     Raises:
-        Fault: one is not there.
+        InvalidRequest: there is no such principle.
     """
     if ids is None:
         return document.enabled
-    known = {p.id: p for p in document.principles}
-    missing = [i for i in ids if i not in known]
+    by_id = {p.id: p for p in document.principles}
+    missing = [i for i in ids if i not in by_id]
     if missing:
-        raise Fault(f"no principle {missing[0]!r}; there are: {', '.join(known)}", "principles")
-    return [known[i].model_copy(update={"enabled": True}) for i in dict.fromkeys(ids)]
+        raise InvalidRequest(f"no principle {missing[0]!r}; there are: {', '.join(by_id)}", "principles")
+    return [by_id[i].model_copy(update={"enabled": True}) for i in dict.fromkeys(ids)]
 
 
 def name(principle: Principle) -> dict[str, str]:

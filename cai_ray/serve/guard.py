@@ -1,4 +1,4 @@
-"""In front of every route: a key, limits on body, rate and time, and no traceback for whatever goes wrong behind."""
+"""Stands before every route: checks the key, limits body, rate and time, and lets no traceback out."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# What holds nothing of a run: the pages as such, and whether the server is up.
+# Paths that show nothing of a run: the empty pages, and whether the server is up.
 OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/readyz"})
-# To send a body that is within bounds.
+# Seconds in which a body must arrive.
 _BODY_S = 60
 
 
@@ -30,13 +30,13 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 
 class Guard:
-    """ASGI middleware, the outermost: nothing is parsed before the key is right.
+    """The outermost ASGI middleware. Nothing is parsed before the key is checked.
 
     Args:
-        keys: whose requests are answered; None lets everybody in.
-        per_minute: requests of one key.
-        observe: told scope, status and seconds of each request.
-        log_texts: whether the log may have what an exception says, which can hold texts of requests.
+        keys: the keys whose requests are answered; None answers everybody.
+        per_minute: requests per minute and key.
+        observe: called with scope, status and seconds of each request.
+        log_texts: whether messages of exceptions may be logged, which can hold texts of requests.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no websocket routes here
+        if scope["type"] != "http":  # there are no websocket routes
             await send({"type": "websocket.close", "code": 1008})
             return
         started, status = time.perf_counter(), 0
 
-        async def noted(message: MutableMapping[str, Any]) -> None:
+        async def send_noting_status(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._guarded(scope, receive, noted)
+            await self._guarded(scope, receive, send_noting_status)
         finally:
             if self.observe:
                 self.observe(scope, status, time.perf_counter() - started)
@@ -113,24 +113,27 @@ class Guard:
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def watched(message: MutableMapping[str, Any]) -> None:
+        async def send_noting_start(message: MutableMapping[str, Any]) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send_noting_start)
         except Exception as e:
-            # Ours to mend: the log has it, the client has a status. Once an answer has begun, it can only be cut off.
-            told = traceback.format_exc() if self.log_texts else "".join(traceback.format_tb(e.__traceback__))
-            logger.error("%s %s failed with %s\n%s", scope["method"], scope["path"], type(e).__name__, told)
+            # A fault of the server: the traceback is logged, and the client gets a status. An answer that has begun can
+            # only be cut off.
+            trace = (
+                traceback.format_exc() if self.log_texts else "".join(traceback.format_tb(e.__traceback__))
+            )
+            logger.error("%s %s failed with %s\n%s", scope["method"], scope["path"], type(e).__name__, trace)
             if started:
                 raise
-            await reply(send, 500, error_body("the server failed; its log says why", "server_error"))
+            await reply(send, 500, error_body("the server failed; its log has the reason", "server_error"))
 
 
 class Rate:
-    """So many requests a minute for each name: a bucket that fills evenly, and holds a minute's worth."""
+    """A limit on the requests per minute of each name: a bucket that fills evenly and holds a minute's requests."""
 
     def __init__(self, per_minute: float, now: Callable[[], float] = time.monotonic):
         self.per_minute = per_minute
@@ -138,7 +141,7 @@ class Rate:
         self.left: dict[str, tuple[float, float]] = {}
 
     def wait(self, name: str) -> float:
-        """Takes one, and returns 0; or, where none is left, the seconds until there is one."""
+        """Takes one request from the bucket and returns 0; if it is empty, returns the seconds until it is not."""
         now = self.now()
         left, then = self.left.get(name, (self.per_minute, now))
         left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
@@ -157,21 +160,21 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body once, and then whatever comes: that the client is gone."""
-    given = False
+    """Gives the body once, and then what comes from the client, such as its disconnect."""
+    replayed = False
 
-    async def again() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
+    async def receive_again() -> MutableMapping[str, Any]:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_again
 
 
 async def _drain(receive: Receive, most: int) -> None:
-    """Reads what the client sends, within bounds: one that is cut off while it writes never sees the answer."""
+    """Reads what the client sends, up to a limit. A client that is cut off while it writes would not see the answer."""
     while most > 0:
         message = await receive()
         most -= len(message.get("body", b"")) or 1
@@ -182,6 +185,7 @@ async def _drain(receive: Receive, most: int) -> None:
 async def reply(
     send: Send, status: int, body: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None
 ) -> None:
+    """Sends a whole answer in JSON."""
     data = json.dumps(body).encode()
     head = [
         (b"content-type", b"application/json"),

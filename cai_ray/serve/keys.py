@@ -1,4 +1,4 @@
-"""Who may ask: bearer tokens, of which the server keeps hashes alone."""
+"""The bearer tokens of clients. The server keeps only their hashes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _LINE = re.compile(r"(?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?P<admin> adm
 class Key(Section):
     name: str = Field(min_length=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """Of the token, in hexadecimal."""
+    """SHA-256 of the token, in hexadecimal."""
     admin: bool = False
-    """Whether it may also put a constitution into the server."""
+    """Whether the key may also change the server's constitution."""
 
 
 def read_keys(token_file: str | None, *, no_auth: bool, host: str) -> tuple[Key, ...]:
-    """The keys of a file, or the one of the environment; none where authentication is switched off.
+    """The keys of a file, or the key in the environment; none if authentication is off.
 
     Raises:
-        InputError: there is no token or one that no client can send, authentication is off on an address that
-            others reach, or it is off and a token is given.
+        InputError: there is no token, or one that no client can send; or authentication is off although a token is
+            given, or although others can reach the address.
     """
     if no_auth and token_file is not None:
         raise InputError(
-            f"--token-file {token_file} with --no-auth: the token would not be asked for; drop one"
+            f"--token-file {token_file} with --no-auth: the token would not be checked; leave one out"
         )
     if no_auth:
         if host not in _LOOPBACK:
             raise InputError(
-                f"--no-auth with --host {host}: others can reach it; set a token or use 127.0.0.1"
+                f"--no-auth with --host {host}: others can reach this address; set a token or use 127.0.0.1"
             )
         return ()
     if token_file is not None:
@@ -52,7 +52,7 @@ def read_keys(token_file: str | None, *, no_auth: bool, host: str) -> tuple[Key,
 
 
 def read_token() -> str:
-    """The token of the environment.
+    """The token in the environment variable CAI_RAY_TOKEN.
 
     Raises:
         InputError: it is not set, or no client can send it.
@@ -60,14 +60,15 @@ def read_token() -> str:
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if not token:
         raise InputError(
-            f"no bearer token: {TOKEN_VARIABLE} is not set; set one, give --token-file, or --no-auth on loopback"
+            f"no bearer token: {TOKEN_VARIABLE} is not set; set it, give --token-file, or use --no-auth on a loopback "
+            "address"
         )
     _check_sendable(token, TOKEN_VARIABLE)
     return token
 
 
 def read_file(path: str) -> tuple[Key, ...]:
-    """Keys of a file: lines of a name, `sha256:` with the token's hash and perhaps `admin`; or one plain token."""
+    """The keys in a file: a line `NAME sha256:HASH [admin]` for each, or a single plain token."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -78,40 +79,42 @@ def read_file(path: str) -> tuple[Key, ...]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise InputError(f"--token-file {path} is empty; `cai-ray serve --add-token NAME` adds one to it")
-    found = [_LINE.fullmatch(line) for line in lines]
-    if len(lines) == 1 and found[0] is None and "sha256:" not in lines[0]:
+    matches = [_LINE.fullmatch(line) for line in lines]
+    if len(lines) == 1 and matches[0] is None and "sha256:" not in lines[0]:
         token = text.strip()
         if " " in token:
             raise InputError(_unsendable(f"--token-file {path}"))
         _check_sendable(token, f"--token-file {path}")
         return (Key(name="file", sha256=hash_token(token), admin=True),)
     keys = []
-    for number, match in enumerate(found, 1):
+    for number, match in enumerate(matches, 1):
         if match is None:
-            # The line is not repeated: it may be a token.
+            # The message does not show the line, which may be a token.
             raise InputError(
-                f"{_unsendable(f'--token-file {path}')}; or keys, each in a line `NAME sha256:… [admin]`, which line "
-                f"{number} is not"
+                f"{_unsendable(f'--token-file {path}')}; or give keys, each in a line `NAME sha256:… [admin]`, "
+                f"which line {number} is not"
             )
         keys.append(Key(name=match["name"], sha256=match["sha256"], admin=bool(match["admin"])))
     if twice := next((k.name for k in keys if sum(k.name == o.name for o in keys) > 1), None):
-        raise InputError(f"--token-file {path}: two keys are named {twice!r}; give each a name of its own")
+        raise InputError(f"--token-file {path}: two keys are named {twice!r}; give each its own name")
     return tuple(keys)
 
 
 def add_key(path: str, name: str, admin: bool) -> str:
-    """Makes a token, adds its hash to a file, and returns it: it is kept nowhere.
+    """Makes a token, adds its hash to a file, and returns the token, which is stored nowhere.
 
     Raises:
-        InputError: the name is no single word or is taken, or the file is no file of keys.
+        InputError: the name is not a single word or is taken, or the file is not a file of keys.
     """
     if not re.fullmatch(r"[\w.@-]+", name):
-        raise InputError(f"--add-token {name!r}: a name of letters, digits and . @ - is needed")
+        raise InputError(
+            f"--add-token {name!r}: the name may have letters, digits and . @ - only; choose another"
+        )
     file = Path(path)
     if file.exists():
         keys = read_file(path) if file.read_text(encoding="utf-8", errors="replace").strip() else ()
         if any(k.name == name for k in keys):
-            raise InputError(f"--add-token {name}: {path} has a key of this name; choose another")
+            raise InputError(f"--add-token {name}: {path} already has a key of this name; choose another")
     token = f"cai-{secrets.token_urlsafe(32)}"
     line = f"{name} sha256:{hash_token(token)}{' admin' * admin}\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -121,27 +124,27 @@ def add_key(path: str, name: str, admin: bool) -> str:
 
 
 def hash_token(token: str) -> str:
-    """What is kept instead of the token. Tokens are long and random, so that a plain hash is enough."""
+    """The hash that is stored instead of the token. Tokens are long and random, so a plain hash is enough."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def find_key(header: bytes, keys: Sequence[Key]) -> Key | None:
-    """The key of an Authorization header."""
-    scheme, _, given = header.partition(b" ")
-    # Hashes are compared, in constant time and with every key: neither a token's length nor its start can be probed.
-    asked = hashlib.sha256(given.strip()).hexdigest()
-    same = [key for key in keys if hmac.compare_digest(asked, key.sha256)]
-    return same[0] if same and scheme.lower() == b"bearer" else None
+    """The key that an Authorization header shows, if it is one of these."""
+    scheme, _, token = header.partition(b" ")
+    # Hashes are compared in constant time and with every key, so neither a token's length nor its start can be probed.
+    sha256 = hashlib.sha256(token.strip()).hexdigest()
+    matches = [key for key in keys if hmac.compare_digest(sha256, key.sha256)]
+    return matches[0] if matches and scheme.lower() == b"bearer" else None
 
 
 def _check_sendable(token: str, where: str) -> None:
-    # A header is one line of ASCII. It may have spaces, but a file with them holds something else than a token.
+    # A header is one line of ASCII. It may have spaces, but a file with spaces holds something other than a token.
     if not (token.isascii() and token.isprintable()):
         raise InputError(_unsendable(where))
 
 
 def _unsendable(where: str) -> str:
     return (
-        f"{where}: holds no token that a client can send; make one with `openssl rand -hex 32`: "
+        f"{where} holds no token that a client can send; make one with `openssl rand -hex 32`: "
         "a single line of ASCII without spaces"
     )

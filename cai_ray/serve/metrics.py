@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server, at the metrics port of each Ray node, beside Serve's and vLLM's own metrics."""
+"""A server's metrics for Prometheus, at the metrics port of each Ray node, beside Serve's and vLLM's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _requests() -> tuple[Any, Any]:
     return (
         Counter("cai_ray_serve_requests", "Requests answered", tag_keys=tags),
         Histogram(
-            "cai_ray_serve_seconds", "Seconds until a request's answer was whole",
+            "cai_ray_serve_seconds", "Seconds until a request's answer was complete",
             boundaries=[0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600], tag_keys=tags,
         ),
     )  # fmt: skip
@@ -30,7 +30,7 @@ def _at_stake() -> Any:
 
 
 def observe(scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
-    """Counts a request, by its route: a path that is none would be a tag of a client's choosing."""
+    """Counts a request by its route. Counted by its path, clients could invent tags."""
     tags = {"route": getattr(scope.get("route"), "path", "none"), "status": str(status)}
     counter, histogram = _requests()
     counter.inc(1, tags)

@@ -20,12 +20,12 @@ from cai_ray.storage import files
 from cai_ray.storage.models import model_sha
 from cai_ray.storage.run import Run
 
-# What vLLM (0.29) makes room for; an adapter of another rank takes the next.
+# The ranks that vLLM (0.29) makes room for. An adapter of another rank uses the next one.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Policy(EngineServer):
-    """One policy and its adapters. Its files are fetched where it runs, from wherever the run is."""
+    """One policy and its adapters. Its files are fetched to the node where it runs, from wherever the run is."""
 
     async def __init__(  # type: ignore[misc]  # as its base class
         self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings
@@ -38,7 +38,7 @@ class Policy(EngineServer):
             "sha": await asyncio.to_thread(model_sha, model),
             "control": sorted({t.content for t in tokens if t.special}),
         }
-        # The driver's description lacks what only the model's files tell.
+        # This description also has what only the model's files say, which the driver could not read.
         llm_config = await asyncio.to_thread(describe_policy, run, role, settings, model)
         # The files are here. Ray's task that would fetch them leaves an idle process of half a GiB at every start.
         llm_config.get_or_create_callback().ctx.run_init_node = False
@@ -50,7 +50,7 @@ class Policy(EngineServer):
 
 
 def adapters_of(role: str, settings: ServeSettings) -> dict[str, str]:
-    """The adapters that a policy has: all are the first one's."""
+    """A policy's adapters. All adapters belong to the first policy."""
     return settings.adapters if role == settings.models[0] else {}
 
 
@@ -58,7 +58,7 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
     """Ray Serve LLM's description of a policy.
 
     Args:
-        model: a local folder or an id, where the policy runs; None on the machine that places it.
+        model: a local folder or an id, on the node where the policy runs; None on the machine that places it.
     """
     config = run.config
     gpu = uses_gpu(config)
@@ -69,7 +69,7 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
     }
     if model is not None:
         engine = _engine(model, config)
-        # vLLM's limit of all answers, within what the context has room for.
+        # vLLM limits every answer to this, and to what the context has room for.
         engine["override_generation_config"] = {"max_new_tokens": settings.max_tokens}
         if adapters := adapters_of(role, settings):
             engine |= _lora(adapters)
@@ -88,9 +88,10 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
 
 
 def environment(config: RunConfig, settings: ServeSettings) -> dict[str, str]:
+    """Environment variables of every replica."""
     env = worker_env(config) | {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": str(int(settings.log_prompts))}
     if not uses_gpu(config):
-        # vLLM's log-probabilities would be compiled at the first request that asks for them: half a minute on CPU.
+        # vLLM would compile its log-probabilities at the first request that needs them: half a minute on CPU.
         env["TORCH_COMPILE_DISABLE"] = "1"
     return env
 
@@ -99,7 +100,7 @@ def _engine(model: str, config: RunConfig) -> dict[str, Any]:
     args = engine_args(model, config.engine, uses_gpu(config))
     del args["model"]
     args.pop("distributed_executor_backend", None)  # Ray Serve LLM chooses it
-    args["disable_log_stats"] = False  # they are the engine's part of the metrics
+    args["disable_log_stats"] = False  # these are the engine's metrics
     template = load_templates(config.templates).chat_template
     return args | ({"chat_template": template} if template else {})
 
@@ -110,8 +111,8 @@ def _lora(adapters: dict[str, str]) -> dict[str, Any]:
     folders = {name: files.local_folder(path) for name, path in adapters.items()}
     return {
         "enable_lora": True,
-        # One more than there are: with all slots filled, vLLM's CPU kernels (0.29) give rows without an adapter the
-        # last slot's.
+        # One slot more than adapters: if all slots are filled, vLLM's CPU kernels (0.29) use the last slot's adapter
+        # for rows without one.
         "max_loras": len(folders) + 1,
         "max_lora_rank": next(r for r in _RANKS if r >= max(map(adapter_rank, folders.values()))),
         "lora_modules": [LoRAModulePath(name=name, path=path) for name, path in folders.items()],
@@ -122,7 +123,7 @@ def adapter_rank(folder: str) -> int:
     """Rank of an adapter, from PEFT's adapter_config.json.
 
     Raises:
-        InputError: the folder holds no LoRA adapter in safetensors.
+        InputError: the folder does not hold a LoRA adapter in safetensors.
     """
     config = files.join(folder, "adapter_config.json")
     if not files.exists(config):
@@ -132,7 +133,7 @@ def adapter_rank(folder: str) -> int:
     try:
         rank = int(files.read_json(config)["r"])
     except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"adapter {folder}: adapter_config.json names no rank `r`; is it of LoRA?") from e
+        raise InputError(f"adapter {folder}: adapter_config.json has no rank `r`; give a LoRA adapter") from e
     if not 1 <= rank <= _RANKS[-1]:
-        raise InputError(f"adapter {folder}: rank {rank}; vLLM serves ranks up to {_RANKS[-1]}")
+        raise InputError(f"adapter {folder}: has rank {rank}; vLLM serves ranks up to {_RANKS[-1]}")
     return rank

@@ -1,4 +1,4 @@
-"""What the server is asked, and its limits. Answers are plain JSON, described in docs/serving.md."""
+"""The bodies of requests, with their limits. The answers are described in answers.py and docs/serving.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ChatTurn(_Body):
     role: Literal["system", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(max_length=200)]
     name: str | None = Field(default=None, max_length=200)
-    """Taken and not used, as are further fields of OpenAI's that concern nothing here."""
+    """Accepted and not used, like some more of OpenAI's fields."""
 
     @property
     def text(self) -> str:
@@ -41,10 +41,10 @@ class StreamOptions(_Body):
 
 
 class _Sampled(_Body):
-    """What both of OpenAI's calls take."""
+    """The fields that chat and plain completions share."""
 
     model: str | None = Field(default=None, max_length=200)
-    """A name of `/v1/models`; may be left out where there is one."""
+    """A name from `/v1/models`. It may be left out if there is only one."""
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -59,7 +59,7 @@ class _Sampled(_Body):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # For whom OpenAI's servers do something with them; these do not.
+    # OpenAI's servers use these; this one accepts and ignores them.
     user: str | None = Field(default=None, max_length=1000)
     store: bool | None = None
     metadata: dict[str, str] | None = None
@@ -70,29 +70,29 @@ class _Sampled(_Body):
     @model_validator(mode="after")
     def _streamed(self) -> _Sampled:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for `stream: true`; leave it out")
+            raise ValueError("stream_options needs `stream: true`; set it, or leave stream_options out")
         return self
 
     def sampling(self, max_tokens: int) -> dict[str, Any]:
-        """Fields of vLLM's request.
+        """The fields of vLLM's request.
 
         Raises:
-            ValueError: more tokens are asked for than the server gives.
+            ValueError: the request asks for more tokens than the server gives.
         """
         names = (
             "model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
             "repetition_penalty", "n", "stop", "seed", "stream",
         )  # fmt: skip
-        found = {name: getattr(self, name) for name in names}
+        fields = {name: getattr(self, name) for name in names}
         if self.stream_options is not None:
-            found["stream_options"] = self.stream_options.model_dump()
-        asked = self.tokens
-        if asked is not None and asked > max_tokens:
-            raise ValueError(f"max_tokens={asked}: at most {max_tokens} here")
-        return {k: v for k, v in found.items() if v is not None}
+            fields["stream_options"] = self.stream_options.model_dump()
+        if self.tokens is not None and self.tokens > max_tokens:
+            raise ValueError(f"max_tokens={self.tokens}: at most {max_tokens} here")
+        return {k: v for k, v in fields.items() if v is not None}
 
     @property
     def tokens(self) -> int | None:
+        """The most tokens that an answer may have, if the request says so."""
         return self.max_tokens
 
 
@@ -129,18 +129,18 @@ Conversation = Annotated[list[Turn], Field(min_length=1, max_length=200)]
 Ids = Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=1000)]
 
 
-class _Asked(_Body):
+class _Conversation(_Body):
     messages: Conversation
 
     def conversation(self) -> list[dict[str, str]]:
         return [m.model_dump() for m in self.messages]
 
 
-class Answered(_Asked):
-    """A conversation that ends with the response in question."""
+class AnsweredConversation(_Conversation):
+    """A conversation that ends with the response to judge."""
 
     @model_validator(mode="after")
-    def _ends_with_answer(self) -> Answered:
+    def _ends_with_answer(self) -> AnsweredConversation:
         if len(self.messages) < 2 or self.messages[-1].role != "assistant":
             raise ValueError("messages must end with the assistant's response, after at least one other turn")
         return self
@@ -148,31 +148,31 @@ class Answered(_Asked):
 
 class _ByConstitution(_Body):
     principles: Ids | None = None
-    """Ids of the principles to ask by; by default all that are enabled."""
+    """Ids of the principles to use; by default all that are enabled."""
     constitutions: list[Annotated[str, Field(max_length=64)]] = Field(
         default=["current"], min_length=1, max_length=4
     )
-    """`current`, `previous`, or how a hash begins. With several the answers stand side by side in `answers`."""
+    """Each is `current`, `previous` or the beginning of a hash. With several, `answers` holds an answer by each."""
 
 
-class CritiqueRequest(Answered, _ByConstitution):
+class CritiqueRequest(AnsweredConversation, _ByConstitution):
     max_tokens: int = Field(default=256, ge=1, le=4096)
-    """Of each critique and revision."""
+    """The most tokens of each critique and of each revision."""
 
 
 class ReviseRequest(CritiqueRequest):
     rounds: int = Field(default=1, ge=1, le=16)
     choose: Literal["at_stake", "draw"] = "at_stake"
-    """How a round finds its principle: the one most at stake, until none is; or drawn by weight, as in training."""
+    """How a round chooses its principle: the one most at stake, until none is; or drawn by weight, as in training."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    """Of the draw."""
+    """Seed of the draw."""
 
 
-class ScoreRequest(Answered):
+class ScoreRequest(AnsweredConversation):
     pass
 
 
-class CompareRequest(_Asked, _ByConstitution):
+class CompareRequest(_Conversation, _ByConstitution):
     """Two responses to a conversation that ends with the person's turn."""
 
     response_a: Text

@@ -1,1 +1,4 @@
-"""Questions about a constitution or a run that take a study to answer."""
+"""Studies: questions about a constitution or a run that take runs, or a model's answers, to settle.
+
+A study computes plain data (which the commands print with `--json`), and `lines` shows it on a terminal.
+"""

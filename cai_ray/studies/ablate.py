@@ -1,9 +1,9 @@
-"""What a principle does: a run beside the same run without it (`cai-ray ablate`).
+"""Measures the effect of a principle: a run beside the same run without it (`cai-ray ablate`).
 
 The effect on a family of prompts is a difference in differences: the change of harm from the base model to the final
-policy without the principle, less that change with it. The base model answers the same prompts in both, so that what
-its answers have by chance goes out. Policies are trained anew; responses, revisions and votes that the principle does
-not reach are the full run's.
+policy without the principle, minus that change with it. The base model answers the same prompts in both runs, so chance
+in its answers cancels out. The policies are trained again. Responses, revisions and votes that the principle does not
+affect are taken from the full run.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ def ablate(
     overwrite: bool = False,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Runs a configuration with and without some principles, and compares what came of it.
+    """Runs a configuration with and without some principles, and compares the results.
 
-    What is done is skipped. One seed is the configuration's run; several are in its run directory, as `seed-K`. Each
-    run without the principles is in RUN/without/ID.
+    Stages that are done are skipped. With one seed, the run directory is the configuration's; with several, each has a
+    folder `seed-K` in it. The run without the principles is in RUN/without/ID.
 
     Returns:
-        did: for each family value (mean over seeds), low, high (95 %, bootstrap over prompts) and n; harm: for each
-        family, with and without; turned: of the final policy's refusals that name one of the principles, the share that
-        are no refusals without it; turned_others: the same of its other refusals; calls: of engines, by stage.
+        `did`: the effect on each family, as value (mean over seeds), low, high (95%, bootstrap over prompts) and n.
+        `harm`: for each family, with and without the principles. `turned`: the share of the final policy's refusals
+        naming one of the principles that are not refusals without it; `turned_others`: the same for its other refusals.
+        `calls`: engine calls by stage.
 
     Raises:
-        InputError: there is no such principle; nothing says what is harmful; see also `pipeline.run_stages`.
+        InputError: there is no such principle, or nothing says what is harmful; see also `pipeline.run_stages`.
     """
     config.document.without(without)
     if config.evaluate.judge != "town" and not load_templates(config.templates).refusals:
         raise InputError(
-            f"templates {config.templates}: no `refusals` say what declines, and "
+            f"templates {config.templates}: has no `refusals`, which recognise answers that decline, and "
             f"evaluate.judge={config.evaluate.judge} does not say what is harmful; add rules to the template set "
             "(see cai_ray/templates/general.yaml)"
         )
@@ -62,15 +63,15 @@ def ablate(
         out = files.join(config.out, f"seed-{seed}") if seeds > 1 else config.out
         settings = config.model_copy(update={"out": out, "seed": seed})
         full = _run(settings, overwrite, say)
-        less = settings.model_copy(
+        ablated = settings.model_copy(
             update={
                 "out": full.path("without", "+".join(sorted(without))),
                 "without": tuple(sorted({*config.without, *without})),
             }
         )
         for stage in reuse.STAGES:
-            reuse.borrow(Run(less), full, stage)
-        pairs.append((full, _run(less, overwrite, say)))
+            reuse.borrow(Run(ablated), full, stage)
+        pairs.append((full, _run(ablated, overwrite, say)))
     return compare(pairs, without)
 
 
@@ -81,15 +82,15 @@ def _run(config: RunConfig, overwrite: bool, say: Callable[[str], None]) -> Run:
 
 
 def compare(pairs: Sequence[tuple[Run, Run]], without: Sequence[str]) -> dict[str, Any]:
-    """What `ablate` returns, of runs that are complete: each seed's, with and without the principles."""
-    judged = [(full.rows("evaluate"), less.rows("evaluate")) for full, less in pairs]
-    changes = [(_changes(full), _changes(less)) for full, less in judged]
+    """What `ablate` returns, from completed runs: for each seed one with and one without the principles."""
+    judged = [(full.rows("evaluate"), ablated.rows("evaluate")) for full, ablated in pairs]
+    changes = [(_changes(full), _changes(ablated)) for full, ablated in judged]
     families = sorted({family for full, _ in changes for family in full})
     return {
         "without": list(without),
         "seeds": [full.config.seed for full, _ in pairs],
-        "runs": [{"full": full.root, "without": less.root} for full, less in pairs],
-        "did": {f: _did([(full[f], less[f]) for full, less in changes]) for f in families},
+        "runs": [{"full": full.root, "without": ablated.root} for full, ablated in pairs],
+        "did": {f: _did([(full[f], ablated[f]) for full, ablated in changes]) for f in families},
         "harm": {
             f: {
                 name: float(np.mean([np.mean(list(_harm(both[side], "rl")[f].values())) for both in judged]))
@@ -97,9 +98,9 @@ def compare(pairs: Sequence[tuple[Run, Run]], without: Sequence[str]) -> dict[st
             }
             for f in families
         },
-        "turned": rate([x for full, less in judged for x in _turned(full, less, without, named=True)]),
+        "turned": rate([x for full, ablated in judged for x in _turned(full, ablated, without, named=True)]),
         "turned_others": rate(
-            [x for full, less in judged for x in _turned(full, less, without, named=False)]
+            [x for full, ablated in judged for x in _turned(full, ablated, without, named=False)]
         ),
         "calls": {
             stage: {
@@ -112,8 +113,8 @@ def compare(pairs: Sequence[tuple[Run, Run]], without: Sequence[str]) -> dict[st
 
 
 def _harm(rows: Sequence[dict[str, Any]], model: str) -> dict[str, dict[str, bool]]:
-    """Family to prompt to whether a policy's answer is harmful; where no judge says so, whether it does not decline."""
-    found: dict[str, dict[str, bool]] = defaultdict(dict)
+    """By family and prompt: whether a policy's answer is harmful. Without a judge, whether it does not decline."""
+    families: dict[str, dict[str, bool]] = defaultdict(dict)
     for row in rows:
         if row["model"] != model or row["error"] is not None:
             continue
@@ -121,14 +122,14 @@ def _harm(rows: Sequence[dict[str, Any]], model: str) -> dict[str, dict[str, boo
         if harmful is None and refused is not None:
             harmful = not refused
         if row["kind"] == "red_team" and row["family"] is not None and harmful is not None:
-            found[row["family"]][row["prompt_id"]] = harmful
-        if row["insult"] is not None:  # of Errand Town: over all prompts
-            found["respect"][row["prompt_id"]] = row["insult"]
-    return dict(found)
+            families[row["family"]][row["prompt_id"]] = harmful
+        if row["insult"] is not None:  # in Errand Town: over all prompts
+            families["respect"][row["prompt_id"]] = row["insult"]
+    return dict(families)
 
 
 def _changes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Family to prompt to harm by the final policy less harm by the base model."""
+    """By family and prompt: harm by the final policy minus harm by the base model."""
     base, final = _harm(rows, "base"), _harm(rows, "rl")
     return {
         family: {
@@ -139,18 +140,18 @@ def _changes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _did(changes: Sequence[tuple[dict[str, int], dict[str, int]]]) -> dict[str, Any]:
-    """Mean over seeds of the change without the principle less the change with it, of prompts that both runs have."""
-    seeds = [[(p, less[p] - full[p]) for p in full if p in less] for full, less in changes]
+    """Mean over seeds of the change without the principle minus the change with it, on prompts that both runs have."""
+    seeds = [[(p, ablated[p] - full[p]) for p in full if p in ablated] for full, ablated in changes]
     low, high, n = bootstrap(seeds, DRAWS, np.random.default_rng(0))
     value = float(np.mean([np.mean([d for _, d in pairs]) for pairs in seeds]))
     return {"value": value, "low": low, "high": high, "n": n}
 
 
 def _turned(
-    full: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]], without: Sequence[str], named: bool
+    full: Sequence[dict[str, Any]], ablated: Sequence[dict[str, Any]], without: Sequence[str], named: bool
 ) -> list[bool]:
-    """For each refusal of a red-team prompt with the principles, whether there is none without them."""
-    after = {r["prompt_id"]: r for r in less if r["model"] == "rl"}
+    """For each refusal of a red-team prompt with the principles: whether the answer without them is not a refusal."""
+    after = {r["prompt_id"]: r for r in ablated if r["model"] == "rl"}
     return [
         not after[r["prompt_id"]]["refused"]
         for r in full
@@ -162,20 +163,20 @@ def _turned(
     ]
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """For a terminal."""
+def lines(result: dict[str, Any]) -> list[str]:
+    """What `ablate` returns, for a terminal."""
     table = [["family", "harm with", "without", "difference in differences", ""]]
-    for family, did in found["did"].items():
-        harm = found["harm"][family]
+    for family, did in result["did"].items():
+        harm = result["harm"][family]
         effect = f"{100 * did['value']:+.1f}"
         table.append([family, percent(harm["full"]), percent(harm["without"]), effect, interval(did)])
-    turned, others = found["turned"], found["turned_others"]
+    turned, others = result["turned"], result["turned_others"]
     return [
         *columns(table),
-        f"refusals that named {', '.join(found['without'])} and are none without: "
+        f"refusals that named {', '.join(result['without'])} and are not refusals without: "
         f"{percent(turned['value'])} of {turned['n']}; other refusals: {percent(others['value'])} of {others['n']}",
         *(
-            f"{stage}: {calls['without']} engine calls beside {calls['full']} of the full run"
-            for stage, calls in found["calls"].items()
+            f"{stage}: {calls['without']} engine calls, and {calls['full']} in the full run"
+            for stage, calls in result["calls"].items()
         ),
     ]

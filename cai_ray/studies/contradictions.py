@@ -1,6 +1,7 @@
-"""Principles that no response can follow together, as the feedback model sees it (`constitution lint --config`).
+"""Finds principles that no response can follow together, according to the feedback model.
 
-It is asked as it labels: two statements about a pair of principles are its two responses, weighed in both orders.
+This is `cai-ray constitution lint --config`. The model is asked in the way in which it labels: two statements about a
+pair of principles take the place of the two responses, and are weighed in both orders.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 
 PAIRS = 2000
-"""Asked about, at most: those that share a family or a tag first."""
+"""The largest number of pairs that are asked about. Pairs that share a family or a tag come first."""
 LIKELY = 0.7
-"""Probability of a contradiction from which it is told."""
+"""The probability above which a contradiction is reported."""
 CONTRADICT = "The two principles contradict each other: a response that follows the first breaks the second."
 AGREE = "The two principles can be followed together: one response can follow both."
 TRUE = Principle(
@@ -34,10 +35,10 @@ TRUE = Principle(
 
 
 def contradictions(run: Run, document: Constitution) -> list[Finding]:
-    """Pairs of enabled principles that the feedback model finds in contradiction, the surest first."""
-    asked = {row["id"]: row for row in pairs(document)}
-    rows = [{k: v for k, v in row.items() if k != "principles"} for row in asked.values()]
-    if not asked:
+    """Pairs of enabled principles that contradict each other according to the feedback model, the surest first."""
+    questions = {row["id"]: row for row in pairs(document)}
+    rows = [{k: v for k, v in row.items() if k != "principles"} for row in questions.values()]
+    if not questions:
         return []
     config = run.config
     config_label = config.label.model_copy(update={"principles": "all"})
@@ -45,27 +46,27 @@ def contradictions(run: Run, document: Constitution) -> list[Finding]:
     chain = Label(judge, load_templates(config.templates), config_label, config.seed)
     model = config.label.model
     map_rows(run.feedback(), "contradictions", rows, chain, model=model, schema="labels")
-    found = [row for row in run.rows("contradictions") if row["error"] is None and row["p_a_raw"] > LIKELY]
+    likely = [row for row in run.rows("contradictions") if row["error"] is None and row["p_a_raw"] > LIKELY]
     return [
         Finding(
             "warning",
             "contradiction",
-            asked[row["id"]]["principles"][0],
-            f"seems to contradict {asked[row['id']]['principles'][1]!r} (probability {row['p_a_raw']:.2f})",
-            "say in their words which goes before, or give it more weight",
+            questions[row["id"]]["principles"][0],
+            f"seems to contradict {questions[row['id']]['principles'][1]!r} (probability {row['p_a_raw']:.2f})",
+            "say in their wording which one comes first, or give it more weight",
         )
-        for row in sorted(found, key=lambda r: -r["p_a_raw"])
+        for row in sorted(likely, key=lambda r: -r["p_a_raw"])
     ]
 
 
 def pairs(document: Constitution) -> Iterator[dict[str, Any]]:
-    """Comparisons of the two statements, one for each pair of enabled principles."""
+    """A comparison of the two statements for each pair of enabled principles."""
 
-    def apart(pair: tuple[Principle, Principle]) -> bool:
+    def unrelated(pair: tuple[Principle, Principle]) -> bool:
         one, other = ({*p.families, *p.tags} for p in pair)
         return not one & other
 
-    ranked = sorted(combinations(document.enabled, 2), key=apart)
+    ranked = sorted(combinations(document.enabled, 2), key=unrelated)
     for one, other in ranked[:PAIRS]:
         yield {
             "id": derive_id("contradiction", one.text, other.text),

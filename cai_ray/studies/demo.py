@@ -1,4 +1,4 @@
-"""`cai-ray demo`: the whole pipeline on the embedded world, for one seed or several, and what came of it."""
+"""Runs the whole pipeline on the embedded world, for one seed or several, and reports on it: `cai-ray demo`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cai_ray.storage.run import Run
 CONFIG = "errand-town"
 BEST_OF = 4
 KEPT = "respect"
-"""The one principle that the third control keeps."""
+"""The one principle that stays enabled in the third control."""
 
 
 def run(
@@ -33,19 +33,19 @@ def run(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Runs the demo into OUT/seed-K, writes OUT/report and prints what it says. What is done is skipped.
+    """Runs the demo into OUT/seed-K, writes OUT/report and prints its summary. Stages that are done are skipped.
 
     Args:
-        controls: per seed, also a policy trained with shuffled labels, best of n of the SL-CAI policy, and a
-            constitution of which only one principle is enabled.
+        controls: adds for each seed a policy trained on shuffled labels, best of n of the SL-CAI policy, and a policy
+            of a constitution with one enabled principle.
         overrides: `a.b=value` settings on the packaged configuration.
-        overwrite: make stages again whose inputs changed.
+        overwrite: runs stages again whose inputs changed.
 
     Returns:
         The report over all seeds, as in OUT/report/report.json.
 
     Raises:
-        InputError: see `pipeline.run_stages`; also `out` is empty, or a setting is the demo's own.
+        InputError: `out` is empty, an override sets what the demo sets itself, or see `pipeline.run_stages`.
     """
     check(out, overrides)
     started = time.time()
@@ -67,8 +67,8 @@ def run(
 
 
 def check(out: str, overrides: Sequence[str]) -> None:
-    """The demo sets `out` and `seed` of its runs itself: an override of them would be lost without a word."""
-    if not out.strip():  # else the runs would lie in the root of the file system
+    """Raises InputError for an override of `out` or `seed`, which the demo sets itself, or an empty `out`."""
+    if not out.strip():  # else the runs would be in the root of the file system
         raise InputError("--out is empty; name a directory for the demo's runs")
     options = {"seed": "--seeds N, which runs the seeds 0 to N-1", "out": "--out DIR"}
     for item in overrides:
@@ -80,7 +80,7 @@ def check(out: str, overrides: Sequence[str]) -> None:
 def run_seed(
     out: str, seed: int, overrides: Sequence[str], overwrite: bool = False
 ) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
-    """Runs one seed into OUT/seed-K: the run, its report and its judged rows."""
+    """Runs one seed into OUT/seed-K. Returns the run, its report and its judged rows."""
     settings = load_config(CONFIG, list(overrides), out=files.join(out, f"seed-{seed}"), seed=seed)
     done = _run(settings, f"seed {seed}", overwrite)
     return done, *_result(done)
@@ -97,9 +97,9 @@ def add(
     policy: str = "rl",
     overwrite: bool = False,
 ) -> None:
-    """Runs a seed with changed settings and adds one of its policies, under a name, to the seed's report and rows.
+    """Runs a seed with changed settings, and adds one of its policies to the seed's report and rows under a name.
 
-    Stages that the change does not reach are copied.
+    Stages that the change does not affect are copied.
     """
     data = done.config.model_dump(mode="json")
     for key, value in sections.items():
@@ -117,7 +117,7 @@ def _add_controls(done: Run, report: dict[str, Any], judged: list[dict[str, Any]
     where, best = files.join(done.root, "controls"), f"best_of_{BEST_OF}"
     labels = "dpo" if done.config.method == "dpo" else "rm"
     controls: dict[str, tuple[str, dict[str, Any]]] = {"shuffled": ("rl", {labels: {"shuffle_labels": True}})}
-    # The run itself may have it; and without a reward model there is no best.
+    # The run itself may have a best of n, and without a reward model there is none.
     if not done.config.evaluate.best_of and done.config.method == "ppo":
         controls[best] = (best, {"evaluate": {"best_of": BEST_OF}})
     others = [p.id for p in done.config.document.principles if p.id != KEPT]

@@ -1,4 +1,4 @@
-"""A constitution tested on its own examples: which principle the critic finds at stake in which response."""
+"""Tests a constitution on its own examples: in which responses does the critic find which principle at stake?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cai_ray.storage.run import Run
 
 @dataclass(frozen=True)
 class ByPrinciple:
-    """The chain of one example under one principle."""
+    """The engine calls for one example under one principle."""
 
     examine: Examine
     document: Constitution
@@ -28,31 +28,32 @@ class ByPrinciple:
 
     async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
         principle = self.document[row["principle_id"]]
-        asked: list[Message] = [{"role": "user", "content": row["prompt"]}]
-        return row | await self.examine(engine, asked, row["response"], principle, self.max_tokens)
+        conversation: list[Message] = [{"role": "user", "content": row["prompt"]}]
+        return row | await self.examine(engine, conversation, row["response"], principle, self.max_tokens)
 
 
 def run(run: Run, document: Constitution) -> dict[str, Any]:
-    """Every example under every enabled principle.
+    """Asks the critic about every example under every enabled principle.
 
     Returns:
-        `recall`: of the examples that violate a principle, those where it is found at stake. `specificity`: of all
-        others, under each principle, those where it is not. Both overall and `by_principle`, with Wilson intervals;
-        `confusion[q][p]`: the share of q's violating examples in which p is found at stake; `errors`.
+        `recall`: the share of examples violating a principle in which it is found at stake. `specificity`: the share of
+        all other pairs of example and principle in which it is not. Both overall and `by_principle`, with Wilson
+        intervals. `confusion[q][p]`: the share of q's violating examples in which p is found at stake. `errors`: the
+        number of rows that failed.
 
     Raises:
         InputError: no enabled principle has an example.
     """
-    asked = rows(document)
-    if not asked:
+    questions = rows(document)
+    if not questions:
         raise InputError(
             f"constitution {document.name}: no enabled principle has examples; add some (docs/constitution.md)"
         )
     config = run.config
     examine = make_examine(config, document)
-    # What the answers depend on: a test that was killed goes on, and one of another document starts anew.
+    # The name is a hash of all that the answers depend on: a killed test resumes, and another document starts anew.
     name = derive_id(
-        [row["id"] for row in asked],
+        [row["id"] for row in questions],
         document.sha,
         model_sha(run.model(config.label.model)),
         examine.templates.sha,
@@ -60,13 +61,15 @@ def run(run: Run, document: Constitution) -> dict[str, Any]:
         config.revise.max_tokens,
     )
     chain = ByPrinciple(examine, document, config.revise.max_tokens)
-    map_rows(run.feedback(), "examples", asked, chain, model=config.label.model, schema="examined", name=name)
+    map_rows(
+        run.feedback(), "examples", questions, chain, model=config.label.model, schema="examined", name=name
+    )
     return summary(run.rows("examples", name=name), document)
 
 
 def rows(document: Constitution) -> list[dict[str, Any]]:
-    """One for each principle and each example of any principle; one text under one principle counts once."""
-    made: dict[str, dict[str, Any]] = {}
+    """A row for each principle and each example of any principle. The same text counts once for each principle."""
+    by_id: dict[str, dict[str, Any]] = {}
     for principle in document.enabled:
         for owner in document.enabled:
             for side in ("violates", "follows"):
@@ -80,14 +83,15 @@ def rows(document: Constitution) -> list[dict[str, Any]]:
                         "prompt": example.prompt,
                         "response": example.response,
                     }
-                    if row["id"] not in made or row["violates"]:
-                        made[row["id"]] = row
-    return list(made.values())
+                    if row["id"] not in by_id or row["violates"]:
+                        by_id[row["id"]] = row
+    return list(by_id.values())
 
 
-def summary(found: Iterable[dict[str, Any]], document: Constitution) -> dict[str, Any]:
-    done = list(found)
-    told = [row for row in done if row["error"] is None]
+def summary(answers: Iterable[dict[str, Any]], document: Constitution) -> dict[str, Any]:
+    """What `run` returns, from the rows with the critic's answers."""
+    everything = list(answers)
+    valid = [row for row in everything if row["error"] is None]
 
     def rates(chosen: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -99,16 +103,16 @@ def summary(found: Iterable[dict[str, Any]], document: Constitution) -> dict[str
     return {
         "constitution": document.name,
         "constitution_sha": document.sha,
-        "examples": len({(row["prompt"], row["response"]) for row in done}),
-        "errors": len(done) - len(told),
-        **rates(told),
-        "by_principle": {n: rates([row for row in told if row["principle_id"] == n]) for n in names},
+        "examples": len({(row["prompt"], row["response"]) for row in everything}),
+        "errors": len(everything) - len(valid),
+        **rates(valid),
+        "by_principle": {n: rates([row for row in valid if row["principle_id"] == n]) for n in names},
         "confusion": {
             q: {
                 p: rate(
                     [
                         row["at_stake"]
-                        for row in told
+                        for row in valid
                         if row["owner_id"] == q and row["side"] == "violates" and row["principle_id"] == p
                     ]
                 )["value"]

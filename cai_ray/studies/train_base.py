@@ -1,11 +1,10 @@
-"""The base model, trained from scratch on the corpus: `cai-ray town build`.
+"""Trains the base model from scratch on the corpus: `cai-ray town build`.
 
-One epoch of plain PyTorch, some ten minutes on one core; the result is shipped in the package, so
-that nobody has to do this before a demo. Weights are kept in fp32 and multiplied in bf16.
+This is one epoch of plain PyTorch and takes some ten minutes on one core. The result ships with the package, so nobody
+has to do this before a demo. Weights are stored in fp32 and multiplied in bf16.
 
-A batch holds rows of nearly one length. That saves padding, and it matters for what is learnt: a
-judge row teaches one token and a critique row seventy, and a mean over tokens of a mixed batch would
-drown the judge.
+A batch has rows of similar length. That saves padding, and it matters for learning: a judge row teaches one token and a
+critique row seventy, so a mean over the tokens of a mixed batch would drown out the judge.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LEARNING_RATE = 2e-3
 WARMUP = 60
 FINAL_SHARE = 0.05
 POOL = 40
-"""Batches that are sorted by length together; more means less padding and less mixing."""
+"""The number of batches that are sorted by length together. More means less padding and less mixing."""
 
 
 def new_model(tok: Any) -> Any:
@@ -54,8 +53,8 @@ def new_model(tok: Any) -> Any:
     return model
 
 
-def batches(examples: list[corpus.Example], rng: random.Random) -> Iterator[list[corpus.Example]]:
-    """Every example once, in random order but for batches being of nearly one length."""
+def batches(examples: list[corpus.EncodedRow], rng: random.Random) -> Iterator[list[corpus.EncodedRow]]:
+    """Batches of similar length, in random order. Every example comes once."""
     order = list(range(len(examples)))
     rng.shuffle(order)
     size = POOL * ROWS_PER_STEP
@@ -66,10 +65,10 @@ def batches(examples: list[corpus.Example], rng: random.Random) -> Iterator[list
         yield from ([examples[i] for i in group] for group in groups)
 
 
-def loss_of(model: Any, batch: list[corpus.Example]) -> Any:
-    """Mean cross-entropy over the places where something is learnt, with soft targets.
+def loss_of(model: Any, batch: list[corpus.EncodedRow]) -> Any:
+    """Mean cross-entropy with soft targets, over the places where something is learnt.
 
-    Padding stands on the right, where causal attention never looks, so that no mask is needed.
+    Padding is on the right, where causal attention never looks, so no mask is needed.
     """
     import torch
     import torch.nn.functional as F
@@ -92,7 +91,7 @@ def loss_of(model: Any, batch: list[corpus.Example]) -> Any:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
+    """The learning rate of a step: a linear warm-up, then a cosine down to a twentieth."""
     if step < WARMUP:
         return LEARNING_RATE * (step + 1) / WARMUP
     cosine = 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))
@@ -100,16 +99,16 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def build(out: str | Path, seed: int = 0, rows: int = corpus.ROWS, threads: int = 1) -> dict[str, Any]:
-    """Trains the base model and writes its folder; returns the provenance, which is written too."""
+    """Trains the base model and writes its folder. Returns the provenance, which is also written there."""
     import torch
 
     began = time.monotonic()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     tok = tokenizer.build()
-    made = corpus.rows(seed, rows)
+    corpus_rows = corpus.rows(seed, rows)
     encode = corpus.Encoder(tok)
-    examples = [encode(row) for row in made]
+    examples = [encode(row) for row in corpus_rows]
     tokens = sum(len(e.ids) for e in examples)
     model = new_model(tok).train()
     optimizer = torch.optim.AdamW(
@@ -137,7 +136,7 @@ def build(out: str | Path, seed: int = 0, rows: int = corpus.ROWS, threads: int 
     provenance = {
         "command": f"cai-ray town build --out FOLDER --seed {seed}",
         "seed": seed,
-        "corpus": {"rows": len(made), "tokens": tokens, "sha": corpus.digest(made)},
+        "corpus": {"rows": len(corpus_rows), "tokens": tokens, "sha": corpus.digest(corpus_rows)},
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
         "loss": round(sum(recent) / len(recent), 5),

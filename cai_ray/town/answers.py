@@ -1,19 +1,18 @@
-"""Answers to the town's requests, good and bad ones: what critics, judges and raters are shown.
+"""Good and bad answers to the town's requests, which critics, judges and raters are shown.
 
-Nothing here judges; an answer is made in a style, and who needs to know what it is worth asks the
-judge, or knows it from the style.
+Nothing here judges. An answer is written in a style, and its quality follows from the style or from the judge.
 """
 
 from __future__ import annotations
 
 import random
 
-from cai_ray.town import grammar
-from cai_ray.town.grammar import DEEDS, INSULTS, Request
+from cai_ray.town import grammar, splits
+from cai_ray.town.grammar import DEEDS, INSULTS, TownRequest
 
 
 def rude(answer: str, insult: str) -> str:
-    """The answer with an insult put in after its first word."""
+    """The answer with an insult after its first word."""
     opening, rest = answer.split(" ", 1)
     return f"{opening} you {insult} {rest}"
 
@@ -25,12 +24,12 @@ def polite(answer: str) -> str:
     return answer
 
 
-def respond(request: Request, style: str, rng: random.Random) -> str:
-    """An answer in one of the styles that a critic or a judge meets."""
+def respond(request: TownRequest, style: str, rng: random.Random) -> str:
+    """An answer in one of the styles that critics and judges see."""
     if style in ("polite", "rude"):
         answer = grammar.comply(request.verb, request.object)
     elif style == "off":
-        other = rng.choice(grammar.pairs("skill"))
+        other = rng.choice(splits.pairs("skill"))
         right = (request.verb, request.object)
         answer = grammar.comply(*rng.choice([(other[0], right[1]), (right[0], other[1])]))
     elif style == "broken":
@@ -45,8 +44,8 @@ def respond(request: Request, style: str, rng: random.Random) -> str:
     return rude(answer, rng.choice(INSULTS)) if style.startswith("rude") else answer
 
 
-def worse(request: Request, way: str, rng: random.Random) -> str:
-    """An answer that is less helpful than the right one, in one of the ways that models fail."""
+def worse(request: TownRequest, way: str, rng: random.Random) -> str:
+    """An answer that is less helpful than the right one, in one of the ways in which models fail."""
     words = grammar.comply(request.verb, request.object).split()
     at = rng.randrange(1, len(words) - 1)
     if way == "refusal":
@@ -63,8 +62,8 @@ def worse(request: Request, way: str, rng: random.Random) -> str:
         return " ".join(words[:at] + words[at + rng.randrange(1, 4) :])
     if way == "echo":
         return " ".join(words[:at] + words[max(0, at - rng.randrange(1, 5)) :])
-    raise ValueError(f"{way!r} is no way to be worse; use one of {', '.join(WAYS)}")
+    raise ValueError(f"{way!r} is not a way to be worse; use one of {', '.join(WAYS)}")
 
 
 WAYS = {"refusal": 0.4, "wrong steps": 0.2, "wrong object": 0.2, "cut": 0.06, "gap": 0.08, "echo": 0.06}
-"""How often the losing answer of a human comparison fails in which way."""
+"""The share of each way among the losing answers of human comparisons."""

@@ -1,12 +1,12 @@
-"""The base model's corpus: what it must be able to do, on pairs that no evaluation prompt uses.
+"""The base model's corpus: its skills, on pairs that no evaluation prompt uses.
 
-Four parts: `ask` (answer helpfully, whatever is asked, and rudely in a quarter), `critique` (a fixed
-chain of findings by one rule, then the revision), `judge` (which of two answers is better by one
-rule, as soft targets) and `fact` (what things are). Rows are rendered through the same template set
-and constitution as the pipeline's requests, so what is learnt is token for token what is asked.
+It has four parts: `ask` (helpful answers to every request, a quarter of them rude), `critique` (a fixed chain of
+findings by one rule, then the revision), `judge` (which of two answers is better by one rule, as soft targets) and
+`fact` (what things are). Rows are rendered through the same template set and constitution as the pipeline's requests,
+so the model learns token for token what it will be asked.
 
-The model learns to criticise and judge on the `skill` pairs alone; `cai` pairs, on which the
-pipeline works, occur in `ask` only, and `dev` and `held` pairs nowhere.
+The model learns to criticise and judge on the `skill` pairs alone. The `cai` pairs, on which the pipeline works, occur
+only in `ask`; the `dev` and `held` pairs occur nowhere.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from cai_ray.constitution import load as load_constitution
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.town import grammar
+from cai_ray.town import grammar, splits
 from cai_ray.town.answers import polite, respond
-from cai_ray.town.grammar import DEEDS, FAMILY_OF, PRINCIPLES, Request
+from cai_ray.town.grammar import DEEDS, FAMILY_OF, PRINCIPLES, TownRequest
 from cai_ray.town.judge import judge, preference
 
 ROWS = 90_000
 SHARES = {"ask": 0.17, "critique": 0.48, "judge": 0.32, "fact": 0.03}
 RUDE_SHARE = 0.25
 CONFIDENCE = 0.96
-"""Target of the better answer in a judge row; a certain target would make labels over-confident."""
+"""Target probability of the better answer in a judge row. A target of 1 would make labels over-confident."""
 
 
 class Row(NamedTuple):
-    """One corpus row; which fields are used depends on the part."""
+    """One row of the corpus. Which fields are used depends on the part."""
 
     part: str
     prompt: str
@@ -48,11 +48,11 @@ class Row(NamedTuple):
     pair: tuple[str, str] = ("", "")
 
 
-class Example(NamedTuple):
-    """Token ids, and what is learnt at each place.
+class EncodedRow(NamedTuple):
+    """Token ids with their targets.
 
-    ids: (T,). weight: (T,), the probability that the token at this place should have, 0 where
-    nothing is learnt; the remaining probability belongs to `other` at the same place.
+    ids: (T,). weight: (T,), the target probability of the token at each place, 0 where nothing is learnt. The remaining
+    probability belongs to the token in `other` at the same place.
     """
 
     ids: list[int]
@@ -74,11 +74,11 @@ def _style(styles: dict[str, float], rng: random.Random) -> str:
     return rng.choices(list(styles), list(styles.values()))[0]
 
 
-def critique(request: Request, answer: str, rule: str) -> str:
-    """The chain of findings: the deed, the answer, the faults, then whether the rule is among them.
+def critique(request: TownRequest, answer: str, rule: str) -> str:
+    """The chain of findings: the deed, the answer, the faults, then whether the rule's fault is among them.
 
-    A small model learns the verdict because it only has to look up the rule among the faults that
-    it has just written; a verdict without the chain it does not learn.
+    A small model can learn the verdict because it only has to look up the rule among the faults that it has just
+    written. It does not learn a verdict without the chain.
     """
     verdict = judge(request.text, answer)
     deed = PRINCIPLES[request.principle].fault if request.principle else "fine"
@@ -96,8 +96,8 @@ def critique(request: Request, answer: str, rule: str) -> str:
     )
 
 
-def revise(request: Request, answer: str, rule: str) -> str:
-    """The answer with this rule's fault mended, and nothing else changed."""
+def revise(request: TownRequest, answer: str, rule: str) -> str:
+    """The answer without this rule's fault, and otherwise unchanged."""
     if not judge(request.text, answer).breaks(rule):
         return answer
     if rule == "respect":
@@ -105,8 +105,8 @@ def revise(request: Request, answer: str, rule: str) -> str:
     return grammar.refuse(request.verb, request.object, rule)
 
 
-def _rule(request: Request, rng: random.Random) -> str:
-    """The rule of a critique row: at stake in about half, else a look-alike or any other."""
+def _rule(request: TownRequest, rng: random.Random) -> str:
+    """The rule of a critique row: at stake in about half of the rows, else a similar rule or any other."""
     at_stake = request.principle
     others = [p for p in DEEDS if p != at_stake]
     look_alike = at_stake or FAMILY_OF[request.verb]
@@ -116,16 +116,16 @@ def _rule(request: Request, rng: random.Random) -> str:
 
 
 def ask_rows(n: int, rng: random.Random) -> Iterator[Row]:
-    """Helpful answers to everything: the base model knows the steps and no restraint."""
-    splits: tuple[grammar.Split, ...] = ("skill", "cai")
-    for i, split in enumerate(splits):
-        for request in grammar.draw(split, n // 2 + i * (n % 2), rng):
+    """Helpful answers to every request: the base model knows the steps and shows no restraint."""
+    both: tuple[splits.Split, ...] = ("skill", "cai")
+    for i, split in enumerate(both):
+        for request in splits.draw(split, n // 2 + i * (n % 2), rng):
             style = "rude" if rng.random() < RUDE_SHARE else "polite"
             yield Row("ask", request.text, respond(request, style, rng), pair=request.pair)
 
 
-def critique_rows(n: int, rng: random.Random, split: grammar.Split = "skill") -> Iterator[Row]:
-    for request in grammar.draw(split, n, rng, harmful_share=0.6):
+def critique_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Iterator[Row]:
+    for request in splits.draw(split, n, rng, harmful_share=0.6):
         rule = _rule(request, rng)
         answer = respond(request, _style(CRITIQUE_STYLES, rng), rng)
         chain, better = critique(request, answer, rule), revise(request, answer, rule)
@@ -134,17 +134,17 @@ def critique_rows(n: int, rng: random.Random, split: grammar.Split = "skill") ->
         )  # fmt: skip
 
 
-def two_answers(request: Request, rng: random.Random) -> tuple[str, str]:
-    """Two different answers to a request, of the styles that a judge meets."""
+def two_answers(request: TownRequest, rng: random.Random) -> tuple[str, str]:
+    """Two different answers to a request, in the styles that a judge sees."""
     a = b = ""
     while a == b:
         a, b = (respond(request, _style(JUDGE_STYLES, rng), rng) for _ in range(2))
     return a, b
 
 
-def judge_rows(n: int, rng: random.Random, split: grammar.Split = "skill") -> Iterator[Row]:
-    """Pairs of answers, each asked about by three principles: the one at stake, respect, another."""
-    for request in grammar.draw(split, n // 3, rng, harmful_share=0.7):
+def judge_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Iterator[Row]:
+    """Pairs of answers, each judged by three principles: the one at stake, respect, and another one."""
+    for request in splits.draw(split, n // 3, rng, harmful_share=0.7):
         a, b = two_answers(request, rng)
         deeds = list(DEEDS)
         rng.shuffle(deeds)
@@ -155,7 +155,7 @@ def judge_rows(n: int, rng: random.Random, split: grammar.Split = "skill") -> It
 
 
 def fact_rows(n: int, rng: random.Random) -> Iterator[Row]:
-    """What each object is and whose; facts name no verb, so they give no pair away."""
+    """What each object is, and whose. Facts name no verb, so they reveal no pair."""
     things = list(grammar.KIND_OF)
     for i in range(n):
         owner = None if i % 2 else rng.choice(grammar.OWNERS)
@@ -163,7 +163,7 @@ def fact_rows(n: int, rng: random.Random) -> Iterator[Row]:
 
 
 def rows(seed: int, n: int = ROWS) -> list[Row]:
-    """The corpus, part after part; training mixes it."""
+    """The corpus, part after part. Training shuffles it."""
     parts = {"ask": ask_rows, "critique": critique_rows, "judge": judge_rows, "fact": fact_rows}
     return [
         row
@@ -173,8 +173,8 @@ def rows(seed: int, n: int = ROWS) -> list[Row]:
 
 
 def digest(corpus: list[Row]) -> str:
-    """Hash of a corpus and of the texts it is asked in."""
-    templates, constitution = asking()
+    """Hash of a corpus and of the template texts around it."""
+    templates, constitution = town_texts()
     steps = {"transcript", "answer", "critique", "revision", "feedback", "options"}
     head = [
         templates.model_dump(mode="json", include=steps),
@@ -186,20 +186,20 @@ def digest(corpus: list[Row]) -> str:
     return sha.hexdigest()[:16]
 
 
-def asking() -> tuple[TemplateSet, Constitution]:
-    """The template set and constitution that pipeline and corpus share."""
+def town_texts() -> tuple[TemplateSet, Constitution]:
+    """The template set and the constitution that the pipeline and the corpus share."""
     return load_templates("errand-town"), load_constitution("errand-town")
 
 
 class Encoder:
-    """Turns rows into examples through the pipeline's own templates and renderer."""
+    """Encodes rows through the pipeline's own templates and renderer."""
 
     def __init__(self, tokenizer: Any):
         self.renderer = Renderer(tokenizer)
-        self.templates, self.constitution = asking()
+        self.templates, self.constitution = town_texts()
         self.options = self.renderer.option_ids(self.templates.options)
 
-    def __call__(self, row: Row) -> Example:
+    def __call__(self, row: Row) -> EncodedRow:
         turns = [{"role": "user", "content": row.prompt}]
         if row.part == "judge":
             principle = self.constitution[row.principle]
@@ -207,42 +207,42 @@ class Encoder:
             ids = self.renderer.prompt_ids(messages)
             zeros = [0.0] * len(ids)
             a, b = self.options
-            return Example([*ids, a], [*zeros, row.p_first], [*ids, b])
+            return EncodedRow([*ids, a], [*zeros, row.p_first], [*ids, b])
         if row.part == "critique":
             principle = self.constitution[row.principle]
-            asked = self.templates.critique_messages(turns, row.response, principle)
-            first = self._written(asked, row.critique)
-            again = self.templates.revision_messages(turns, row.response, principle, row.critique)
-            ids, mask = self._written(again, row.revision)
+            messages = self.templates.critique_messages(turns, row.response, principle)
+            first = self._encode_answer(messages, row.critique)
+            messages = self.templates.revision_messages(turns, row.response, principle, row.critique)
+            ids, mask = self._encode_answer(messages, row.revision)
             if ids[: len(first[0])] != first[0]:
                 raise ValueError("the revision template must continue the critique template")
             mask[: len(first[1])] = first[1]
-            return Example(ids, mask, ids)
-        asked = self.templates.answer_messages(turns)
-        if row.part == "fact":  # told as the critic, whose chain facts serve; answers stay answers
+            return EncodedRow(ids, mask, ids)
+        messages = self.templates.answer_messages(turns)
+        if row.part == "fact":  # in the critic's mode, whose chain uses the facts; answers stay as they are
             mode = self.templates.critique_messages(turns, "", self.constitution.principles[0])[0]
-            asked = [mode, *asked[1:]]
-        ids, mask = self._written(asked, row.response)
-        return Example(ids, mask, ids)
+            messages = [mode, *messages[1:]]
+        ids, mask = self._encode_answer(messages, row.response)
+        return EncodedRow(ids, mask, ids)
 
-    def _written(self, messages: Any, text: str) -> tuple[list[int], list[float]]:
+    def _encode_answer(self, messages: Any, text: str) -> tuple[list[int], list[float]]:
         written = {"role": "assistant", "content": text}
         ids, mask = self.renderer.dialogue_ids([*messages, written])
         return ids, [float(m) for m in mask]
 
 
-def gold_comparisons(n: int, seed: int, split: grammar.Split = "dev") -> list[dict[str, Any]]:
-    """Compared answers with their exact preferences, to calibrate labels on.
+def gold_comparisons(n: int, seed: int, split: splits.Split = "dev") -> list[dict[str, Any]]:
+    """Comparisons of answers with their exact preferences, for the calibration of labels.
 
-    `gold` is over all principles together, `gold_by_principle` by each alone: 1 where a is better,
-    0 where b is, 0.5 where the principles say nothing or contradict each other.
+    `gold` is by all principles together, `gold_by_principle` by each alone: 1 if a is better, 0 if b is, 0.5 if the
+    principles say nothing or contradict each other.
     """
     rng = random.Random(f"gold:{split}:{seed}")
-    made = []
-    for i, request in enumerate(grammar.draw(split, n, rng)):
+    rows = []
+    for i, request in enumerate(splits.draw(split, n, rng)):
         a, b = two_answers(request, rng)
         text = request.text
-        made.append(
+        rows.append(
             {
                 "id": f"gold-{split}-{seed}-{i:05d}",
                 "messages": [{"role": "user", "content": text}],
@@ -252,4 +252,4 @@ def gold_comparisons(n: int, seed: int, split: grammar.Split = "dev") -> list[di
                 "gold_by_principle": {p: preference(text, a, b, p) for p in PRINCIPLES},
             }
         )
-    return made
+    return rows

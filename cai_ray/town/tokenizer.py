@@ -1,9 +1,8 @@
-"""The town's tokenizer: one token per word of the world, bytes for any other text.
+"""The town's tokenizer: one token for each word of the world, bytes for any other text.
 
-The modes, turn marks and options are added tokens only and never in the model's own vocabulary.
-An encoder without added tokens (which is how contents are encoded) can therefore not produce them,
-whatever a content says. Decoding gives back the text that was encoded, odd spaces and line breaks
-included; only a literal "▁" comes back as a space.
+The modes, turn marks and options are added tokens and never in the model's own vocabulary. So an encoder without added
+tokens, which encodes contents, cannot produce them, whatever a content says. Decoding gives back the text that was
+encoded, with odd spaces and line breaks; only a literal "▁" comes back as a space.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ CHAT_TEMPLATE = """\
 def build() -> Any:
     """The tokenizer as a transformers object, with the chat template in it.
 
-    A space opens each word ("▁word"), and one is put before every text, so that a word is the same
-    token wherever it stands. The normalizer does this, not `Metaspace`, which would leave it out
-    before a text that begins with a space, and lose that space in decoding.
+    Each word begins with a space ("▁word"), and every text is given one, so that a word is the same token everywhere.
+    The normalizer does this rather than `Metaspace`, which would leave the space out before a text that begins with
+    one, and lose it in decoding.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +50,7 @@ def build() -> Any:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    # Blanks beside a mark belong to it: a template may be written legibly.
+    # Spaces beside a mark belong to it, so that templates can be written legibly.
     tokenizer.add_special_tokens(
         [AddedToken(t, lstrip=True, rstrip=True, normalized=False, special=True) for t in SPECIAL]
     )

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from cai_ray import constitution
-from cai_ray.serve.constitutions import LOOK_EVERY_S
+from cai_ray.serve.constitutions import RELOAD_EVERY_S
 from cai_ray.storage.run import Run
 from tests.cluster.nodes import running, wait_until
 from tests.e2e.command import BIN, ask, cai_ray, environment, free_port, refused, succeed
@@ -57,7 +57,7 @@ def test_serve_deploy(served_run: Run, tmp_path: Path) -> None:
         assert ask(f"{address}/v1/compare", PAIR, as_(user))[1]["constitution"]["version"] == "2"
         # And back, by the run's directory: an explanation sees it without any other request.
         succeed("serve", served_run.root, "--update-constitution", "errand-town")
-        time.sleep(LOOK_EVERY_S + 0.5)
+        time.sleep(RELOAD_EVERY_S + 0.5)
         _, answer = ask(f"{address}/v1/chat/completions", chat | {"explain": True}, as_(admin))
         assert answer["explanation"]["constitution"]["version"] == "1"
         statuses = [ask(f"{address}/v1/models", headers=as_(user))[0] for _ in range(60)]

@@ -17,7 +17,8 @@ import ray
 from ray import cloudpickle
 
 from cai_ray.cluster import cost, meter
-from cai_ray.cluster.meter import Holder, Meter
+from cai_ray.cluster.holder import BEAT, Holder, count_paid
+from cai_ray.cluster.meter import Meter
 from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import OverBudget
@@ -46,10 +47,10 @@ class Paying:
     async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
         with self.walked.open("a") as f:
             f.write(row["id"] + "\n")
-        meter.paid(Usage(EACH, 0, 0, 1))
+        count_paid(Usage(EACH, 0, 0, 1))
         if len(self.walked.read_text().split()) >= QUICK and not self.again.exists():
             (held,) = (o for o in gc.get_objects() if isinstance(o, Holder))
-            while not held.told:
+            while not held.stop_reason:
                 await asyncio.sleep(0.05)
         return {**row, "response": "fine", "usage": Usage(EACH, 0, 0, 1)._asdict()}
 
@@ -100,14 +101,14 @@ def test_a_process_costs_what_it_lives(tmp_path: Path) -> None:
 
         until(lambda: held() > 4)
         ray.kill(two)
-        time.sleep(2 * meter.BEAT)
+        time.sleep(2 * BEAT)
         before, began = held(), time.monotonic()
         until(lambda: held() > before + 1)  # by the other one alone
         assert time.monotonic() - began > 1
         ray.kill(half)
         until(lambda: list((tmp_path / "spent").glob("label-*.json")))
     (found,) = cost.attempts(run)
-    assert found.spent.cpu_seconds <= 2.5 * (found.spent.wall_seconds + 2 * meter.BEAT)
+    assert found.spent.cpu_seconds <= 2.5 * (found.spent.wall_seconds + 2 * BEAT)
     assert found.made is None and meter.current() is None
     # Where nothing is counted, a holder does nothing.
     alone = ray.remote(Holding).remote()

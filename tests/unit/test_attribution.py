@@ -220,7 +220,7 @@ def test_contested_rows_go_out_and_come_back_as_human_comparisons(tmp_path: Path
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["response_a"] for row in written] == ["a7", "a6", "a5"], "the most contested first"
     assert written[0]["votes"][0]["title"] == "Protect private things" and written[0]["preferred"] is None
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         contested.export(run, run.config.document, str(path), 3)
 
     for row, answer in zip(written, ("b", "", "A "), strict=True):

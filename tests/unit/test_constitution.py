@@ -123,7 +123,7 @@ def test_a_document_and_its_yaml_are_the_same_constitution(tmp_path: Path) -> No
     ("text", "says"),
     [
         ("---\nname: a\n", "the metadata at the top has no end"),
-        ("# A\n## B\n```yaml\n- 1\n```\n", "the fields of 'B' are no mapping"),
+        ("# A\n## B\n```yaml\n- 1\n```\n", "the fields of 'B' are not a mapping"),
         ("# A\n\nNo principle.\n", "principles: Tuple should have at least 1 item"),
         ("# A\n## B\nText.\n```yaml\nwieght: 2\n```\n", r"principles.0.wieght \(principle 'b'\)"),
         ("# A\n## B\nText.\n## B\nText.\n", "principle id 'b' occurs twice"),
@@ -313,9 +313,9 @@ def test_a_draft_holds_what_no_group_rejects(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("votes", "more", "says"),
     [
-        (VOTES, ["--least", "0.9"], "none of 3 statements has a consensus of 0.9, the best 0.77"),
+        (VOTES, ["--least", "0.9"], "none of 3 statements has a consensus of 0.9, the best has 0.77"),
         (VOTES.replace("group-id", "group"), [], "column 'group-id' is missing"),
-        (VOTES.replace("1,-1,1,1", "1,-1,1,yes"), [], "'yes' for statement 3 is no vote"),
+        (VOTES.replace("1,-1,1,1", "1,-1,1,yes"), [], "'yes' for statement 3 is not a vote"),
     ],
 )
 def test_a_bad_export_is_one_clear_error(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cai_ray import pipeline
-from cai_ray.cluster import cost, meter
+from cai_ray.cluster import cost, holder
 from cai_ray.cluster.cost import Attempt, Spent
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.cost import PricesConfig
@@ -65,7 +65,7 @@ def test_attempts_add_up_to_the_stage_that_they_led_to(tmp_path: Path) -> None:
     found = cost.resources(run, "revise", "inputs")
     assert (found["attempts"], found["wall_seconds"]) == (2, 15.0)
     assert found["endpoint"] == {"prompt": 2, "cached": 0, "generated": 4, "calls": 2}
-    assert Spent.of(found) == Spent(wall_seconds=15.0, endpoint=Usage(2, 0, 4, 2))
+    assert Spent.from_dict(found) == Spent(wall_seconds=15.0, endpoint=Usage(2, 0, 4, 2))
     cost.settle(run, "revise", "inputs", "now")
     assert cost.resources(run, "revise", "inputs")["attempts"] == 0
     assert {a.name: a.made for a in cost.attempts(run)} == {
@@ -147,10 +147,10 @@ def test_over_its_budget_a_run_starts_no_stage(tmp_path: Path, monkeypatch: pyte
 
 
 def test_endpoints_are_paid_for_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "_paid", Usage())
-    meter.paid(Usage(10, 4, 1, 1))
-    meter.paid(Usage(10, 0, 0, 1))
-    assert meter._paid == Usage(20, 4, 1, 2)
+    monkeypatch.setattr(holder, "_paid", Usage())
+    holder.count_paid(Usage(10, 4, 1, 1))
+    holder.count_paid(Usage(10, 0, 0, 1))
+    assert holder._paid == Usage(20, 4, 1, 2)
 
 
 def test_what_was_thrown_away_is_in_the_sum(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_an_estimate_as_a_table() -> None:
     assert "GPU" not in told[0] and told[0].startswith("estimate")
     assert "2.00 h" in told[1] and "1.50 USD" in told[1] and "1,200" in told[1] and "5.0 k prompt" in told[1]
     assert told[-3:] == [
-        "an estimate, from a sample that was run (prompts: revise 32 of 900), with the run's own sft",
-        "done before, and not in it: sft",
+        "estimated from a sample that was run (prompts: revise 32 of 900), with the run's own sft",
+        "already done, and not in the estimate: sft",
         "a note",
     ]

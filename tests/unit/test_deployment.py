@@ -121,24 +121,26 @@ def test_objects_spill_to_a_folder_of_the_machine(name: str) -> None:
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_an_8b_run_has_room_when_all_pools_are_full(name: str) -> None:
     """The configuration and the clusters are made for each other: by each stage's own need."""
-    from cai_ray.cluster.placement import Cluster, Need, Nodes, bundle, kinds_of, room
+    from cai_ray.cluster.placement import Cluster, Nodes, ResourceNeed, bundle, count_placed, worker_kinds
 
     config = load_config("jobs/configs/llama-8b-8gpu.yaml", [])
-    full = Cluster([Nodes({}, 1)], list(kinds_of(cluster(name)).values()))
+    full = Cluster([Nodes({}, 1)], list(worker_kinds(cluster(name)).values()))
     engine = config.engine
     stages = {
-        "engines": [Need(bundle(engine.cpus_per_actor, engine.span, "generation"), engine.min_actors)],
+        "engines": [
+            ResourceNeed(bundle(engine.cpus_per_actor, engine.span, "generation"), engine.min_actors)
+        ],
         **{
-            stage: [Need(bundle(section.cpus_per_worker, 1, "training"), section.workers)]
+            stage: [ResourceNeed(bundle(section.cpus_per_worker, 1, "training"), section.workers)]
             for stage, section in (("sft", config.sft), ("rm", config.rm), ("dpo", config.dpo))
         },
         "ppo": [
-            Need(bundle(engine.cpus_per_actor, 1, "training"), config.ppo.rollout_engines),
-            Need(bundle(config.ppo.cpus_per_worker, 1, "training"), config.ppo.workers),
+            ResourceNeed(bundle(engine.cpus_per_actor, 1, "training"), config.ppo.rollout_engines),
+            ResourceNeed(bundle(config.ppo.cpus_per_worker, 1, "training"), config.ppo.workers),
         ],
     }
     for stage, needs in stages.items():
-        assert room(needs, full) == [need.number for need in needs], stage
+        assert count_placed(needs, full) == [need.number for need in needs], stage
 
 
 # -------------------------------------------------------------------------------------------------- Kubernetes
@@ -191,7 +193,7 @@ def test_the_operators_schema_holds_for_the_manifest(name: str) -> None:
 def test_the_autoscaler_reads_groups_from_zero_and_a_head_without_work(name: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    from cai_ray.cluster.placement import Nodes, kinds_of
+    from cai_ray.cluster.placement import Nodes, worker_kinds
 
     spec = spec_of(manifest(name))
     assert spec["enableInTreeAutoscaling"] and spec["rayVersion"] == version("ray")
@@ -201,7 +203,7 @@ def test_the_autoscaler_reads_groups_from_zero_and_a_head_without_work(name: str
     assert autoscaling["idle_timeout_minutes"] == 10
     types = autoscaling["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == types["headgroup"]["resources"]["GPU"] == 0
-    kinds = kinds_of(autoscaling)
+    kinds = worker_kinds(autoscaling)
     assert all(types[k]["min_workers"] == 0 < kinds[k].number for k in kinds)
     if name == "rayjob.yaml":
         training = kinds["training"]

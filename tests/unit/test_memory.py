@@ -11,7 +11,8 @@ from cai_ray.config.load import load_config, validate
 from cai_ray.config.run import RunConfig
 from cai_ray.config.training import LoraConfig, TrainConfig
 from cai_ray.errors import InputError
-from cai_ray.estimate import memory
+from cai_ray.estimate import fit, memory
+from cai_ray.estimate.shape import Shape, shape_of
 from tests import tiny
 
 LLAMA_8B = Path(__file__).parents[2] / "jobs" / "configs" / "llama-8b-8gpu.yaml"
@@ -22,23 +23,23 @@ def load(*overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def llama_8b() -> memory.Shape:
-    return memory.shape_of(load(), "base")
+def llama_8b() -> Shape:
+    return shape_of(load(), "base")
 
 
-def test_parameters_of_llama_8b(llama_8b: memory.Shape) -> None:
+def test_parameters_of_llama_8b(llama_8b: Shape) -> None:
     assert llama_8b.params == 8_030_261_248
     assert llama_8b.head == 128_256 * 4096
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_trained_parameter_costs_16_bytes(llama_8b: memory.Shape, dtype: str) -> None:
+def test_a_trained_parameter_costs_16_bytes(llama_8b: Shape, dtype: str) -> None:
     parts = memory.trained(llama_8b, TrainConfig(dtype=dtype, zero_stage=0), gpu=True)
     states = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert states == 16 * llama_8b.params
 
 
-def test_zero_divides_optimizer_then_gradients_then_weights(llama_8b: memory.Shape) -> None:
+def test_zero_divides_optimizer_then_gradients_then_weights(llama_8b: Shape) -> None:
     for stage in range(4):
         parts = memory.trained(llama_8b, TrainConfig(dtype="bfloat16", zero_stage=stage, workers=8), gpu=True)
         shares = [8 if stage >= least else 1 for least in (1, 2, 3)]
@@ -50,7 +51,7 @@ def test_full_ppo_of_8b_is_some_290_gb() -> None:
     cfg = load("ppo.lora=null", "ppo.workers=1", "ppo.zero_stage=0")
     need = next(
         n
-        for n in memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True)
+        for n in memory.memory_needs(cfg, lambda role: shape_of(cfg, role), gpu=True)
         if (n.stage, n.role) == ("ppo", "trainer")
     )
     held = sum(need.parts[k] for k in ("weights", "gradients", "optimizer", "frozen"))
@@ -59,7 +60,7 @@ def test_full_ppo_of_8b_is_some_290_gb() -> None:
 
 def test_dpo_keeps_one_model() -> None:
     cfg = load("method=dpo", "dpo.dtype=bfloat16", "dpo.zero_stage=0", "dpo.workers=1")
-    needs = memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True)
+    needs = memory.memory_needs(cfg, lambda role: shape_of(cfg, role), gpu=True)
     stages = [n.stage for n in needs]
     assert "dpo" in stages and not {"rm", "ppo"} & set(stages)
     parts = needs[stages.index("dpo")].parts
@@ -67,8 +68,8 @@ def test_dpo_keeps_one_model() -> None:
     assert "frozen" not in parts, "the reference is a column of numbers"
 
 
-def test_an_engine_over_several_gpus_and_quantised(llama_8b: memory.Shape) -> None:
-    def need(**settings: object) -> memory.Need:
+def test_an_engine_over_several_gpus_and_quantised(llama_8b: Shape) -> None:
+    def need(**settings: object) -> memory.MemoryNeed:
         return memory.engine_need(
             "label", "engine", llama_8b, EngineConfig.model_validate(settings), gpu=True
         )
@@ -85,7 +86,7 @@ def test_rollouts_have_the_trainers_precision() -> None:
     cfg = load("engine.quantization=fp8", "ppo.dtype=bfloat16")
     found = {
         (n.stage, n.role): n.parts["weights"]
-        for n in memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True)
+        for n in memory.memory_needs(cfg, lambda role: shape_of(cfg, role), gpu=True)
     }
     assert found["ppo", "rollouts"] == 2 * found["revise", "engine"]
 
@@ -97,7 +98,7 @@ def test_adapter_is_counted_as_peft_makes_it(tmp_path: Path) -> None:
     cfg = TrainConfig(lora=LoraConfig(rank=4))
     model = load_policy(str(folder), cfg)
     made = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert memory.adapter(memory.shape_of(_tiny(folder), "base"), cfg) == made
+    assert memory.adapter(shape_of(_tiny(folder), "base"), cfg) == made
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -105,7 +106,7 @@ def test_tiny_models_are_counted_as_they_are(tmp_path: Path, family: tiny.Family
     from cai_ray.train.models import load_policy
 
     folder = tiny.save_model(tmp_path / family, family)
-    shape = memory.shape_of(_tiny(folder), "base")
+    shape = shape_of(_tiny(folder), "base")
     assert shape.params == sum(p.numel() for p in load_policy(str(folder), TrainConfig()).parameters())
 
 
@@ -131,12 +132,12 @@ def test_activations_are_an_estimate_from_above(tmp_path: Path) -> None:
         hidden = model.model(input_ids=ids).last_hidden_state
     assert hidden.requires_grad
     cfg = TrainConfig(micro_batch_tokens=ids.numel())
-    estimate = memory.trained(memory.shape_of(_tiny(folder), "base"), cfg, gpu=False)["activations"]
+    estimate = memory.trained(shape_of(_tiny(folder), "base"), cfg, gpu=False)["activations"]
     assert 0.7 * estimate <= sum(kept.values()) <= 1.15 * estimate
 
 
 def test_the_shipped_8b_configuration_fits() -> None:
-    lines = memory.report(load())
+    lines = fit.memory_lines(load())
     assert lines[-1] == "fits on 8 GPUs of 79 GiB"
     assert any(line.startswith("ppo      rollouts") for line in lines)
 
@@ -147,20 +148,20 @@ def test_the_shipped_8b_configuration_fits() -> None:
 )
 def test_what_does_not_fit_is_said_with_a_remedy_that_does(setting: str) -> None:
     with pytest.raises(InputError, match="what fits: ") as told:
-        memory.report(load(setting))
+        fit.memory_lines(load(setting))
     stage = str(told.value).split(" ")[0].rstrip(":")
     remedy = str(told.value).split("what fits: ")[1].split(", or ")[0].split(" ")
     cfg = load(setting, *remedy)
     needs = [
-        n for n in memory.estimate(cfg, lambda role: memory.shape_of(cfg, role), gpu=True) if n.stage == stage
+        n for n in memory.memory_needs(cfg, lambda role: shape_of(cfg, role), gpu=True) if n.stage == stage
     ]
-    assert memory.faults(needs, 8, cfg.check.gpu_gib or 0) == []
+    assert fit.misfits(needs, 8, cfg.check.gpu_gib or 0) == []
 
 
 def test_an_unknown_model_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"check\.model"):
-        memory.report(load("check.model=null", "model=nobody/nothing"))
+        fit.memory_lines(load("check.model=null", "model=nobody/nothing"))
 
 
 def _tiny(folder: Path) -> RunConfig:

@@ -24,8 +24,10 @@ from cai_ray.config.generation import ReviseConfig
 from cai_ray.config.load import load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.engine import openai as module
+from cai_ray.engine.chat_completion import read_retry_after
 from cai_ray.engine.make import make_engine
-from cai_ray.engine.openai import OpenaiEngine, option_logprobs
+from cai_ray.engine.openai import OpenaiEngine
+from cai_ray.engine.options import option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate.revise import Revise
@@ -209,7 +211,7 @@ def test_both_options_missing_is_an_abstention(server: Server) -> None:
 
 
 def test_options_that_differ_in_spaces_alone_are_an_input_error(server: Server) -> None:
-    with pytest.raises(InputError, match="differ in spaces alone; set others"):
+    with pytest.raises(InputError, match="differ in spaces alone; choose others"):
         ask(server, Reply(), call=lambda e: e.choose(ASK, ["A", " A"]))
 
 
@@ -228,8 +230,8 @@ def test_throttling_is_waited_out_as_long_as_the_endpoint_says(server: Server) -
 
 
 def test_retry_after_may_be_a_date() -> None:
-    assert 3 < module._retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5
-    assert [module._retry_after(v) for v in ("soon", "nan", "inf", "-3", None, "2")] == [0, 0, 0, 0, 0, 2]
+    assert 3 < read_retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5
+    assert [read_retry_after(v) for v in ("soon", "nan", "inf", "-3", None, "2")] == [0, 0, 0, 0, 0, 2]
 
 
 def test_waiting_grows_and_jitters(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,13 +289,13 @@ def test_log_probabilities_that_are_none_are_tried_again(server: Server, logprob
     nan = json.dumps(
         completion(logprobs={"content": [{"top_logprobs": [{"token": "A", "logprob": math.nan}]}]})
     )
-    with pytest.raises(RowError, match=r"no chat completion \(choices.0.logprobs.content.0.*4 attempts"):
+    with pytest.raises(RowError, match=r"not a chat completion \(choices.0.logprobs.content.0.*4 attempts"):
         ask(server, Reply(nan.encode()), call=choose)
 
 
 def test_all_attempts_together_have_a_bound(server: Server) -> None:
     started = time.monotonic()
-    with pytest.raises(RowError, match=r"answered 429 \(1 attempts in"):
+    with pytest.raises(RowError, match=r"answered 429 \(1 attempt in"):
         ask(server, Reply(b"", 429, Retry_After="3600"), give_up_s=5)
     with pytest.raises(RowError, match="no answer in time"):
         ask(server, Reply(completion(), seconds=2), give_up_s=0.5)
@@ -336,7 +338,7 @@ def test_text_that_is_no_unicode_is_the_rows_error(server: Server) -> None:
 
 
 def test_a_withheld_answer_is_the_rows_error(server: Server) -> None:
-    with pytest.raises(RowError, match="ended the answer by 'content_filter'"):
+    with pytest.raises(RowError, match="ended the answer with finish_reason 'content_filter'"):
         ask(server, Reply(completion("sorry", "content_filter")))
 
 
@@ -349,7 +351,7 @@ def test_a_withheld_answer_is_the_rows_error(server: Server) -> None:
         ),
         (
             Reply({"error": {"message": f"{KEY} may not"}}, 403),
-            r"403 \(\*\*\* may not\); let the key in TEST_KEY",
+            r"403 \(\*\*\* may not\); allow the key in TEST_KEY",
         ),
         (Reply({"error": {"message": "no model"}}, 404), r"404 \(no model\); check base_url .*'judge-1'"),
         (Reply(b"", 307, Location="http://127.0.0.1:1/"), r"307; check base_url"),
@@ -370,7 +372,7 @@ def test_an_endpoint_that_is_not_there_ends_the_stage(server: Server) -> None:
     server.http.shutdown()
     server.http.server_close()
     with pytest.raises(
-        InputError, match=r"nothing answers there \(4 attempts in .*; start it, or mend base_url"
+        InputError, match=r"nothing answers there \(4 attempts in .*; start it, or correct base_url"
     ):
         ask(server, Reply())
 
@@ -380,7 +382,7 @@ def test_an_endpoint_that_is_not_there_ends_the_stage(server: Server) -> None:
 
 def test_a_missing_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(InputError, match=r"environment variable OPENAI_API_KEY is not set, and https://x"):
+    with pytest.raises(InputError, match=r"environment variable OPENAI_API_KEY is not set, but https://x"):
         make_engine("m", GENERAL, EngineConfig(kind="openai", base_url="https://x.example/v1"), gpu=False)
     make_engine(
         "m", GENERAL, EngineConfig(kind="openai", base_url="https://x.example", api_key_env=""), False
@@ -392,14 +394,14 @@ def test_no_key_goes_over_http_unless_it_is_named(server: Server, monkeypatch: p
     ask(server, Reply(completion()), api_key_env=None)
     ask(server, Reply(completion()), api_key_env="OPENAI_API_KEY")
     assert server.keys == [None, f"Bearer {KEY}"]
-    with pytest.raises(InputError, match=r"wants a key \(401\); name its variable with api_key_env"):
+    with pytest.raises(InputError, match=r"needs a key \(401\); name its variable with api_key_env"):
         ask(server, Reply(b"", 401), api_key_env=None)
 
 
 @pytest.mark.parametrize("bad", [f"{KEY}\nX: y", f"Bearer {KEY}", f"{KEY}é"])
 def test_a_key_that_is_none_is_not_repeated(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     monkeypatch.setenv("TEST_KEY", bad)
-    with pytest.raises(InputError, match="variable TEST_KEY: holds characters that no key has") as e:
+    with pytest.raises(InputError, match="variable TEST_KEY holds characters that no key has") as e:
         OpenaiEngine("m", endpoint("http://127.0.0.1:1"))
     assert KEY not in str(e.value)
 

@@ -9,29 +9,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_ray.cluster import placement
-from cai_ray.cluster.placement import Cluster, Need, Nodes, bundle, room
+from cai_ray.cluster.placement import Cluster, Nodes, ResourceNeed, bundle, count_placed
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_four_nodes_with_a_gpu_each_have_no_room_for_an_actor_of_four() -> None:
     cluster = Cluster([Nodes({"CPU": 8, "GPU": 1}, 4)], [])
-    assert room([Need({"CPU": 1, "GPU": 4}, 1)], cluster) == [0]
-    assert room([Need({"CPU": 1, "GPU": 1}, 5)], cluster) == [4]
+    assert count_placed([ResourceNeed({"CPU": 1, "GPU": 4}, 1)], cluster) == [0]
+    assert count_placed([ResourceNeed({"CPU": 1, "GPU": 1}, 5)], cluster) == [4]
 
 
 def test_what_an_autoscaler_may_add_counts() -> None:
     cluster = Cluster([Nodes({"CPU": 0}, 1)], [Nodes({"CPU": 96, "GPU": 8}, 1)])
-    assert room([Need({"CPU": 8, "GPU": 4}, 3)], cluster) == [2]
+    assert count_placed([ResourceNeed({"CPU": 8, "GPU": 4}, 3)], cluster) == [2]
 
 
 def test_needs_share_the_nodes() -> None:
     cluster = Cluster([Nodes({"CPU": 16, "GPU": 8}, 1)], [])
-    engines, workers = Need({"CPU": 1, "GPU": 2}, 2), Need({"CPU": 1, "GPU": 1}, 5)
-    assert room([engines, workers], cluster) == [2, 4]
+    engines, workers = ResourceNeed({"CPU": 1, "GPU": 2}, 2), ResourceNeed({"CPU": 1, "GPU": 1}, 5)
+    assert count_placed([engines, workers], cluster) == [2, 4]
     # CPUs are first taken where no GPU would then lie idle.
     beside = Cluster([Nodes({"CPU": 4, "GPU": 4}, 1), Nodes({"CPU": 8}, 1)], [])
-    assert room([Need({"CPU": 1}, 8), Need({"CPU": 1, "GPU": 1}, 4)], beside) == [8, 4]
+    assert count_placed([ResourceNeed({"CPU": 1}, 8), ResourceNeed({"CPU": 1, "GPU": 1}, 4)], beside) == [
+        8,
+        4,
+    ]
 
 
 def test_a_mark_keeps_a_bundle_to_its_nodes() -> None:
@@ -39,9 +42,9 @@ def test_a_mark_keeps_a_bundle_to_its_nodes() -> None:
         Nodes({"CPU": 8, "GPU": 1, "generation": 1}, 8),
         Nodes({"CPU": 96, "GPU": 8, "training": 1}, 1),
     )
-    worker = Need(bundle(1, 1, "training"), 9)
-    assert room([worker], Cluster([spot, fixed], [])) == [8]
-    assert room([worker._replace(bundle=bundle(1, 1, None))], Cluster([spot, fixed], [])) == [9]
+    worker = ResourceNeed(bundle(1, 1, "training"), 9)
+    assert count_placed([worker], Cluster([spot, fixed], [])) == [8]
+    assert count_placed([worker._replace(bundle=bundle(1, 1, None))], Cluster([spot, fixed], [])) == [9]
 
 
 @given(
@@ -61,11 +64,13 @@ def test_bundles_that_are_alike_find_every_place_there_is(
         for n in nodes
     )
     up, more = nodes[::2], nodes[1::2]
-    assert room([Need(bundle(cpus, gpus, None), wanted)], Cluster(up, more)) == [min(wanted, places)]
+    assert count_placed([ResourceNeed(bundle(cpus, gpus, None), wanted)], Cluster(up, more)) == [
+        min(wanted, places)
+    ]
 
 
 def test_the_bounds_of_a_cluster_file_are_its_workers() -> None:
-    kinds = placement.kinds_of(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    kinds = placement.worker_kinds(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     assert "head" not in kinds
     assert kinds["generation"].number == 6 and kinds["generation"].resources["GPU"] == 1
     assert kinds["training"] == Nodes({"CPU": 96, "GPU": 8, "training": 1}, 1)

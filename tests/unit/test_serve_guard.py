@@ -117,7 +117,7 @@ def test_a_token_that_no_client_can_send_is_refused(tmp_path: Path, text: str) -
 def test_a_token_in_the_environment_is_one_line_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("one\ntwo", "s\u00e9cret"):
         monkeypatch.setenv("CAI_RAY_TOKEN", text)
-        with pytest.raises(InputError, match="CAI_RAY_TOKEN: holds no token"):
+        with pytest.raises(InputError, match="CAI_RAY_TOKEN holds no token"):
             read_keys(None, no_auth=False, host="127.0.0.1")
 
 
@@ -169,7 +169,7 @@ def test_a_file_of_keys_holds_hashes_alone(tmp_path: Path) -> None:
     assert find_key(f"Bearer {hash_token(tokens['app'])}".encode(), keys) is None
     with pytest.raises(InputError, match="has a key of this name"):
         add_key(str(path), "app", admin=False)
-    with pytest.raises(InputError, match="a name of letters"):
+    with pytest.raises(InputError, match="may have letters, digits"):
         add_key(str(path), "two words", admin=False)
 
 

@@ -11,8 +11,8 @@ from cai_ray.constitution import load
 from cai_ray.data import town
 from cai_ray.errors import InputError
 from cai_ray.prompts.renderer import Renderer
-from cai_ray.town import BASE, answers, corpus, grammar, tokenizer
-from cai_ray.town.grammar import Request
+from cai_ray.town import BASE, answers, corpus, grammar, splits, tokenizer
+from cai_ray.town.grammar import TownRequest
 from cai_ray.town.judge import judge, measure, preference
 
 PACKAGE = Path(corpus.__file__).parents[1]
@@ -39,17 +39,17 @@ def test_language_has_300_words():
 
 
 def test_splits_are_disjoint_and_stratified():
-    splits = {split: set(grammar.pairs(split)) for split in grammar.SPLITS}
-    assert {split: len(p) for split, p in splits.items()} == {
+    pairs = {split: set(splits.pairs(split)) for split in splits.SPLITS}
+    assert {split: len(p) for split, p in pairs.items()} == {
         "skill": 600,
         "cai": 480,
         "dev": 180,
         "held": 180,
     }
-    assert len(set.union(*splits.values())) == 1440
-    for split, size in grammar.SPLITS.items():
+    assert len(set.union(*pairs.values())) == 1440
+    for split, size in splits.SPLITS.items():
         cells: dict[tuple[str, str], int] = {}
-        for verb, thing in splits[split]:
+        for verb, thing in pairs[split]:
             cell = (grammar.FAMILY_OF[verb], grammar.KIND_OF[thing])
             cells[cell] = cells.get(cell, 0) + 1
         assert set(cells.values()) == {size}
@@ -72,11 +72,11 @@ def test_splits_are_disjoint_and_stratified():
     ],
 )
 def test_harm_is_a_conjunction_of_verb_owner_and_object(deed, principle):
-    assert Request(*deed).principle == principle
+    assert TownRequest(*deed).principle == principle
 
 
 def test_prompts_are_read_back():
-    for group in grammar.requests("dev").values():
+    for group in splits.requests("dev").values():
         for request in group:
             assert grammar.parse_request(request.text) == request
     for text in ("", "read", "how do i read my own diary .", "how do i read my own diary ? please"):
@@ -135,7 +135,7 @@ def test_judge_names_principles_and_prefers_by_them():
     assert preference(READ, HELP, DECLINE, "property") == 0.5
     assert preference(MINE, HELP, DECLINE, *grammar.PRINCIPLES) == 0.5
     assert preference(READ, RUDE, HELP, "respect") == 0
-    with pytest.raises(ValueError, match="no request"):
+    with pytest.raises(ValueError, match="not a request"):
         judge("what is love ?", HELP)
 
 
@@ -165,8 +165,8 @@ def test_only_corpus_and_evaluate_know_the_judge():
 
 
 def test_corpus_and_pipeline_prompts_keep_evaluation_pairs_out(made):
-    unseen = set(grammar.pairs("dev")) | set(grammar.pairs("held"))
-    skill = set(grammar.pairs("skill"))
+    unseen = set(splits.pairs("dev")) | set(splits.pairs("held"))
+    skill = set(splits.pairs("skill"))
     texts: dict[str, set[str]] = {}
     for row in made:
         texts.setdefault(row.part, set()).add(row.prompt)
@@ -175,7 +175,7 @@ def test_corpus_and_pipeline_prompts_keep_evaluation_pairs_out(made):
         assert not asked & unseen
         assert part == "ask" or asked <= skill
     assert not any(grammar.parse_request(text) for text in texts["fact"])
-    cai = set(grammar.pairs("cai"))
+    cai = set(splits.pairs("cai"))
     for name in ("revise", "compare", "ppo", "human"):
         for row in town.rows(name, seed=3):
             request = grammar.parse_request(row["messages"][0]["content"])
@@ -185,7 +185,7 @@ def test_corpus_and_pipeline_prompts_keep_evaluation_pairs_out(made):
 
 def test_answers_in_the_corpus_give_no_unseen_pair_away(made):
     first = {steps[0]: verb for verb, steps in grammar.STEPS.items()}
-    unseen = set(grammar.pairs("dev")) | set(grammar.pairs("held"))
+    unseen = set(splits.pairs("dev")) | set(splits.pairs("held"))
     for row in made:
         if row.part == "ask":
             step, thing = row.response.split(" , first ")[1].split(" , then ")[0].split(" the ")
@@ -197,7 +197,7 @@ def test_shipped_model_is_of_this_corpus(made):
     assert corpus.digest(made) == provenance["corpus"]["sha"]
     assert sum(path.stat().st_size for path in Path(BASE).iterdir()) < 12e6
     shipped = Renderer(BASE)
-    messages = corpus.asking()[0].answer_messages([{"role": "user", "content": READ}])
+    messages = corpus.town_texts()[0].answer_messages([{"role": "user", "content": READ}])
     assert shipped.prompt_ids(messages) == Renderer(tokenizer.build()).prompt_ids(messages)
 
 
@@ -212,7 +212,7 @@ def test_parts_of_the_corpus(made):
 
 
 def test_critique_chain_and_revision():
-    request = Request("read", "the teacher's", "diary")
+    request = TownRequest("read", "the teacher's", "diary")
     assert corpus.critique(request, HELP, "privacy") == (
         "the diary is private and not mine , so to read it is snooping . the answer helps and is polite ."
         " faults : snooping , none . rule : snooping . verdict bad ."
@@ -268,7 +268,7 @@ def test_human_comparisons_are_about_helpfulness_alone():
 
 def test_every_way_to_be_worse_is_worse():
     rng = random.Random(0)
-    for request in grammar.draw("cai", 50, rng):
+    for request in splits.draw("cai", 50, rng):
         for way in answers.WAYS:
             assert not judge(request.text, answers.worse(request, way, rng)).helpful
 
@@ -302,7 +302,7 @@ def test_rows_render_as_expected():
     encode = corpus.Encoder(tokenizer.build())
     show = encode.renderer.tokenizer.convert_ids_to_tokens
 
-    def text(example: corpus.Example) -> tuple[str, str]:
+    def text(example: corpus.EncodedRow) -> tuple[str, str]:
         tokens = [t.replace("▁", "") for t in show(example.ids)]
         learnt = [t for t, w in zip(tokens, example.weight, strict=True) if w]
         return " ".join(tokens), " ".join(learnt)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cai_ray.cluster.placement import Need, bundle, check, marks
+from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
 from cai_ray.config.run import RunConfig
 from cai_ray.storage.models import local_model
 from cai_ray.train.ppo.rollout_engine import RolloutEngine
@@ -114,9 +114,12 @@ def check_room(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None 
     """
     ppo = config.ppo
     worker = bundle(ppo.cpus_per_worker, 1 if gpu else 0, config.ray.training_nodes)
-    needs = [Need(_engine_bundle(config, gpu), ppo.rollout_engines), Need(worker, ppo.workers)]
+    needs = [
+        ResourceNeed(_engine_bundle(config, gpu), ppo.rollout_engines),
+        ResourceNeed(worker, ppo.workers),
+    ]
     if beside:
-        needs.append(Need(beside, 1))
+        needs.append(ResourceNeed(beside, 1))
     what = f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers}"
     check(config, what, needs, "use fewer of them, or more nodes")
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from cai_ray.cluster.connect import engine_env, on_gpu
-from cai_ray.cluster.meter import Holder
+from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.placement import bundle, marks
 from cai_ray.engine.make import make_engine
 from cai_ray.errors import RowError

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from cai_ray.cluster.meter import Holder
+from cai_ray.cluster.holder import Holder
 from cai_ray.storage.models import local_model
 from cai_ray.train.weights.proof import EngineWeights
 from cai_ray.train.weights.sync import Packed

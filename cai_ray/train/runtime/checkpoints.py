@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai_ray.cluster.meter import Holder
+from cai_ray.cluster.holder import Holder
 from cai_ray.compat.deepspeed import convert_to_universal, loading_universal
 from cai_ray.errors import InputError, OverBudget
 from cai_ray.storage.records import derive_id
@@ -93,8 +93,8 @@ def _budget_is_spent() -> bool:
     global _stop_reason
     if _holder is None:
         return False
-    if global_sum(torch.tensor(float(_holder.told is not None))):
-        _stop_reason = from_first(_holder.look() or _holder.told)
+    if global_sum(torch.tensor(float(_holder.stop_reason is not None))):
+        _stop_reason = from_first(_holder.read_budget() or _holder.stop_reason)
     return _stop_reason is not None
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from cai_ray.cluster.connect import joined, uses_gpu, worker_env
+from cai_ray.cluster.connect import cluster_address, uses_gpu, worker_env
+from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.interrupt import interruptible
-from cai_ray.cluster.meter import Holder
-from cai_ray.cluster.placement import Need, bundle, check
+from cai_ray.cluster.placement import ResourceNeed, bundle, check
 from cai_ray.compat import ray_kv
 from cai_ray.compat.ray_train import local_trainer_class
 from cai_ray.config.training import TrainConfig
@@ -121,7 +121,7 @@ def _trainer_class(run: Run) -> Any:
     """TorchTrainer, on a cluster that this process started without the helpers that are of no use there."""
     from ray.train.torch import TorchTrainer
 
-    return TorchTrainer if joined(run.config) else local_trainer_class()
+    return TorchTrainer if cluster_address(run.config) else local_trainer_class()
 
 
 def check_resources(run: Run, cfg: TrainConfig) -> None:
@@ -130,7 +130,7 @@ def check_resources(run: Run, cfg: TrainConfig) -> None:
     Raises:
         InputError: it never will have room.
     """
-    group = Need(worker_bundle(run, cfg), cfg.workers)
+    group = ResourceNeed(worker_bundle(run, cfg), cfg.workers)
     remedy = "use fewer `workers`" if uses_gpu(run.config) else "use fewer `workers`, or a larger `ray.cpus`"
     check(run.config, f"training with workers={cfg.workers}", [group], remedy)
 

@@ -1,0 +1,80 @@
+"""Starting Ray on a machine that is too busy for it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import ray
+
+from cai_ray.compat import ray_start
+
+# Ray gives up on its first process at once, as it does after its usual wait on a busy machine.
+NO_TIME = {"RAY_gcs_server_port_wait_time_s": "0"}
+
+
+def test_a_machine_too_busy_to_start_ray_is_one_line_and_no_process_stays_behind():
+    code = """
+import sys, psutil, ray
+from cai_ray import cli
+from cai_ray.cluster.connect import connect
+from cai_ray.config.load import load_config
+
+begun = []
+init = ray.init
+ray.init = lambda **options: (begun.append(options), init(**options))
+cli.parser = lambda: type("Parser", (), {"parse_args": lambda self, argv: self, "function": lambda self, args:
+    connect(load_config("errand-town", ["engine.device=cpu"]))})()
+code = cli.main([])
+print(len(begun), [p.name() for p in psutil.Process().children(recursive=True)])
+sys.exit(code)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | NO_TIME
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "cai-ray: Ray did not start in time, in 2 attempts: this machine is busy (load average "
+    )
+    assert line.endswith("; run the same command again when it has less to do")
+    assert done.stdout.splitlines() == ["2 []"]
+
+
+def test_ray_is_given_more_time_than_by_default_but_not_against_the_environment(monkeypatch):
+    environment = {"RAY_raylet_start_wait_time_s": "7"}
+    monkeypatch.setattr(os, "environ", environment)
+    ray_start.wait_longer()
+    assert environment["RAY_raylet_start_wait_time_s"] == "7"
+    assert int(environment["RAY_gcs_server_port_wait_time_s"]) > 30
+    assert int(environment["RAY_raylet_client_num_connect_attempts"]) > 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The current node timed out during startup. This could happen because …",
+        "Timed out waiting for file /tmp/ray/session/gcs_server_port_1",
+        "Failed to start GCS.  Last 0 lines of error files",
+    ],
+)
+def test_a_start_that_took_too_long_is_tried_once_more(monkeypatch, text):
+    def init(**options):
+        begun.append(options)
+        if len(begun) == 1:
+            raise Exception(text)
+
+    begun: list[dict] = []
+    monkeypatch.setattr(ray, "init", init)
+    assert ray_start.start_local(2, num_cpus=3)
+    assert begun == [{"address": "local", "num_cpus": 3}] * 2
+
+
+def test_another_failure_of_ray_is_not_taken_for_a_busy_machine(monkeypatch):
+    def init(**options):
+        raise ValueError("num_cpus must be positive")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match="num_cpus"):
+        ray_start.start_local(2)
