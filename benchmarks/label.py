@@ -79,9 +79,7 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
 
 
 async def _bare(run: Run, rows: list[dict[str, Any]], chain: Timed) -> list[dict[str, Any]]:
-    engine = make_engine(
-        run.model("base"), load_templates(run.config.templates), run.config.engine, gpu=False
-    )
+    engine = make_engine(run.resolve_model("base"), gpu=False)
     slots = asyncio.Semaphore(_in_flight(run.config.engine))
 
     async def one(row: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def _config(model: str, out: str, kind: str) -> RunConfig:
             "constitution": "harmless",
             "templates": "general" if shared else "paper-layout",
             "prompts": [{"path": "none.jsonl", "kind": "red_team"}],
-            "label": {"principles": "all"},
+            "label": {"judge": {"principles": "all"}},
             "engine": engine | ({} if shared else {"extra": {"enable_prefix_caching": False}}),
         }
     )
