@@ -1,3 +1,5 @@
+"""`python -m cai_ray` is the command `cai-ray`."""
+
 import sys
 
 from cai_ray.cli import main

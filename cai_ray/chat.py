@@ -20,7 +20,7 @@ from cai_ray.storage.run import Run
 
 
 def run(run: Run, which: Policy) -> int:
-    """Answers lines of stdin until it ends or is interrupted.
+    """Answers lines of stdin until it ends or is interrupted, and returns the exit code.
 
     Raises:
         InputError: the policy is not trained yet, or cannot be loaded.
@@ -29,7 +29,7 @@ def run(run: Run, which: Policy) -> int:
         raise InputError(
             f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
         )
-    # Between question and answer, a terminal is no place for an engine's warnings.
+    # An engine's warnings would stand between questions and answers.
     for key, value in {**worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(key, value)
     config = run.config
@@ -44,20 +44,20 @@ def run(run: Run, which: Policy) -> int:
 
 
 def talk(engine: Engine, run: Run, which: str) -> None:
-    """One answer per line. At a terminal the conversation goes on; from a pipe, each line is one of its own."""
+    """Prints an answer to each line. A terminal holds one conversation; from a pipe, each line begins its own."""
     config, terminal = run.config, sys.stdin.isatty()
-    goes_on = terminal and config.model != "town"  # the embedded world has no second turns
+    has_history = terminal and config.model != "town"  # the embedded world has no second turns
     templates = load_templates(config.templates)
     if terminal:
         print(
-            f"{name_of(which)} of {config.name}. Ctrl-D ends{'; /new begins anew' if goes_on else ''}.",
+            f"{name_of(which)} of {config.name}. Ctrl-D ends{'; /new starts over' if has_history else ''}.",
             file=sys.stderr,
         )
     history: list[dict[str, str]] = []
-    # The loop stands still while a line is awaited: nothing is in flight then, and Ctrl-C ends the reading at once.
+    # The event loop does not run while a line is typed: no request is in flight then, and Ctrl-C ends the chat at once.
     with asyncio.Runner() as runner:
         for number, line in enumerate(_lines(terminal)):
-            if line == "/new" or not goes_on:
+            if line == "/new" or not has_history:
                 history = []
             if line == "/new":
                 continue
@@ -70,14 +70,14 @@ def talk(engine: Engine, run: Run, which: str) -> None:
             try:
                 answer = runner.run(engine.chat(templates.answer_messages(history), sampling)).text  # type: ignore[arg-type]
             except RowError as e:
-                print(f"({e}; the conversation begins anew)", file=sys.stderr)
+                print(f"({e}; the conversation starts over)", file=sys.stderr)
                 history, answer = [], ""
             history.append({"role": "assistant", "content": answer})
             print(visible(answer) if terminal else " ".join(visible(answer).split()), flush=True)
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """Lines that say something, until the input ends. From a pipe an empty line counts, so that answers match lines."""
+    """Lines until the input ends. Empty lines count only in a pipe, where the n-th answer belongs to the n-th line."""
     if terminal:
         import readline  # noqa: F401  gives input() its line editing
     while True:

@@ -27,6 +27,7 @@ from cai_ray.cluster.connect import uses_gpu, worker_env
 from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
 from cai_ray.cluster.worker_errors import worker_errors
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
@@ -151,7 +152,7 @@ def map_sets(
         if kept := len(journal.finished()):
             line = f"  {errors[name].label}: {kept} of {totals[name]} rows were finished before"
             print(line, file=sys.stderr, flush=True)
-    with interruptible(), worker_errors(), _Progress(list(errors.values())):
+    with interruptible(), worker_errors(), _RowProgress(list(errors.values())):
         counted = meter.current()
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             walked = batch.filter(batch["walked"])
@@ -321,8 +322,8 @@ def check_resources(config: RunConfig, gpu: bool) -> None:
     )
 
 
-class _Progress:
-    """A line on stderr every few seconds: rows done so far, of the set that is being walked."""
+class _RowProgress:
+    """Shows on stderr how many rows are done, of the set that is being walked."""
 
     def __init__(self, sets: list[_Errors]):
         self.sets = sets
@@ -338,11 +339,27 @@ class _Progress:
 
     def _watch(self) -> None:
         started = time.time()
-        while not self.stop.wait(5):
-            done = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
-            rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
-            elapsed = time.time() - started
-            left = f", {elapsed * (total - rows) / rows:.0f} s left" if rows else ""
-            failed = f", {done.kinds.total()} failed" if done.kinds else ""
-            line = f"  {done.label}: {done.rows} of {done.total} rows{failed}, {elapsed:.0f} s{left}"
-            print(line, file=sys.stderr, flush=True)
+        with ProgressDisplay() as display:
+            while not self.stop.wait(POLL_S if display.drawn else 5):
+                display.show(self._progress(time.time() - started))
+
+    def _progress(self, elapsed: float) -> Progress:
+        current = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
+        rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
+        failed = [f"{current.kinds.total()} failed"] if current.kinds else []
+        left = [f"{elapsed * (total - rows) / rows:.0f} s left"] if rows else []
+        return Progress(
+            current.label,
+            current.rows,
+            current.total,
+            "rows",
+            ", ".join([f"{rows / elapsed:.1f} rows/s", *failed, *left]),
+            ", ".join(
+                [
+                    f"{current.label}: {current.rows} of {current.total} rows",
+                    *failed,
+                    f"{elapsed:.0f} s",
+                    *left,
+                ]
+            ),
+        )

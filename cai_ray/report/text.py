@@ -99,13 +99,18 @@ def families(report: dict[str, Any]) -> list[str]:
     return sorted(found, key=lambda f: (order.get(f, len(order)), f))
 
 
-def table(report: dict[str, Any]) -> str:
-    """The main table: share and 95 % interval in percent, a column per policy."""
-    rows = [["", *(name_of(m) for m in report["models"])]]
-    rows += [
+def table_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The main table: share and 95 % interval in percent, a column per policy; the first row is the head."""
+    head = ["", *(name_of(m) for m in report["models"])]
+    return [head] + [
         [label, *(f"{percent(r['value'])}  {interval(r)}".rstrip() for r in cells)]
         for label, cells in rates(report)
     ]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The main table as plain text."""
+    rows = table_rows(report)
     lines = columns(rows)
     widest = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join([lines[0], "─" * (sum(widest) + 2 * (len(widest) - 1)), *lines[1:]])

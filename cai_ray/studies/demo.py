@@ -16,6 +16,7 @@ from cai_ray.provenance.copies import share
 from cai_ray.report import stage as report_stage
 from cai_ray.report import text
 from cai_ray.report.combine import combine
+from cai_ray.report.terminal import print_table
 from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
@@ -144,7 +145,7 @@ def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
     seeds = report["seeds"]
     over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95 % intervals\n")
-    print(text.table(report))
+    print_table(text.table_rows(report), head=True, plain=text.table(report))
     if report["certificate"]:
         print(f"\n{text.certificate(report['certificate'])}")
     print(f"\nhuman harmlessness labels: {report['human_harmlessness_labels']}\n")

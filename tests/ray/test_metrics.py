@@ -14,7 +14,6 @@ from tests.ray import training
 def test_progress_and_warnings_reach_the_driver(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setattr(metrics, "_driver_key", "")
     key = f"sft-0123-{time.time_ns()}"
     with metrics.progress_lines(key):

@@ -70,10 +70,7 @@ def help_text(*command: str) -> str | None:
     with redirect_stdout(out), redirect_stderr(StringIO()), pytest.MonkeyPatch.context() as patch:
         for name, value in (("COLUMNS", "300"), ("NO_COLOR", "1"), ("TERM", "dumb")):
             patch.setenv(name, value)
-        try:
-            code = main([*command, "--help"])
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else int(bool(e.code))
+        code = main([*command, "--help"])
     return None if code else out.getvalue()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
 from cai_ray.compat.ray_kv import forget, get, put
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -58,7 +58,10 @@ class Log:
         self._ends.append(time.monotonic())
         if rank() != 0:
             return
-        report_progress(progress(self.stage, step, self.total, metrics, step_seconds(self._ends)))
+        seconds = step_seconds(self._ends)
+        details = ", ".join(_details(step, self.total, metrics, seconds))
+        line = progress(self.stage, step, self.total, metrics, seconds)
+        report_progress(Progress(self.stage, step, self.total, "steps", details, line))
         for feed in self._feeds:
             feed.log(self.rows[-1])
         if time.monotonic() - self._written > 30:  # the file of a long run grows while it trains
@@ -85,13 +88,17 @@ def progress(
     Args:
         seconds: duration of a step now; None while it is not known.
     """
-    parts = [f"{stage}: step {step} of {total}"]
-    parts += [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
+    return ", ".join([f"{stage}: step {step} of {total}", *_details(step, total, metrics, seconds)])
+
+
+def _details(step: int, total: int, metrics: Mapping[str, Any], seconds: float | None) -> list[str]:
+    """What is shown beside the number of the step: metrics, speed and the time left."""
+    parts = [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
     if (speed := metrics.get("tokens/per_s")) is not None:
         parts.append(f"{_short(speed)} tokens/s")
     if seconds is not None and step < total:
         parts.append(f"{_duration(seconds * (total - step))} left")
-    return ", ".join(parts)
+    return parts
 
 
 def step_seconds(ends: Sequence[float]) -> float | None:
@@ -118,23 +125,21 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress_lines(key: str) -> Iterator[None]:
-    """Prints rank 0's progress every few seconds (on a terminal more often) and its warnings, on stderr."""
+    """Shows rank 0's progress (as lines: every ten seconds) and its warnings on stderr."""
     done = threading.Event()
 
     def watch() -> None:
-        shown, last, every = b"", 0.0, 0.5 if sys.stderr.isatty() else 10.0
         warned: set[str] = set()
         ended = False
-        while not ended:
-            ended = done.wait(0.5)  # the last report is read after the end
-            for text in json.loads(get(key, "warnings") or b"[]"):
-                if text not in warned:  # a restarted group may warn again
-                    print(f"  warning: {text}", file=sys.stderr, flush=True)
-                warned.add(text)
-            line = get(key, "progress")
-            if line and line != shown and not ended and time.monotonic() - last >= every:
-                shown, last = line, time.monotonic()
-                print(f"  {line.decode()}", file=sys.stderr, flush=True)
+        with ProgressDisplay(every=10) as display:
+            while not ended:
+                ended = done.wait(POLL_S)  # the last report is read after the end
+                for text in json.loads(get(key, "warnings") or b"[]"):
+                    if text not in warned:  # a restarted group may warn again
+                        display.print(f"warning: {text}")
+                    warned.add(text)
+                if not ended and (progress := get(key, "progress")):
+                    display.show(Progress(*json.loads(progress)))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -161,10 +166,10 @@ def report_to(key: str) -> None:
     _warnings.clear()
 
 
-def report_progress(line: str) -> None:
-    """Sends a progress line to the driver, which prints the latest one now and then."""
+def report_progress(progress: Progress) -> None:
+    """Sends progress to the driver, which shows the latest now and then."""
     if _driver_key:
-        put(_driver_key, "progress", line.encode())
+        put(_driver_key, "progress", json.dumps(progress).encode())
 
 
 def warn(text: str) -> None:

@@ -1,0 +1,25 @@
+"""`cai-ray config`: what may stand in a configuration, for editors and for people."""
+
+from __future__ import annotations
+
+import json
+
+from cai_ray.cli.options import new_app
+
+app = new_app("Describe the settings of a configuration.")
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of a configuration, for editors."""
+    from cai_ray.config.schema import json_schema  # type: ignore[import-untyped]
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command("docs")
+def docs() -> None:
+    """Print docs/configuration.md: every setting, its default and its meaning."""
+    from cai_ray.config.schema import markdown  # type: ignore[import-untyped]
+
+    print(markdown(), end="")
