@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.section import Section
 
-
 # Arguments of transformers' `apply_chat_template` that are no arguments of a template.
 _RENDERERS_OWN = {
     "conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
@@ -88,5 +87,7 @@ class JudgeConfig(PromptedModel):
     @model_validator(mode="after")
     def _reasons_about_pairs(self) -> JudgeConfig:
         if self.ask == "response" and self.answer == "reasoned":
-            raise ValueError("answer=reasoned needs ask=pair: a response is rated at once; use answer: logprob")
+            raise ValueError(
+                "answer=reasoned needs ask=pair: a response is rated at once; use answer: logprob"
+            )
         return self

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from cai_ray.cluster.holder import count_paid
 from cai_ray.cluster.usage import Usage
-from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.api_key import key_variable, read_key
 from cai_ray.engine.chat_completion import (
     ChatCompletion,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class ResolvedModel(NamedTuple):
     engine: EngineConfig
     templates: str
     """The template set, by name or path."""
-    template_args: dict[str, Any]
+    template_args: Mapping[str, Any] = {}
     """Arguments of the model's chat template."""
 
     @property
