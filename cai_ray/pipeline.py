@@ -116,7 +116,7 @@ def run_stage(
         Stopped: the labels do not pass `label.gates` (after `label`, and before what is trained on them), or the
             budget is spent, before the stage or while it runs.
     """
-    from cai_ray.judging.certificate import check_gates
+    from cai_ray.judging.gates import check_gates
 
     now, done = inputs(run, name), run.manifest(name)
     if done:

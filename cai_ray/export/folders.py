@@ -30,13 +30,14 @@ from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
+from cai_ray.storage.arrow import arrow_type, schema_of
 from cai_ray.storage.filesystems import resolve
-from cai_ray.storage.records import MESSAGES
-from cai_ray.storage.records import SCHEMAS as RECORDS
+from cai_ray.storage.records import SftRow, Turn
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 
 _text, _float = pa.string(), pa.float64()
+MESSAGES = arrow_type(list[Turn])
 SCHEMAS = {
     "revisions": pa.schema(
         [
@@ -54,7 +55,7 @@ SCHEMAS = {
             ("constitution_sha", _text),
         ]
     ),
-    "sft": RECORDS["sft"],
+    "sft": schema_of(SftRow),
     "preferences": pa.schema(
         [
             ("id", _text),

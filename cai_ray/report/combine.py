@@ -18,7 +18,7 @@ from cai_ray.report.text import in_order
 
 def combine(
     reports: Sequence[dict[str, Any]],
-    rows: Sequence[list[dict[str, Any]]],
+    rows: Sequence[list[Any]],
     *,
     draws: int = 4000,
     seed: int = 0,

@@ -63,7 +63,7 @@ def test_killed_while_generating_and_while_training(tmp_path: Path, drivers: lis
     run = open_run(str(out))
     _each_id_once(run, "revise")
     _each_id_once(run, "sft")
-    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.rows(run)}
+    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.tasks(run)}
     steps = [json.loads(line) for line in (out / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == list(range(1, run.manifest("sft")["steps"] + 1))  # each once
     # Training went on from the checkpoint, or one after it: the steps before it were not made again.

@@ -30,7 +30,7 @@ from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.engine.options import option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate.revise import Revise
+from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.provenance.inputs import _settings
 from cai_ray.storage.models import ResolvedModel
@@ -555,7 +555,7 @@ def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(se
 
     server.replies = [Reply(completion("too rude"))]
     revise, critic = ReviseConfig(rounds=2), model("big", endpoint(server.url))
-    chain = Revise(
+    chain = ReviseChain(
         constitution.load("harmless"), GENERAL, revise, seed=0, model="town", critique_model=critic
     )
     chain = pickle.loads(pickle.dumps(chain))

@@ -16,7 +16,8 @@ from cai_ray.provenance.inputs import _settings, inputs
 from cai_ray.provenance.status import status
 from cai_ray.stages import STAGES, stages_of
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run, open_run
 
 CALLS: list[str] = []
@@ -88,7 +89,7 @@ def test_a_stage_made_again_with_the_same_rows_is_the_same(
             "constitution_sha": run.config.document.sha,
             **said,
         }
-        run.write_rows("revise", to_table([row], "revisions"))
+        run.write_rows("revise", to_table([row], Revision))
         return {"rows_out": 1}
 
     monkeypatch.setattr(sys.modules["counting_revise"], "run", run)

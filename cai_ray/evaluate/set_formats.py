@@ -1,4 +1,4 @@
-"""Published evaluation sets, row by row, in one form for each kind. A row's keys say which format it has.
+"""Published evaluation sets, read row by row into one form. The keys of a row say which format it has.
 
 | kind | keys | published as |
 | --- | --- | --- |
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from cai_ray.config.evaluation import EvalSet
 from cai_ray.config.sources import Comparisons
@@ -30,35 +30,53 @@ from cai_ray.data.formats import clean
 from cai_ray.data.sources import iter_rows, read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.storage import files
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Turn, derive_id
 
 _PROMPTS = ("prompt", "question", "goal", "instruction", "behavior", "forbidden_prompt")
 
 
-def read(given: EvalSet, seed: int = 0) -> list[dict[str, Any]]:
-    """A set's rows, each once: `prompt_id` (of its content), `set`, `kind`, `messages`, and by kind
+class SetContent(TypedDict):
+    """What a row of a set asks."""
 
-    comparisons, choices: `options` (texts) and `correct` (places of the right ones among them).
-    refusals: `unsafe`, whether the request is one to decline.
+    messages: list[Turn]
+    options: NotRequired[list[str]]
+    """Of choices and comparisons."""
+    correct: NotRequired[list[int]]
+    """Places of the right ones among the options."""
+    unsafe: NotRequired[bool]
+    """Of refusals: whether the request is one to decline."""
+
+
+class SetRow(SetContent):
+    """A row of a set."""
+
+    prompt_id: str
+    """Derived from the content."""
+    set: str
+    kind: str
+
+
+def read(given: EvalSet, seed: int = 0) -> list[SetRow]:
+    """A set's rows, each once.
 
     Raises:
-        InputError: a file is missing or unreadable, or a row has no known format, or not what it needs.
+        InputError: a file is missing or unreadable; a row has no known format, or lacks something.
     """
     read_kind = {"comparisons": _comparisons, "choices": _choices, "refusals": _refusals}[given.kind]
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, SetRow] = {}
     for content in read_kind(given, seed):
         identity = derive_id(given.kind, content)
         rows[identity] = {"prompt_id": identity, "set": given.name, "kind": given.kind, **content}
     return list(rows.values())
 
 
-def _comparisons(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
+def _comparisons(given: EvalSet, seed: int) -> Iterator[SetContent]:
     for row in read_comparisons(Comparisons(path=given.path, limit=given.limit), seed):
         options = [row["response_a"], row["response_b"]]
         yield {"messages": row["messages"], "options": options, "correct": [0]}
 
 
-def _choices(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
+def _choices(given: EvalSet, seed: int) -> Iterator[SetContent]:
     for where, row in _rows(given, seed):
         question, options, correct = _choice(row, where)
         if len(options) < 2 or not all(isinstance(text, str) and text.strip() for text in options):
@@ -79,7 +97,7 @@ def _choices(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _refusals(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
+def _refusals(given: EvalSet, seed: int) -> Iterator[SetContent]:
     for where, row in _rows(given, seed):
         named = {key.casefold(): value for key, value in row.items()}
         key = next((k for k in _PROMPTS if named.get(k)), None)
@@ -179,11 +197,7 @@ def _task(path: str) -> Iterator[dict[str, Any]] | None:
         return None
     try:
         task = json.loads(files.read_bytes(path))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ):  # JSON lines, perhaps: whoever reads these says what is wrong
+    except (OSError, ValueError, RecursionError):  # perhaps JSON lines, whose reader reports what is wrong
         return None
     examples = task.get("examples") if isinstance(task, dict) else None
     if not isinstance(examples, list):
