@@ -63,7 +63,9 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
     run = Run(_config(model, folder, kind))
     config = run.config
     document = constitutions.load(config.constitution)
-    chain = Timed(LabelChain(document, load_templates(config.templates), config.label, config.seed), folder)
+    chain = Timed(
+        LabelChain(document, load_templates(config.templates), config.label.judge, config.seed), folder
+    )
     asked, started = comparisons(rows), time.time()
     if kind == "ours":
         connect(config)

@@ -73,7 +73,9 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _judged_once(self) -> EvaluateConfig:
         if self.gold and self.judge:
-            raise ValueError(f"gold={self.gold} says what is harmful, and no judge is asked; leave out one of the two")
+            raise ValueError(
+                f"gold={self.gold} says what is harmful, and no judge is asked; leave out one of the two"
+            )
         return self
 
     @field_validator("sets")

@@ -105,7 +105,9 @@ def _nearest(kind: type[Section], loc: tuple[int | str, ...]) -> str:
         if model is None:
             return "remove it"
     last = str(loc[-1])
-    inner = [key for key in model.model_fields if last in getattr(_section_at(model, key), "model_fields", ())]
+    inner = [
+        key for key in model.model_fields if last in getattr(_section_at(model, key), "model_fields", ())
+    ]
     near = [f"{key}.{last}" for key in inner] or get_close_matches(last, list(model.model_fields), n=1)
     return f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(model.model_fields)
 

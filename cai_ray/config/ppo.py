@@ -63,7 +63,9 @@ class WatchConfig(Section):
     @model_validator(mode="after")
     def _judge_is_asked(self) -> WatchConfig:
         if self.judge and self.opinion != JUDGE:
-            raise ValueError(f"opinion={self.opinion}: no judge is asked; leave out `judge`, or use opinion: {JUDGE}")
+            raise ValueError(
+                f"opinion={self.opinion}: no judge is asked; leave out `judge`, or use opinion: {JUDGE}"
+            )
         return self
 
     @model_validator(mode="after")

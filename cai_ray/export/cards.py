@@ -93,7 +93,7 @@ KINDS["dpo"] = KINDS["rl"]._replace(
 )
 # Where things lie on the machine that made them, and how the work was shared out, are nobody else's matter.
 _PRIVATE = {
-    "prompts", "human", "gold", "gold_limit", "gates", "engine", "critique_engine", "workers", "cpus_per_worker",
+    "prompts", "human", "gold", "gold_limit", "gates", "engine", "workers", "cpus_per_worker",
     "checkpoint_every", "keep_checkpoints", "offload_optimizer", "micro_batch_tokens", "rollout_engines",
     "deadline_s", "save_rollouts", "rewards", "watch",
 }  # fmt: skip
@@ -273,21 +273,26 @@ _SOURCES = {"ai": "AI labels", "human": "human comparisons"}
 
 
 def _judged(config: RunConfig) -> str:
-    if config.evaluate.judge == "town":
+    if config.evaluate.gold == "town":
         return "It speaks Errand Town, a language of 300 words, and was judged by that world's exact judge."
     return "Preferences in the results are the feedback model's, which gave the labels and overlooks its own faults."
 
 
 def _settings(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for section in sections:
-        values = getattr(config, section).model_dump(mode="json")
-        found[section] = {
-            key: _public(value) if key in ("init", "model", "critique_model") and value else value
-            for key, value in values.items()
-            if key not in _PRIVATE
-        }
-    return found
+    return {
+        section: _public_settings(getattr(config, section).model_dump(mode="json")) for section in sections
+    }
+
+
+def _public_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are private, and with names in the place of paths."""
+    public = {}
+    for key, value in values.items():
+        if isinstance(value, str) and key in ("init", "model", "templates", "constitution"):
+            value = _public(value)
+        if key not in _PRIVATE:
+            public[key] = _public_settings(value) if isinstance(value, dict) else value
+    return public
 
 
 def _hub_id(model: str) -> str | None:

@@ -10,7 +10,9 @@ from cai_ray.errors import InputError
 
 
 def test_overrides_reach_nested_values_and_read_numbers_as_people_write_them() -> None:
-    loaded = load_config("errand-town", ["ppo.kl_coef=1e-3", "label.judge.clamp=null", "sft.lora.rank=4"], seed=5)
+    loaded = load_config(
+        "errand-town", ["ppo.kl_coef=1e-3", "label.judge.clamp=null", "sft.lora.rank=4"], seed=5
+    )
     assert loaded.ppo.kl_coef == 1e-3 and loaded.label.judge.clamp is None and loaded.seed == 5
     assert loaded.sft.lora and loaded.sft.lora.rank == 4
 

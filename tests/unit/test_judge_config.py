@@ -73,7 +73,10 @@ def test_only_a_reasoned_answer_is_clamped_by_default() -> None:
         ("evaluate.judge={model: sl}", "gold=town says what is harmful, and no judge is asked"),
         ("ppo.watch={opinion: /rm, judge: {model: sl}}", "no judge is asked; leave out `judge`"),
         ("evaluate={gold: null, judge: {model: rm}}", "a reward model answers no question"),
-        (f"evaluate={{gold: null, judge: {{model: rl, engine: {ENDPOINT}}}}}", "evaluate.judge.model=rl is made by"),
+        (
+            f"evaluate={{gold: null, judge: {{model: rl, engine: {ENDPOINT}}}}}",
+            "evaluate.judge.model=rl is made by",
+        ),
         ("ppo.watch.judge.model=rl", "ppo.watch.judge.model=rl is not made yet"),
         ("revise.critique_model={model: m}", "critique_model.engine is not set"),
     ],

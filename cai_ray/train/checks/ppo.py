@@ -31,6 +31,9 @@ def check(run: Run, preflight: Preflight) -> None:
         for model in [*(source.model for source in ppo.rewards), ppo.watch.opinion]:
             if model not in (*ROLES, JUDGE):
                 preflight.renderer(model)
+    if ppo.watch.asks_judge:
+        key = "ppo.watch.judge" if ppo.watch.judge else "label.judge"
+        preflight.check_judge(key, config.watch_judge, "ppo")
     preflight.trains_on_prompts("ppo.prompts", ppo.prompts)
     if ppo.watch.every and "ppo" in preflight.stages:
         preflight.evaluates_on(read_prompts(ppo.watch.prompts, config.seed))

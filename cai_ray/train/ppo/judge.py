@@ -10,7 +10,7 @@ from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.placement import bundle, marks
 from cai_ray.engine.make import make_engine
 from cai_ray.errors import RowError
-from cai_ray.generate.label import make_judge
+from cai_ray.generate.label import LabelTask, make_judge
 from cai_ray.storage.run import Run
 
 
@@ -24,17 +24,17 @@ class WatchJudge:
         self._engine = make_engine(model, gpu)
         self._slots = asyncio.Semaphore(model.engine.max_num_seqs)
 
-    async def prefer(self, rows: list[dict[str, Any]]) -> list[float | None]:
+    async def prefer(self, rows: list[LabelTask]) -> list[float | None]:
         """The probability that response a is preferred, before the judge's `clamp`; None if a row cannot be judged.
 
         Args:
             rows: `id`, `messages`, `response_a` and `response_b` of each comparison.
         """
 
-        async def one(row: dict[str, Any]) -> float | None:
+        async def one(row: LabelTask) -> float | None:
             async with self._slots:
                 try:
-                    return float((await self._chain(self._engine, row))["p_a_raw"])
+                    return (await self._chain(self._engine, row))["p_a_raw"]
                 except RowError:
                     return None
 
