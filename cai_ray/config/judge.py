@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cai_ray.config.engine import EngineConfig
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content
 
 # Arguments of transformers' `apply_chat_template` that are no arguments of a template.
 _RENDERERS_OWN = {
@@ -23,14 +23,14 @@ _RENDERERS_OWN = {
 class PromptedModel(Section):
     """A model that is prompted, and what belongs to it. Whatever is left out is the run's."""
 
-    model: str = "base"
-    """The model's role (`base`, `sl`, …), or a folder or hub id; at an endpoint, the name it is served by."""
+    model: str = by_content("model", "base")
+    """A role (`base`, `sl`, …), a model folder or a hub id; at an endpoint, the name it is served by."""
     engine: EngineConfig | None = None
-    """The model's own engine or endpoint; by default the run's engine."""
-    templates: str | None = None
-    """The model's own template set, by name or path; by default the run's."""
+    """The model's own engine or endpoint. Defaults to the run's engine."""
+    templates: str | None = by_content("templates", None)
+    """The model's own template set, by name or path. Defaults to the run's."""
     template_args: dict[str, Any] = Field(default={})
-    """Arguments of the model's chat template, such as {enable_thinking: false}. An endpoint is given them as
+    """Arguments of the model's chat template, such as {enable_thinking: false}. An endpoint receives them as
     `chat_template_kwargs`."""
 
     @field_validator("template_args")
@@ -44,23 +44,27 @@ class PromptedModel(Section):
 class JudgeConfig(PromptedModel):
     """A judge compares two responses to a prompt by the principles of a document."""
 
-    constitution: str | None = None
-    """The document that it judges by, by name or path; by default the run's, with `without` taken off."""
+    constitution: str | None = by_content("constitution", None)
+    """The document that it judges by, by name or path. Defaults to the run's, without the principles in `without`."""
     ask: Literal["pair", "response"] = "pair"
-    """`pair`: which of the two responses is better. `response`: each is rated from 1 to 10 by itself, and the
-    preference is the logistic of the difference."""
+    """`pair`: ask which of the two responses is better. `response`: have each response rated from 1 to 10 by itself;
+    the preference is the logistic of the difference."""
     answer: Literal["logprob", "reasoned"] = "logprob"
-    """`logprob`: the options are weighed at once. `reasoned`: the model reasons first; only with `ask: pair`."""
+    """`logprob`: the probabilities of the options are read directly. `reasoned`: they are read after the model has
+    reasoned (only with `ask: pair`)."""
     principles: Literal["all"] | int = 1
-    """How many principles vote on a comparison: the paper draws one."""
+    """How many principles vote on each comparison. The paper draws one."""
     both_orders: bool = True
-    """Whether a pair is asked about in both orders, and the answers averaged."""
+    """Ask each principle twice, with the responses swapped, and average the two answers."""
     combine: Literal["mean", "log_odds"] = "mean"
-    """How votes are combined: `mean` averages probabilities; `log_odds` adds log-odds."""
+    """How votes become one preference: the mean of their probabilities, or of their log-odds."""
     clamp: tuple[float, float] | None = None
-    """Bounds of the combined probability; [0.4, 0.6] with `answer: reasoned`, where null means none."""
+    """Bounds that the combined probability is clamped to. Defaults to [0.4, 0.6] with `answer: reasoned` and to no
+    bounds otherwise."""
     reasoning_max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of reasoning (`answer: reasoned`)."""
     reasoning_temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of reasoning (`answer: reasoned`)."""
 
     @model_validator(mode="before")
     @classmethod

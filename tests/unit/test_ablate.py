@@ -105,5 +105,5 @@ def test_where_nobody_judges_harm_declining_is_the_behaviour(
     monkeypatch.setattr(ablate, "load_templates", lambda _: bare)
     config = load_config("errand-town", out=str(tmp_path / "run"))
     judge = config.evaluate.model_copy(update={"judge": "model"})
-    with pytest.raises(InputError, match="no `refusals` say what declines"):
+    with pytest.raises(InputError, match="has no `refusals`, which recognise answers that decline"):
         ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)

@@ -22,7 +22,7 @@ from cai_ray.data import formats
 from cai_ray.errors import InputError
 from cai_ray.generate import journal
 from cai_ray.generate.journal import Journal
-from cai_ray.provenance.inputs import _source_sha
+from cai_ray.provenance.inputs import _files_sha
 from cai_ray.storage import files, filesystems, object_stores
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.filesystems import resolve
@@ -438,10 +438,10 @@ def test_prompts_are_read_once_however_many_stages_ask_whether_they_changed(s3: 
     uri = files.join(place, "prompts.jsonl")
     files.write_bytes(uri, b'{"prompt": "a"}\n')
     with s3.proxy.counting() as asked:
-        (same,) = {_source_sha(uri, {}) for _ in range(5)}
+        (same,) = {_files_sha(uri) for _ in range(5)}
     assert asked["GET"] == 1
     files.write_bytes(uri, b'{"prompt": "ab"}\n')
-    assert _source_sha(uri, {}) != same
+    assert _files_sha(uri) != same
 
 
 def test_rows_of_a_stage_in_their_order(place: str) -> None:

@@ -12,7 +12,7 @@ from cai_ray import pipeline
 from cai_ray.config.load import find_config, load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.provenance.inputs import _settings, inputs
+from cai_ray.provenance.inputs import inputs
 from cai_ray.provenance.status import status
 from cai_ray.stages import STAGES, stages_of
 from cai_ray.storage import files
@@ -269,14 +269,6 @@ def test_a_method_has_its_own_stages_and_reads_no_others(
         pipeline.check_inputs(load(tmp_path), ["dpo"])
     with pytest.raises(InputError, match=r"best_of=4 chooses by a reward model, and method=dpo trains none"):
         load(tmp_path, "method=dpo", "evaluate.best_of=4")
-
-
-def test_settings_that_came_later_leave_what_is_done_as_it_is(tmp_path: Path) -> None:
-    config = load(tmp_path)
-    assert {"critique", "critique_model"}.isdisjoint(_settings(config.revise))
-    assert "hard_labels" not in _settings(config.rm)
-    assert _settings(load(tmp_path, "rm.hard_labels=true").rm)["hard_labels"] is True
-    assert _settings(load(tmp_path, "revise.critique=false").revise)["critique"] is False
 
 
 @pytest.mark.parametrize("method", ["rm", "dpo"])

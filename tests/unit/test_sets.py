@@ -20,7 +20,7 @@ from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.evaluate.score import Dialogue
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.provenance.inputs import _settings, inputs
+from cai_ray.provenance.inputs import inputs
 from cai_ray.stages import STAGES
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import SetAnswer
@@ -356,12 +356,6 @@ def test_inputs_change_with_task_files(tmp_path: Path) -> None:
     first = evaluated(town(tmp_path, given))
     (folder / "t.yaml").write_text("task: u")
     assert first != evaluated(town(tmp_path, given))
-
-
-def test_runs_without_sets_are_as_they_were(tmp_path: Path) -> None:
-    """The hash of a section that has no sets does not know of such a setting."""
-    settings = _settings(town(tmp_path).config.evaluate)
-    assert not {"sets", "harness"} & settings.keys()
 
 
 @pytest.mark.parametrize(

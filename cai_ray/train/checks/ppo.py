@@ -46,4 +46,4 @@ def check_room(run: Run) -> None:
 
     gpu = uses_gpu(run.config)
     check_resources(run, run.config.ppo)
-    engine_owner.check_room(run.config, gpu, judge.needed(run))
+    engine_owner.check_room(run.config, gpu, judge.actor_resources(run))

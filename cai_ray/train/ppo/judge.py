@@ -41,7 +41,7 @@ class WatchJudge:
         return list(await asyncio.gather(*map(one, rows)))
 
 
-def needed(run: Run) -> dict[str, float] | None:
+def actor_resources(run: Run) -> dict[str, float] | None:
     """The resources that the actor takes on a node; None if PPO asks no judge."""
     if not run.config.ppo.watch.asks_judge:
         return None

@@ -41,7 +41,7 @@ def run(run: Run) -> dict[str, Any]:
     )
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu = uses_gpu(config)
-    judge_bundle = judge.needed(run)
+    judge_bundle = judge.actor_resources(run)
     if cfg.watch.every:
         extra["watch_prompts"] = read_watch_prompts(run, renderer, readers)
     owner = open_engines(config, run.locate("sl"), renderer.end_id, gpu, judge_bundle)

@@ -159,11 +159,11 @@ class Watch:
         return alarms(self.history, self.cfg.watch) if self.history else []
 
     def alarmed_at(self, step: int) -> bool:
-        """Whether a snapshot was taken after this step and raised an alarm."""
+        """Says whether a snapshot was taken after this step and raised an alarm."""
         return bool(self.history) and self.history[-1].step == step and bool(self.alarms())
 
     def ends(self) -> bool:
-        """Whether an alarm ends the stage with the best snapshot as its result.
+        """Says whether an alarm ends the stage with the best snapshot as its result.
 
         Raises:
             Stopped: it ends the stage without a result.
