@@ -561,7 +561,7 @@ def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(se
         constitution.load("harmless"), GENERAL, revise, seed=0, model="town", critique_model=critic
     )
     chain = pickle.loads(pickle.dumps(chain))
-    row = {"id": "r", "messages": ASK, "kind": "red_team"}
+    row = {"id": "r", "prompt_id": "p", "messages": ASK, "kind": "red_team", "family": None}
     out = asyncio.run(chain(ScriptedEngine(answer=lambda messages, sampling: "policy"), row))
     assert [(s["critique"], s["revision"]) for s in out["steps"]] == [("too rude", "policy")] * 2
     assert [b["model"] for b in server.bodies] == ["big"] * 2

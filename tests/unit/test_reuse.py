@@ -9,7 +9,8 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.cluster.usage import Usage
-from cai_ray.config.judge import JudgeConfig, ReviseConfig
+from cai_ray.config.generation import ReviseConfig
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.load import load_config
 from cai_ray.constitution import Constitution
 from cai_ray.engine.scripted import ScriptedEngine
