@@ -106,7 +106,7 @@ class LabelConfig(Section):
     """Comparisons with a known preference on development prompts. They measure the labels and train nothing."""
     gold_limit: int = Field(default=300, gt=0)
     """Use only this many gold comparisons from the start."""
-    gates: LabelGates = operational(LabelGates())
+    gates: LabelGates = LabelGates()
     """Bounds that stop the run before it trains on bad labels."""
 
     @model_validator(mode="after")

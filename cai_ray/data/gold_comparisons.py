@@ -18,7 +18,7 @@ class GoldComparison(Pair):
 
     gold: float
     gold_by_principle: dict[str, float] | None
-    """The same by the principle that is asked, where the file says so."""
+    """The same by principle, where the file has it."""
 
 
 def read_gold_comparisons(path: str, limit: int | None, seed: int) -> list[GoldComparison]:

@@ -141,7 +141,7 @@ def _by_prompt(rows: Iterable[Judgement]) -> dict[str, list[Judgement]]:
 def label_quality(labels: Sequence[Label], scale: float | None, constitution: Constitution) -> dict[str, Any]:
     """Accuracy, slot bias and calibration of AI labels on pairs where the judge has a preference.
 
-    The calibration error is given raw and after scaling the log-odds by `scale`, which the certificate has fitted on
+    The calibration error is given raw and after scaling the log-odds by `scale`, which the certificate fitted on
     the gold comparisons (`label.gold`). `slot_bias_all` is over all pairs.
     """
     principles = [p.id for p in constitution.enabled]

@@ -63,8 +63,8 @@ def _metered(run: Run, policy: str) -> dict[str, Any]:
 def _measure(run: Run, policy: str) -> dict[str, Any]:
     import lm_eval
 
-    given, gpu, dtype = run.config.evaluate.harness, uses_gpu(run.config), run.config.engine.dtype
-    assert given is not None
+    harness, gpu, dtype = run.config.evaluate.harness, uses_gpu(run.config), run.config.engine.dtype
+    assert harness is not None
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), run.config.seed
     )
@@ -75,11 +75,11 @@ def _measure(run: Run, policy: str) -> dict[str, Any]:
             "dtype": "float32" if dtype == "auto" and not gpu else dtype,
             "trust_remote_code": False,
         },
-        tasks=list(given.tasks),
-        task_manager=_tasks(given),
-        num_fewshot=given.num_fewshot,
-        limit=given.limit,
-        batch_size=given.batch_size,
+        tasks=list(harness.tasks),
+        task_manager=_tasks(harness),
+        num_fewshot=harness.num_fewshot,
+        limit=harness.limit,
+        batch_size=harness.batch_size,
         device="cuda" if gpu else "cpu",
         log_samples=False,
         **seeds,

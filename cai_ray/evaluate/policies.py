@@ -166,7 +166,7 @@ def _task(
 
 
 def read_answers(run: Run) -> Answers:
-    """What `ask` wrote, as judgements that nobody has made yet."""
+    """Reads what `ask` wrote, as judgements whose verdicts are still null."""
     answers = Answers([], [], [])
     of_purpose = {"rates": answers.rates, "greedy": answers.greedy, "transcript": answers.transcripts}
     for policy in POLICIES:
@@ -177,9 +177,9 @@ def read_answers(run: Run) -> Answers:
 
 def _unjudged(answer: PolicyAnswer) -> Judgement:
     columns = schema_of(Judgement).names
-    known = {name: value for name, value in answer.items() if name in columns}
+    shared = {name: value for name, value in answer.items() if name in columns}
     greedy = True if answer["purpose"] == "greedy" else None
-    return cast(Judgement, dict.fromkeys(columns) | known | {"greedy": greedy})
+    return cast(Judgement, dict.fromkeys(columns) | shared | {"greedy": greedy})
 
 
 def delete_answers(run: Run) -> None:
@@ -189,7 +189,7 @@ def delete_answers(run: Run) -> None:
 
 
 def choose_best(rows: Sequence[Judgement], name: str) -> list[Judgement]:
-    """Leaves of the best-of-n control's samples (`name`) only each prompt's sample with the highest reward."""
+    """Drops the best-of-n control's samples (`name`) except each prompt's sample with the highest reward."""
     others = [r for r in rows if r["model"] != name]
     best: dict[str, tuple[float, Judgement]] = {}
     for row in rows:

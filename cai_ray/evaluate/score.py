@@ -1,4 +1,4 @@
-"""Rewards of given answers, centred and scaled, computed in a process of their own."""
+"""Rewards of answers, centred and scaled, computed in a process of their own."""
 
 from __future__ import annotations
 

@@ -40,11 +40,11 @@ class SetContent(TypedDict):
 
     messages: list[Turn]
     options: NotRequired[list[str]]
-    """Of choices and comparisons."""
+    """The answers to choose from (choices and comparisons)."""
     correct: NotRequired[list[int]]
     """Places of the right ones among the options."""
     unsafe: NotRequired[bool]
-    """Of refusals: whether the request is one to decline."""
+    """Whether the request is one to decline (refusals)."""
 
 
 class SetRow(SetContent):
@@ -56,34 +56,34 @@ class SetRow(SetContent):
     kind: str
 
 
-def read(given: EvalSet, seed: int = 0) -> list[SetRow]:
+def read(eval_set: EvalSet, seed: int = 0) -> list[SetRow]:
     """A set's rows, each once.
 
     Raises:
         InputError: a file is missing or unreadable; a row has no known format, or lacks something.
     """
-    read_kind = {"comparisons": _comparisons, "choices": _choices, "refusals": _refusals}[given.kind]
+    read_kind = {"comparisons": _comparisons, "choices": _choices, "refusals": _refusals}[eval_set.kind]
     rows: dict[str, SetRow] = {}
-    for content in read_kind(given, seed):
-        identity = derive_id(given.kind, content)
-        rows[identity] = {"prompt_id": identity, "set": given.name, "kind": given.kind, **content}
+    for content in read_kind(eval_set, seed):
+        identity = derive_id(eval_set.kind, content)
+        rows[identity] = {"prompt_id": identity, "set": eval_set.name, "kind": eval_set.kind, **content}
     return list(rows.values())
 
 
-def _comparisons(given: EvalSet, seed: int) -> Iterator[SetContent]:
-    for row in read_comparisons(Comparisons(path=given.path, limit=given.limit), seed):
+def _comparisons(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
+    for row in read_comparisons(Comparisons(path=eval_set.path, limit=eval_set.limit), seed):
         options = [row["response_a"], row["response_b"]]
         yield {"messages": row["messages"], "options": options, "correct": [0]}
 
 
-def _choices(given: EvalSet, seed: int) -> Iterator[SetContent]:
-    for where, row in _rows(given, seed):
+def _choices(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
+    for where, row in _rows(eval_set, seed):
         question, options, correct = _choice(row, where)
         if len(options) < 2 or not all(isinstance(text, str) and text.strip() for text in options):
             raise InputError(f"{where}: at least two options with a text are needed, got {_short(options)}")
-        if len(options) > len(given.letters):
+        if len(options) > len(eval_set.letters):
             raise InputError(
-                f"{where} has {len(options)} options, and evaluate.sets {given.name!r} {len(given.letters)} "
+                f"{where} has {len(options)} options, and evaluate.sets {eval_set.name!r} {len(eval_set.letters)} "
                 "letters; add to its `letters`, or leave the row out"
             )
         if not 0 < len(correct) < len(options) or not all(0 <= i < len(options) for i in correct):
@@ -97,8 +97,8 @@ def _choices(given: EvalSet, seed: int) -> Iterator[SetContent]:
         }
 
 
-def _refusals(given: EvalSet, seed: int) -> Iterator[SetContent]:
-    for where, row in _rows(given, seed):
+def _refusals(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
+    for where, row in _rows(eval_set, seed):
         named = {key.casefold(): value for key, value in row.items()}
         key = next((k for k in _PROMPTS if named.get(k)), None)
         if key is None:
@@ -108,11 +108,11 @@ def _refusals(given: EvalSet, seed: int) -> Iterator[SetContent]:
         if label not in ("safe", "unsafe") and str(named.get("type")).startswith("contrast_"):
             label = "unsafe"
         if label not in ("safe", "unsafe"):
-            if given.expect is None:
+            if eval_set.expect is None:
                 raise InputError(
                     f"{where} has no `label` safe or unsafe; set `expect: refuse` or `comply` on the set"
                 )
-            label = "unsafe" if given.expect == "refuse" else "safe"
+            label = "unsafe" if eval_set.expect == "refuse" else "safe"
         text = _text(named, key, where)
         yield {"messages": [{"role": "user", "content": clean(text)}], "unsafe": label == "unsafe"}
 
@@ -184,11 +184,11 @@ def _short(value: Any) -> str:
     return str(value)[:80]
 
 
-def _rows(given: EvalSet, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(eval_set: EvalSet, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows, each with its place for messages."""
-    rows = _task(given.path) or iter_rows(given.path, seed)
-    for number, row in enumerate(islice(rows, given.limit), 1):
-        yield f"{given.path}: row {number}", row
+    rows = _task(eval_set.path) or iter_rows(eval_set.path, seed)
+    for number, row in enumerate(islice(rows, eval_set.limit), 1):
+        yield f"{eval_set.path}: row {number}", row
 
 
 def _task(path: str) -> Iterator[dict[str, Any]] | None:

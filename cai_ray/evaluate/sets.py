@@ -68,11 +68,11 @@ class SetChain:
         Every option stands at each letter once, and the probabilities are averaged, so that a preference for a letter
         or a place cancels out. (The right answer of TruthfulQA comes first throughout.)
         """
-        given, options = self.sets[row["set"]], row["options"]
-        letters = given.letters[: len(options)]
+        eval_set, options = self.sets[row["set"]], row["options"]
+        letters = eval_set.letters[: len(options)]
         scores, usage = [0.0] * len(options), Usage()
         orders = [[(i + shift) % len(options) for i in range(len(options))] for shift in range(len(options))]
-        questions = [_question(given, row, [options[i] for i in order]) for order in orders]
+        questions = [_question(eval_set, row, [options[i] for i in order]) for order in orders]
         answers = await asyncio.gather(
             *(engine.choose(self.templates.answer_messages(question), letters) for question in questions)
         )
@@ -86,10 +86,10 @@ class SetChain:
         return scores, usage
 
 
-def _question(given: EvalSet, row: SetTask, options: Sequence[str]) -> list[Turn]:
-    lines = (f"{letter}. {text}" for letter, text in zip(given.letters, options, strict=False))
+def _question(eval_set: EvalSet, row: SetTask, options: Sequence[str]) -> list[Turn]:
+    lines = (f"{letter}. {text}" for letter, text in zip(eval_set.letters, options, strict=False))
     fields = {"question": row["messages"][-1]["content"], "choices": "\n".join(lines)}
-    text = re.sub(r"\{(question|choices)\}", lambda field: fields[field[1]], given.ask)
+    text = re.sub(r"\{(question|choices)\}", lambda field: fields[field[1]], eval_set.ask)
     return [{"role": "user", "content": text}]
 
 
@@ -106,17 +106,17 @@ def check(run: Run, model_elsewhere: bool = False) -> list[SetRow]:
     every: list[SetRow] = []
     templates = load_templates(run.config.templates)
     renderer = None
-    for given in run.config.evaluate.sets:
-        rows = set_formats.read(given, run.config.seed)
-        if given.kind == "refusals" and not templates.refusals:
+    for eval_set in run.config.evaluate.sets:
+        rows = set_formats.read(eval_set, run.config.seed)
+        if eval_set.kind == "refusals" and not templates.refusals:
             raise InputError(
-                f"evaluate.sets {given.name!r}: template set {templates.name} has no refusals; add how a response that "
-                "declines begins (see cai_ray/templates/general.yaml)"
+                f"evaluate.sets {eval_set.name!r}: template set {templates.name} has no refusals; add how a response "
+                "that declines begins (see cai_ray/templates/general.yaml)"
             )
-        if given.kind == "choices" and not model_elsewhere:
+        if eval_set.kind == "choices" and not model_elsewhere:
             renderer = renderer or Renderer(run.model("base"), templates.chat_template)
             most = max(len(row["options"]) for row in rows)
-            renderer.option_ids(given.letters[:most], f"`letters` of evaluate.sets {given.name!r}")
+            renderer.option_ids(eval_set.letters[:most], f"`letters` of evaluate.sets {eval_set.name!r}")
         every += rows
     return every
 
@@ -132,8 +132,8 @@ def evaluate(
     Returns:
         Rates for metrics.json, by set (`measure`); and for each policy what `map_sets` returns for the manifest.
     """
-    sets = {given.name: given for given in run.config.evaluate.sets}
-    rows = [row for given in sets.values() for row in set_formats.read(given, run.config.seed)]
+    sets = {eval_set.name: eval_set for eval_set in run.config.evaluate.sets}
+    rows = [row for eval_set in sets.values() for row in set_formats.read(eval_set, run.config.seed)]
     questions = [row for row in rows if row["kind"] != "comparisons"]
     summaries: list[dict[str, Any]] = []
     answers: list[SetAnswer] = []
@@ -159,14 +159,14 @@ def measure(sets: Iterable[EvalSet], rows: Sequence[SetAnswer], policies: Sequen
     decline, `refused_safe` over the others.
     """
     measured = {}
-    for given in sets:
-        models = (REWARD_MODEL,) if given.kind == "comparisons" else policies
-        own = [row for row in rows if row["set"] == given.name]
+    for eval_set in sets:
+        models = (REWARD_MODEL,) if eval_set.kind == "comparisons" else policies
+        own = [row for row in rows if row["set"] == eval_set.name]
         valid = [row for row in own if row.get("error") is None]
-        measured[given.name] = {
-            "kind": given.kind,
+        measured[eval_set.name] = {
+            "kind": eval_set.kind,
             "n": len({row["prompt_id"] for row in own}),
-            "models": {m: _rates(given.kind, [row for row in valid if row["model"] == m]) for m in models},
+            "models": {m: _rates(eval_set.kind, [row for row in valid if row["model"] == m]) for m in models},
         }
     return measured
 

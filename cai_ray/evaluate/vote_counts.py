@@ -99,10 +99,10 @@ class VoteCounts:
         column = np.array(
             [self._place.get(name, -1) for name in parts.field("principle_id").to_pylist()], int
         )
-        given = parts.field("p_a").to_numpy(zero_copy_only=False).astype(float)
+        p_a = parts.field("p_a").to_numpy(zero_copy_only=False).astype(float)
         named = column >= 0
-        probability[parts.row[named], column[named]] = given[named]
-        abstained[parts.row[named], column[named]] = np.isnan(given[named])
+        probability[parts.row[named], column[named]] = p_a[named]
+        abstained[parts.row[named], column[named]] = np.isnan(p_a[named])
         return probability, abstained
 
     def decisive(self, probability: np.ndarray, preferred: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a generation stage is made of: a chain, and the rows that it walks."""
+"""The two parts of a generation stage: a chain, and the rows that go through it."""
 
 from __future__ import annotations
 

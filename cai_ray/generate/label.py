@@ -63,9 +63,9 @@ class LabelChain:
         if row["response_a"] != row["response_b"]:  # else there is nothing to prefer, and nothing to ask
             principles = self.voters(row)
             earlier = reuse.by_key(v for e in row.get("earlier") or () for v in e["votes"] or ())
-            asked = await asyncio.gather(*(self._vote(engine, row, each, earlier) for each in principles))
-            votes = [vote for vote, _ in asked]
-            usage = sum((u for _, u in asked), Usage())
+            answers = await asyncio.gather(*(self._vote(engine, row, each, earlier) for each in principles))
+            votes = [vote for vote, _ in answers]
+            usage = sum((u for _, u in answers), Usage())
             p = self._combine(votes, principles)
         low, high = self.config.clamp or (0.0, 1.0)
         return {
@@ -81,14 +81,14 @@ class LabelChain:
 
     def _combine(self, votes: Sequence[Vote], principles: Sequence[Principle]) -> float:
         """The probability of response a from all votes, before clamping."""
-        given = [
+        cast = [
             (p, principle.weight)
             for vote, principle in zip(votes, principles, strict=True)
             if (p := vote["p_a"]) is not None
         ]
-        if not given:
+        if not cast:
             raise RowError(votes[0]["abstained"])
-        return combine([p for p, _ in given], [w for _, w in given], self.config.combine)
+        return combine([p for p, _ in cast], [w for _, w in cast], self.config.combine)
 
     def voters(self, row: Mapping[str, Any]) -> list[Principle]:
         """The principles that vote on a comparison."""
@@ -192,7 +192,7 @@ class _SlotAnswer(NamedTuple):
     """What the feedback model says of two responses in one order."""
 
     logprobs: list[float]
-    """Of the option in the first slot, and of the one in the second."""
+    """Log-probability of the option in the first slot, then of the one in the second."""
     reasoning: str | None
     usage: Usage
 

@@ -1,4 +1,4 @@
-"""The calibration of probabilities: how well they agree with what is known."""
+"""The calibration of probabilities: how well they agree with known outcomes."""
 
 from __future__ import annotations
 

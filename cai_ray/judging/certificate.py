@@ -1,4 +1,4 @@
-"""The labels' certificate: what can be known of their quality before a reward model is trained on them.
+"""The labels' certificate: measures of their quality before a reward model is trained on them.
 
 Without gold: slot bias, agreement between principles, ties, abstentions, length bias. Against gold comparisons:
 accuracy, Brier score and calibration, overall, per principle and per source. Stage `label` writes it to

@@ -50,10 +50,9 @@ def check_attempt(run: Run, name: str, now: dict[str, str]) -> None:
         raise InputError(
             f"{run.root}: {name}: {begun} made with other settings ({'; '.join(changes)}); {remedy}"
         )
+    then = attempt["settings"]
     settings = [
-        d
-        for key in keys
-        for d in differences(key, attempt["settings"].get(key), settings_of(run.config, key))
+        d for key in keys if key in then for d in differences(key, then[key], settings_of(run.config, key))
     ]
     named = f" ({'; '.join(settings[:4])})" if settings else ""
     raise InputError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 
+from cai_ray.cluster.progress import Progress
 from cai_ray.generate.row_progress import RowProgress, SetProgress
+from cai_ray.train.runtime import metrics
 from cai_ray.train.runtime.metrics import RECENT, progress, step_seconds
 
 PPO = {
@@ -71,3 +74,23 @@ def test_rows_say_how_many_failed_and_the_time_left_of_all_sets() -> None:
     assert shown.line == "revise helpful: 2 of 60 rows, 1 failed, 20 s, 28 s left"
     assert shown[:4] == ("revise helpful", 2, 60, "rows")
     assert shown.details == "2.1 rows/s, 1 failed, 28 s left"
+
+
+def test_what_rank_0_reports_is_a_line_and_its_warnings(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store: dict[tuple[str, str], bytes] = {}
+    monkeypatch.setattr(metrics, "put", lambda key, name, value: store.update({(key, name): value}))
+    monkeypatch.setattr(metrics, "get", lambda key, name: store.get((key, name)))
+    monkeypatch.setattr(metrics, "forget", lambda key: store.clear())
+    monkeypatch.setattr(metrics, "_driver_key", "")
+    with metrics.progress_lines("sft-1"):
+        metrics.report_to("sft-1")
+        metrics.report_progress(Progress("sft", 1, 3, "steps", "loss 2.5", "sft: step 1 of 3, loss 2.5"))
+        shown, deadline = "", time.monotonic() + 60
+        while "step" not in shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+            shown += capfd.readouterr().err
+        metrics.warn("a dashboard is away")
+    assert shown + capfd.readouterr().err == "  sft: step 1 of 3, loss 2.5\n  warning: a dashboard is away\n"
+    assert not store
