@@ -77,7 +77,7 @@ def main() -> int:
 
 def made(folder: str, rows: int, words: int) -> Run:
     """A run directory as the stages leave it."""
-    run = Run(load_config("errand-town", ["constitution=harmless", "evaluate.judge=model"], out=folder))
+    run = Run(load_config("errand-town", ["constitution=harmless", "evaluate.gold=null"], out=folder))
     document = constitutions.load("harmless")
     ids = [p.id for p in document.principles]
     rng = random.Random(0)

@@ -33,8 +33,7 @@ def run(run: Run, which: Policy) -> int:
     # An engine's warnings would stand between questions and answers.
     for key, value in {**worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(key, value)
-    config = run.config
-    engine = make_engine(run.model(which), load_templates(config.templates), config.engine, uses_gpu(config))
+    engine = make_engine(run.resolve_model(which), uses_gpu(run.config))
     try:
         talk(engine, run, which)
     except KeyboardInterrupt:

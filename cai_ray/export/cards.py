@@ -105,6 +105,6 @@ def _filled(template: str, data: CardData, run: Provenance, **more: Any) -> str:
         seed=run.config.seed,
         constitution=run.constitution,
         results=policy_results(run),
-        judged_by_town=run.config.evaluate.judge == "town",
+        judged_by_town=run.config.evaluate.gold == "town",
         **more,
     )

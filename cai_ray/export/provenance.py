@@ -16,10 +16,12 @@ from cai_ray.report.text import interval, percent
 
 # Where things lie on the machine that made them, and how the work was shared out, are nobody else's matter.
 _PRIVATE = {
-    "prompts", "human", "gold", "gold_limit", "gates", "engine", "critique_engine", "workers", "cpus_per_worker",
+    "prompts", "human", "gold", "gold_limit", "gates", "engine", "workers", "cpus_per_worker",
     "checkpoint_every", "keep_checkpoints", "offload_optimizer", "micro_batch_tokens", "rollout_engines",
     "deadline_s", "save_rollouts", "rewards", "watch",
 }  # fmt: skip
+_NAMES = ("init", "model", "templates", "constitution")
+"""Settings that may be paths, of which a card shows the last part."""
 _SOURCES = {"ai": "AI labels", "human": "human comparisons"}
 
 
@@ -77,14 +79,20 @@ def reward_model_results(run: Provenance) -> list[list[str]]:
 
 def settings(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:
     """Sections of the configuration without what is private, and with models by name alone."""
+    return {name: _public_settings(getattr(config, name).model_dump(mode="json")) for name in sections}
+
+
+def _public_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a section, and of the sections in it, without what is private."""
     public: dict[str, Any] = {}
-    for section in sections:
-        values = getattr(config, section).model_dump(mode="json")
-        public[section] = {
-            key: public_name(value) if key in ("init", "model", "critique_model") and value else value
-            for key, value in values.items()
-            if key not in _PRIVATE
-        }
+    for key, value in values.items():
+        if key in _PRIVATE:
+            continue
+        if isinstance(value, dict):
+            value = _public_settings(value)
+        elif isinstance(value, str) and key in _NAMES:
+            value = public_name(value)
+        public[key] = value
     return public
 
 

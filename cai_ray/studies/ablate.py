@@ -52,10 +52,10 @@ def ablate(
         InputError: there is no such principle, or nothing says what is harmful; see also `pipeline.run_stages`.
     """
     config.document.without(without)
-    if config.evaluate.judge != "town" and not load_templates(config.templates).refusals:
+    if config.evaluate.gold is None and not load_templates(config.templates).refusals:
         raise InputError(
             f"templates {config.templates}: has no `refusals`, which recognise answers that decline, and "
-            f"evaluate.judge={config.evaluate.judge} does not say what is harmful; add rules to the template set "
+            "a judge does not say what is harmful; add rules to the template set "
             "(see cai_ray/templates/general.yaml)"
         )
     pairs = []
