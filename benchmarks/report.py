@@ -22,10 +22,12 @@ from typing import Any
 
 from cai_ray import constitution as constitutions
 from cai_ray.config.load import load_config
+from cai_ray.judging import certificate
 from cai_ray.provenance.versions import versions
 from cai_ray.stages import POLICIES, stages_of
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
 
 PART = 8192
@@ -51,7 +53,7 @@ def main() -> int:
         size = sum(f.stat().st_size for f in Path(folder).rglob("*.parquet"))
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-c", MAKE, run.root], capture_output=True, text=True, check=True
+            [sys.executable, "-c", MAKE, run.root], stdout=subprocess.PIPE, text=True, check=True
         )
         seconds = time.perf_counter() - started
         page = Path(run.path("report", "index.html")).stat().st_size
@@ -125,14 +127,17 @@ def made(folder: str, rows: int, words: int) -> Run:
         }
         return common(number) | {"prompt_id": f"p{number // 3}"} | told
 
-    for stage, row, schema, count in (
-        ("revise", revision, "revisions", rows),
-        ("label", label, "labels", rows),
-        ("evaluate", judgement, "judgements", 3000),
+    for stage, row, record, count in (
+        ("revise", revision, Revision, rows),
+        ("label", label, Label, rows),
+        ("evaluate", judgement, Judgement, 3000),
     ):
         for part, start in enumerate(range(0, count, PART)):
-            table = to_table([row(i) for i in range(start, min(start + PART, count))], schema)
+            table = to_table([row(i) for i in range(start, min(start + PART, count))], record)
             run.write_rows(stage, table, part)
+            if stage == "label" and part == 0:  # of the first labels: the page shows as much of all of them
+                proof = certificate.certificate(certificate.read(table))
+                files.write_json(run.path("label", "certificate.json"), proof)
     for stage in stages_of("ppo")[:-1]:
         tokens = {"prompt": 1000, "cached": 0, "generated": 1000}
         files.write_json(

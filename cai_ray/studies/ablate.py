@@ -20,7 +20,7 @@ from cai_ray.errors import InputError
 from cai_ray.generate import reuse
 from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
-from cai_ray.report.combine import bootstrap
+from cai_ray.report.bootstrap import bootstrap
 from cai_ray.report.text import columns, interval, percent
 from cai_ray.stages import stages_of
 from cai_ray.storage import files
