@@ -37,12 +37,12 @@ from cai_ray.engine.make import make_engine
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.engine.vllm import engine_args
 from cai_ray.generate.draw import draw
-from cai_ray.generate.revise import Revise
+from cai_ray.generate.revise import ReviseChain, RevisionTask
 from cai_ray.generate.rows import map_rows
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.renderer import Renderer
-from cai_ray.storage.records import derive_seed
+from cai_ray.storage.records import Revision, derive_seed
 from cai_ray.storage.run import Run
 
 KINDS = {"ours": 4, "steps": 4, "coroutines": 4, "ours_once": 1, "ray_data_llm": 1}
@@ -81,17 +81,19 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ ways to do it
 
 
-def ours(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
+def ours(run: Run, rows: list[Any], folder: str) -> int:
     connect(run.config)
-    made = map_rows(run, "revise", rows, Spreading(_chain(run), folder), model="base", schema="revisions")
+    made = map_rows(
+        run, "revise", rows, Spreading(_chain(run), folder), takes=RevisionTask, gives=Revision, model="base"
+    )
     assert made["errors"] == 0, made
     return int(made["tokens"]["generated"])
 
 
-def coroutines(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
+def coroutines(run: Run, rows: list[Any], folder: str) -> int:
     chain = Spreading(_chain(run), folder)
 
-    async def all_rows() -> list[dict[str, Any]]:
+    async def all_rows() -> list[Any]:
         engine: Any = make_engine(
             run.model("base"), load_templates(run.config.templates), run.config.engine, gpu=False
         )
@@ -244,10 +246,10 @@ def ray_data_llm(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
 class Spreading:
     """A chain whose texts have drawn lengths."""
 
-    chain: Revise
+    chain: ReviseChain
     folder: str
 
-    async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
+    async def __call__(self, engine: Any, row: RevisionTask) -> Revision:
         return await self.chain(Spread(engine, self.folder), row)
 
 
@@ -283,9 +285,9 @@ def prompts(rows: int) -> list[dict[str, Any]]:
     ]
 
 
-def _chain(run: Run) -> Revise:
+def _chain(run: Run) -> ReviseChain:
     config = run.config
-    return Revise(
+    return ReviseChain(
         constitutions.load(config.constitution), load_templates(config.templates), config.revise, 0, "base"
     )
 

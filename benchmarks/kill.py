@@ -32,9 +32,12 @@ import psutil
 from benchmarks.watch import MARK
 from cai_ray.config.load import load_config
 from cai_ray.data.town import PROMPTS
-from cai_ray.generate import rows as generate
+from cai_ray.generate.actor import rows_in_flight
 from cai_ray.generate.journal import Journal
+from cai_ray.generate.revise import RevisionTask
+from cai_ray.generate.rows import map_rows
 from cai_ray.provenance.versions import versions
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run
 
 # By what a process is called: the driver is known by its id.
@@ -76,7 +79,7 @@ def benchmark(folder: Path, rows: int, kills: int, seed: int) -> dict[str, Any]:
         "doubled": sum(n > 1 for n in times.values()),
         "text_changed": sum(_said(row) != _said(wanted[row["id"]]) for row in found),
         "redone_rows_per_kill": round((begun - len(wanted)) / kills, 1),
-        "in_flight": generate._in_flight(killed.config.engine),
+        "in_flight": rows_in_flight(killed.config.engine),
         "seconds": {"alone": round(seconds[0], 1), "killed": round(seconds[1], 1)},
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(load, 2),
@@ -97,18 +100,18 @@ def under_fire(out: Path, rows: int, kills: int, seed: int) -> float:
     total = len(_rows(_run(str(out), rows)))
     moments = sorted(drawn.uniform(0, total) for _ in range(kills))
     victims = [drawn.choice(("driver", "actor", "engine")) for _ in range(kills)]
-    journal = Journal(_run(str(out), rows), "revise", "revisions", "part")
+    journal = Journal(_run(str(out), rows), "revise", RevisionTask, Revision, "part")
     mark = f"kill-{os.getpid()}-{seed}"
     started = time.monotonic()
     driver = _driver(out, rows, mark)
     for moment, victim in zip(moments, victims, strict=True):
         # Not before work has begun again after the kill before: a process that only starts has nothing to lose.
         working = _begun(out)
-        while len(journal.finished()) < moment or _begun(out) == working:
+        while len(journal.finished_ids()) < moment or _begun(out) == working:
             time.sleep(0.1)
             if driver.poll() is not None:
                 raise SystemExit(f"the pass under fire ended by itself ({driver.returncode}); see {out}/log")
-        print(f"{len(journal.finished())} of {total} rows: kill {victim}", file=sys.stderr, flush=True)
+        print(f"{len(journal.finished_ids())} of {total} rows: kill {victim}", file=sys.stderr, flush=True)
         if victim == "driver":
             driver.kill()
             driver.wait()
@@ -134,7 +137,7 @@ class Counted:
     chain: Any
     folder: str
 
-    async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
+    async def __call__(self, engine: Any, row: Any) -> Any:
         with open(os.path.join(self.folder, str(os.getpid())), "a") as f:
             f.write(row["id"] + "\n")
         return await self.chain(engine, row)
@@ -149,7 +152,7 @@ def drive(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     connect(run.config)
     counted = Counted(make_chain(run), str(folder))
-    generate.map_rows(run, "revise", _rows(run), counted, model="base", schema="revisions")
+    map_rows(run, "revise", _rows(run), counted, takes=RevisionTask, gives=Revision, model="base")
 
 
 def _run(out: str, rows: int) -> Run:
@@ -160,10 +163,10 @@ def _run(out: str, rows: int) -> Run:
     return Run(load_config("errand-town", given, out=out))
 
 
-def _rows(run: Run) -> list[dict[str, Any]]:
+def _rows(run: Run) -> list[RevisionTask]:
     from cai_ray.generate import revise
 
-    return revise.rows(run)
+    return revise.tasks(run)
 
 
 def _driver(out: Path, rows: int, mark: str) -> subprocess.Popen[bytes]:

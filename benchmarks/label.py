@@ -27,9 +27,11 @@ from cai_ray import constitution as constitutions
 from cai_ray.cluster.connect import connect
 from cai_ray.config.run import RunConfig
 from cai_ray.engine.make import make_engine
-from cai_ray.generate.label import Label
-from cai_ray.generate.rows import _in_flight, map_rows
+from cai_ray.generate.actor import rows_in_flight
+from cai_ray.generate.label import LabelChain, LabelTask
+from cai_ray.generate.rows import map_rows
 from cai_ray.prompts.load import load_templates
+from cai_ray.storage.records import Label
 from cai_ray.storage.run import Run
 
 KINDS = ("ours", "engine", "unshared")
@@ -61,11 +63,11 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
     run = Run(_config(model, folder, kind))
     config = run.config
     document = constitutions.load(config.constitution)
-    chain = Timed(Label(document, load_templates(config.templates), config.label, config.seed), folder)
+    chain = Timed(LabelChain(document, load_templates(config.templates), config.label, config.seed), folder)
     asked, started = comparisons(rows), time.time()
     if kind == "ours":
         connect(config)
-        map_rows(run, "label", asked, chain, model="base", schema="labels")
+        map_rows(run, "label", asked, chain, takes=LabelTask, gives=Label, model="base")
         labelled = run.rows("label")
     else:
         labelled = asyncio.run(_bare(run, asked, chain))
@@ -82,7 +84,7 @@ async def _bare(run: Run, rows: list[dict[str, Any]], chain: Timed) -> list[dict
     engine = make_engine(
         run.model("base"), load_templates(run.config.templates), run.config.engine, gpu=False
     )
-    slots = asyncio.Semaphore(_in_flight(run.config.engine))
+    slots = asyncio.Semaphore(rows_in_flight(run.config.engine))
 
     async def one(row: dict[str, Any]) -> dict[str, Any]:
         async with slots:

@@ -28,14 +28,16 @@ from cai_ray import constitution as constitutions
 from cai_ray.cluster.connect import connect
 from cai_ray.config.run import RunConfig
 from cai_ray.engine.scripted import ScriptedEngine
+from cai_ray.generate.chain import Chain
 from cai_ray.generate.journal import Journal
-from cai_ray.generate.label import Label
-from cai_ray.generate.revise import Revise
-from cai_ray.generate.rows import Chain, map_rows
+from cai_ray.generate.label import LabelChain, LabelTask
+from cai_ray.generate.revise import ReviseChain, RevisionTask
+from cai_ray.generate.rows import map_rows
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.provenance.versions import versions
+from cai_ray.storage.records import Label, Revision
 from cai_ray.storage.run import Run
 
 WORDS = [
@@ -144,7 +146,7 @@ class RenderingEngine(ScriptedEngine):
 class Rendered:
     """A chain whose calls are rendered for the embedded world's model and its tokenizer."""
 
-    chain: Chain
+    chain: Chain[Any, Any]
     run: Run
 
     async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -170,32 +172,32 @@ def _revise(out: str, rows: int, actors: int) -> float:
     run = _run(out, actors)
     config = run.config.revise.model_copy(update={"rounds": 4})
     document = constitutions.load("harmless")
-    chain = Revise(document, load_templates(run.config.templates), config, 0, "none")
-    return _seconds(run, "revise", _prompts(rows), Rendered(chain, run), "revisions")
+    chain = ReviseChain(document, load_templates(run.config.templates), config, 0, "none")
+    return _seconds(run, "revise", _prompts(rows), Rendered(chain, run), RevisionTask, Revision)
 
 
 def _label(out: str, rows: int, actors: int) -> float:
     run = _run(out, actors)
     config = run.config.label.model_copy(update={"principles": "all"})
-    chain = Label(constitutions.load("harmless"), load_templates(run.config.templates), config, 0)
+    chain = LabelChain(constitutions.load("harmless"), load_templates(run.config.templates), config, 0)
     pairs = (
         {**row, "response_a": _text(n, 20), "response_b": _text(n + 1, 20)} for n, row in _numbered(rows)
     )
-    return _seconds(run, "label", pairs, Rendered(chain, run), "labels")
+    return _seconds(run, "label", pairs, Rendered(chain, run), LabelTask, Label)
 
 
 def _passthrough(out: str, rows: int, actors: int) -> float:
-    return _seconds(_run(out, actors), "revise", _prompts(rows), passthrough, "revisions")
+    return _seconds(_run(out, actors), "revise", _prompts(rows), passthrough, RevisionTask, Revision)
 
 
 def _resume(out: str, rows: int, actors: int) -> float:
     run = _run(out, actors)
-    journal = Journal(run, "revise", "revisions", "part")
+    journal = Journal(run, "revise", RevisionTask, Revision, "part")
     done = {"response": "fine", "truncated": False, "steps": [], "model": "none", "usage": USAGE}
     block = [{**row, **done} for n, row in _numbered(rows) if n % 2]
     for start in range(0, len(block), 64):
         journal.write(block[start : start + 64])
-    return _seconds(run, "revise", _prompts(rows), passthrough, "revisions")
+    return _seconds(run, "revise", _prompts(rows), passthrough, RevisionTask, Revision)
 
 
 PARTS = {"revise": _revise, "label": _label, "passthrough": _passthrough, "resume": _resume}
@@ -214,9 +216,11 @@ def _run(out: str, actors: int) -> Run:
     return run
 
 
-def _seconds(run: Run, stage: str, rows: Iterator[dict[str, Any]], chain: Chain, schema: str) -> float:
+def _seconds(
+    run: Run, stage: str, rows: Iterator[Any], chain: Chain[Any, Any], takes: type, gives: type
+) -> float:
     started = time.monotonic()
-    made = map_rows(run, stage, rows, chain, model="base", schema=schema)
+    made = map_rows(run, stage, rows, chain, takes=takes, gives=gives, model="base")
     seconds = time.monotonic() - started
     assert made["errors"] == 0, made
     return seconds

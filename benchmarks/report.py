@@ -26,7 +26,8 @@ from cai_ray.judging import certificate
 from cai_ray.provenance.versions import versions
 from cai_ray.stages import POLICIES, stages_of
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
 
 PART = 8192
@@ -126,13 +127,13 @@ def made(folder: str, rows: int, words: int) -> Run:
         }
         return common(number) | {"prompt_id": f"p{number // 3}"} | told
 
-    for stage, row, schema, count in (
-        ("revise", revision, "revisions", rows),
-        ("label", label, "labels", rows),
-        ("evaluate", judgement, "judgements", 3000),
+    for stage, row, record, count in (
+        ("revise", revision, Revision, rows),
+        ("label", label, Label, rows),
+        ("evaluate", judgement, Judgement, 3000),
     ):
         for part, start in enumerate(range(0, count, PART)):
-            table = to_table([row(i) for i in range(start, min(start + PART, count))], schema)
+            table = to_table([row(i) for i in range(start, min(start + PART, count))], record)
             run.write_rows(stage, table, part)
             if stage == "label" and part == 0:  # of the first labels: the page shows as much of all of them
                 proof = certificate.certificate(certificate.read(table))

@@ -105,9 +105,9 @@ class Timed:
     chain: Any
     folder: str
 
-    async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
+    async def __call__(self, engine: Any, row: Any) -> Any:
         began = time.time()
-        out: dict[str, Any] = await self.chain(engine, row)
+        out = await self.chain(engine, row)
         note(self.folder, began, 1)
         return out
 

@@ -20,6 +20,7 @@ from cai_ray.cluster import cost
 from cai_ray.cluster.meter import Meter
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError, OverBudget
+from cai_ray.provenance.attempts import ATTEMPT, begin_attempt, check_attempt, check_attempts
 from cai_ray.provenance.changes import changed_inputs, check_changes, describe_change
 from cai_ray.provenance.inputs import inputs, missing
 from cai_ray.provenance.versions import versions
@@ -93,8 +94,8 @@ def check_run(run: Run, stages: list[str], overwrite: bool, keep: Collection[str
     """Checks that the run directory lets these stages run: what they read is there, and has not changed.
 
     Raises:
-        InputError: an earlier stage is missing, a complete one has other inputs and `overwrite` is not given, or one
-            to keep is not complete.
+        InputError: an earlier stage is missing, a stage was made or begun with other inputs and `overwrite` is not
+            given, or one to keep is not complete.
     """
     for name in keep:
         if run.manifest(name) is None:
@@ -104,6 +105,8 @@ def check_run(run: Run, stages: list[str], overwrite: bool, keep: Collection[str
             if upstream not in stages[:place] and run.manifest(upstream) is None:
                 raise InputError(missing(run, name, upstream))
     check_changes(run, stages, overwrite, keep)
+    if not overwrite:
+        check_attempts(run, stages)
 
 
 def run_stage(
@@ -116,7 +119,7 @@ def run_stage(
         Stopped: the labels do not pass `label.gates` (after `label`, and before what is trained on them), or the
             budget is spent, before the stage or while it runs.
     """
-    from cai_ray.judging.certificate import check_gates
+    from cai_ray.judging.gates import check_gates
 
     now, done = inputs(run, name), run.manifest(name)
     if done:
@@ -129,6 +132,8 @@ def run_stage(
             check_gates(run)
         if done and not (overwrite or force):
             raise InputError(describe_change(run, name, done["inputs"], now))
+        if not done and not overwrite:  # now all that it reads is there
+            check_attempt(run, name, now)
         manifest = _make(run, name, now, done, keep, say)
         rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
         errors = f", {manifest['errors']} errors" if manifest.get("errors") else ""
@@ -199,14 +204,15 @@ def _clear_the_way(run: Run, name: str, now: dict[str, str], done: dict[str, Any
         reuse.set_aside(run, name)
     if STAGES[name].kind != "trains":  # trainers find by themselves what a killed attempt left
         journal.begin(run, name, now)
+    begin_attempt(run, name, now)
 
 
 def _clear(run: Run, name: str) -> None:
     """Removes what only an unfinished stage needs. Optimizer states are most of a run's size."""
     from cai_ray.generate import journal, reuse
 
-    for folder in ("checkpoints", journal.FOLDER, reuse.FOLDER):
-        files.delete(run.path(name, folder))
+    for leftover in ("checkpoints", journal.FOLDER, reuse.FOLDER, ATTEMPT):
+        files.delete(run.path(name, leftover))
 
 
 def _write_run(run: Run) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import pytest
 
-from cai_ray.storage import filesystems
+from cai_ray.storage import object_stores
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret"}
 """Any are good while the server does not look (`S3.guarded`)."""
@@ -227,7 +227,7 @@ class S3:
             monkeypatch.delenv(name)
         for name, value in {**self.env, **more}.items():
             monkeypatch.setenv(name, value)
-        filesystems._stores.clear()
+        object_stores._stores.clear()
 
     def ask(self, method: str, path: str, body: bytes = b"") -> bytes:
         """A request to the server itself."""

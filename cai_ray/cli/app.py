@@ -1,10 +1,9 @@
 """The command `cai-ray`: the list of its commands, and `main`, which runs one of them.
 
 A command is a function whose parameters are its arguments and options, and whose docstring is its help. It imports
-heavy packages after its arguments are parsed, so that `--help` is instant.
+heavy packages after its arguments are parsed, so that `--help` is instant. For the same reason the files of commands do
+without `from __future__ import annotations`: Typer would have to evaluate every one of them.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`cai-ray config`: what may stand in a configuration, for editors and for people."""
 
-from __future__ import annotations
-
 import json
 
 from cai_ray.cli.options import new_app
@@ -12,7 +10,7 @@ app = new_app("Describe the settings of a configuration.")
 @app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
-    from cai_ray.config.schema import json_schema  # type: ignore[import-untyped]
+    from cai_ray.config.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
@@ -20,6 +18,6 @@ def schema() -> None:
 @app.command("docs")
 def docs() -> None:
     """Print docs/configuration.md: every setting, its default and its meaning."""
-    from cai_ray.config.schema import markdown  # type: ignore[import-untyped]
+    from cai_ray.config.schema import markdown
 
     print(markdown(), end="")

@@ -1,7 +1,5 @@
 """`cai-ray constitution`: show a constitution, check it, compare two, draft one from votes, test its examples."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Commands that read a run: its state, the chain behind a row, and its export."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +26,7 @@ def status(run: RunFolder, as_json: Json = False) -> None:
         print_table(_status_table(opened, rows))
 
 
-def _status_table(run: Run, rows: list[dict[str, Any]]) -> list[list[str]]:
+def _status_table(run: "Run", rows: list[dict[str, Any]]) -> list[list[str]]:
     """One row of cells per stage; columns that are empty for all stages are left out."""
     from cai_ray.report import text
 

@@ -4,8 +4,6 @@ A stage's work is in the module that the table of stages names for it, in the fu
 stages (their order, what is done already, what changed) is in cai_ray/pipeline.py.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -134,14 +132,14 @@ def report(
         start(settings, ["report"], overwrite=overwrite, force=overwrite)
 
 
-def _load(config: str, overrides: Sequence[str] | None, out: str | None) -> RunConfig:
+def _load(config: str, overrides: Sequence[str] | None, out: str | None) -> "RunConfig":
     from cai_ray.config.load import load_config
 
     return load_config(config, list(overrides or ()), out=out)
 
 
 def start(
-    settings: RunConfig,
+    settings: "RunConfig",
     names: Sequence[str],
     *,
     overwrite: bool,
@@ -163,7 +161,9 @@ def start(
     print(done.root)
 
 
-def print_check(settings: RunConfig, names: Sequence[str], overwrite: bool, keep: Sequence[str] = ()) -> None:
+def print_check(
+    settings: "RunConfig", names: Sequence[str], overwrite: bool, keep: Sequence[str] = ()
+) -> None:
     """`--check`: validates everything that can be known before a start."""
     from cai_ray import pipeline
     from cai_ray.estimate.fit import memory_lines
@@ -180,7 +180,7 @@ def print_check(settings: RunConfig, names: Sequence[str], overwrite: bool, keep
     print("ok: nothing was started")
 
 
-def print_estimate(settings: RunConfig, names: Sequence[str], prompts: int, as_json: bool) -> None:
+def print_estimate(settings: "RunConfig", names: Sequence[str], prompts: int, as_json: bool) -> None:
     """`--estimate`: time and cost of these stages, from a sample."""
     from cai_ray.cluster.connect import disconnect
     from cai_ray.estimate import estimate, lines

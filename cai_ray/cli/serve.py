@@ -1,7 +1,5 @@
 """Commands that ask a run's policy: `cai-ray chat` in the terminal, `cai-ray serve` over HTTP."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

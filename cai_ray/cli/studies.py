@@ -1,7 +1,5 @@
 """Commands that make runs for a question: the demo, a run without a principle, and comparisons for people."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`cai-ray town`: train the embedded world's base model, and measure its skills."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cai_ray.storage.records import TokenUsage
+
 
 class Usage(NamedTuple):
     """Token counts of engine calls, and the number of calls."""
@@ -16,3 +18,12 @@ class Usage(NamedTuple):
 
     def __add__(self, other: Usage) -> Usage:  # type: ignore[override]
         return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def as_record(self) -> TokenUsage:
+        """The column `usage` of a row."""
+        return {
+            "prompt": self.prompt,
+            "cached": self.cached,
+            "generated": self.generated,
+            "calls": self.calls,
+        }

@@ -1,4 +1,4 @@
-"""What the autoscaler of a cluster may start.
+"""The kinds of nodes that the autoscaler of a cluster may start.
 
 ray 2.60.0: there is no public interface to the kinds of nodes that a cluster can grow by. Platforms with an autoscaler
 of their own report them to the control service (`ray._private.state`); under Kubernetes the configuration is derived

@@ -1,7 +1,7 @@
 """What Ray knows about this process and its start.
 
-ray 2.60.0: whether a process is a worker of Ray is known to `worker.mode` alone, which the runtime context does not
-document. The port of Ray's own metrics can only be set through an underscored argument of `ray.init`.
+ray 2.60.0: only `worker.mode` says whether a process is a worker of Ray, and the runtime context does not document
+it. The port of Ray's own metrics can only be set through an underscored argument of `ray.init`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def is_worker() -> bool:
-    """Whether Ray started this process to run tasks or an actor; False in a driver and without Ray."""
+    """Says whether Ray started this process to run tasks or an actor; False in a driver and without Ray."""
     import ray
 
     return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE

@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 TIMEOUT = timedelta(minutes=10)
-"""Until all processes have joined, and for one tensor to pass."""
+"""Limit on the time until all processes have joined, and on the time for one tensor."""
 
 
 class GlooGroup:

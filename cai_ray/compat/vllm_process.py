@@ -1,4 +1,4 @@
-"""How vLLM's engine process starts on a CPU.
+"""Starts vLLM's engine process on a CPU from a fork server.
 
 vllm 0.29.0: an engine beside an asynchronous front end is a process of its own. vLLM spawns it when this process has
 imported everything, and it imports everything again. A fork server has it imported by then, which halves the start. (A

@@ -4,42 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, operational
 
 
 class CheckConfig(Section):
-    """What `--check` cannot see from where it runs."""
+    """What `--check` cannot find out on the machine where it runs. It changes no result."""
 
-    gpus: int | None = Field(default=None, gt=0)
-    """GPUs of the cluster; by default those of this machine, where it has any."""
-    gpu_gib: float | None = Field(default=None, gt=0)
-    """Memory of one GPU as torch reports it (an 80 GB card has 79); by default that of this machine's."""
-    model: dict[str, Any] | None = None
-    """Fields of the model's config.json, for an id that is not in the cache of this machine."""
+    gpus: int | None = operational(None, gt=0)
+    """GPUs of the cluster. Defaults to those of this machine."""
+    gpu_gib: float | None = operational(None, gt=0)
+    """Memory of one GPU in GiB as torch reports it (79 for an 80 GB card). Defaults to that of this machine's GPU."""
+    model: dict[str, Any] | None = operational(None)
+    """Fields of the model's config.json. Needed for a hub id that is not in this machine's cache."""
 
 
 class EndpointPrices(Section):
-    """Of the endpoints that models are asked at (engines of kind openai)."""
+    """Prices of the endpoints that are asked (engines of kind `openai`)."""
 
-    input_per_million_tokens: float = Field(default=0.0, ge=0)
-    cached_input_per_million_tokens: float | None = Field(default=None, ge=0)
-    """Of input that the endpoint had in its cache; by default as other input."""
-    output_per_million_tokens: float = Field(default=0.0, ge=0)
+    input_per_million_tokens: float = operational(0.0, ge=0)
+    """Price per million input tokens."""
+    cached_input_per_million_tokens: float | None = operational(None, ge=0)
+    """Price per million cached input tokens. Defaults to the normal input price."""
+    output_per_million_tokens: float = operational(0.0, ge=0)
+    """Price per million generated tokens."""
 
 
 class PricesConfig(Section):
-    """What the run's resources cost, for the report and `budget.money`. What has no price here costs nothing."""
+    """Prices of what a run uses, for the report and for `budget.money`. What has no price here costs nothing."""
 
-    currency: str = "USD"
-    gpu_hour: float | None = Field(default=None, ge=0)
-    """Of one GPU."""
-    generation_gpu_hour: float | None = Field(default=None, ge=0)
-    """Of one GPU in the stages that generate, which mostly are on a spot market; by default `gpu_hour`."""
-    cpu_hour: float | None = Field(default=None, ge=0)
-    """Of one CPU that an engine or a training worker reserves (`cpus_per_actor`, `cpus_per_worker`)."""
-    endpoint: EndpointPrices | None = None
+    currency: str = operational("USD")
+    """The currency of all prices, as it is printed."""
+    gpu_hour: float | None = operational(None, ge=0)
+    """Price of one GPU for an hour."""
+    generation_gpu_hour: float | None = operational(None, ge=0)
+    """Price of one GPU for an hour in the stages that generate, which often run on spot machines. Defaults to
+    `gpu_hour`."""
+    cpu_hour: float | None = operational(None, ge=0)
+    """Price of one CPU for an hour, as engines and training workers reserve them (`cpus_per_actor`,
+    `cpus_per_worker`)."""
+    endpoint: EndpointPrices | None = operational(None)
+    """Prices of endpoints."""
 
     @model_validator(mode="after")
     def _some(self) -> PricesConfig:
@@ -49,15 +55,19 @@ class PricesConfig(Section):
 
 
 class BudgetConfig(Section):
-    """Limits of all that the run directory has seen, stages that were made again included. One that is reached stops
-    the run with exit code 3: what was begun is finished and kept, and with a larger limit the same command goes on."""
+    """Limits on everything that was ever done in the run directory, including stages that were made again.
 
-    gpu_hours: float | None = Field(default=None, gt=0)
-    cpu_hours: float | None = Field(default=None, gt=0)
-    wall_hours: float | None = Field(default=None, gt=0)
-    """While a stage runs."""
-    money: float | None = Field(default=None, gt=0)
-    """By `prices`, in their currency."""
+    A limit that is reached stops the run with exit code 3. Work under way is finished and kept, and the same command
+    goes on with a larger limit."""
+
+    gpu_hours: float | None = operational(None, gt=0)
+    """Most GPU hours, counted while GPUs are reserved."""
+    cpu_hours: float | None = operational(None, gt=0)
+    """Most CPU hours, counted while CPUs are reserved."""
+    wall_hours: float | None = operational(None, gt=0)
+    """Most hours of running stages, by the clock."""
+    money: float | None = operational(None, gt=0)
+    """Most money, by `prices` and in their currency."""
 
     @property
     def given(self) -> bool:

@@ -8,65 +8,77 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, operational
 
 
 class RayConfig(Section):
-    address: str | None = None
-    """A running cluster (`auto`, ray://…); by default one is started here, or the job's own is joined."""
-    cpus: int | None = Field(default=None, gt=0)
-    """Logical CPUs of a cluster started here; by default 16, since Ray's bookkeeping actors want one each."""
-    training_nodes: str | None = None
-    """A custom resource that marks the nodes which train, and sample for PPO (cluster.yaml: `training`); by default
-    any node may."""
-    generation_nodes: str | None = None
-    """The same for the engines of the other stages (cluster.yaml: `generation`)."""
-    autoscaling_config: str | None = None
-    """The cluster's configuration, to know which nodes its autoscaler may add; by default where `ray up` puts it on
-    the head, or the Kubernetes operator's."""
+    """The Ray cluster that the run uses."""
+
+    address: str | None = operational(None)
+    """Address of a running cluster (`auto` or ray://…). By default a cluster is started on this machine; inside a Ray
+    job the job's own cluster is used."""
+    cpus: int | None = operational(None, gt=0)
+    """Logical CPUs of a cluster that is started here. Defaults to 16, because each of Ray's bookkeeping actors wants
+    one."""
+    training_nodes: str | None = operational(None)
+    """A custom resource that marks the nodes for training and for PPO's sampling (cluster.yaml: `training`). By default
+    any node is used."""
+    generation_nodes: str | None = operational(None)
+    """A custom resource that marks the nodes for the engines of the other stages (cluster.yaml: `generation`)."""
+    autoscaling_config: str | None = operational(None)
+    """The cluster's configuration file, which says what nodes the autoscaler may add. By default it is looked for where
+    `ray up` or the Kubernetes operator puts it."""
 
 
 class EngineConfig(Section):
+    """An engine that generates: vLLM on this cluster, or an endpoint."""
+
     kind: Literal["vllm", "openai", "scripted"] = "vllm"
-    """`openai`: an endpoint with the OpenAI API, for the models of `label.engine` and `revise.critique_engine`."""
+    """`vllm`: vLLM on the cluster. `openai`: an endpoint with the OpenAI API, for models that are not trained here.
+    `scripted`: for tests."""
     base_url: str | None = None
-    """The endpoint's address, without a key in it; it mostly ends in /v1."""
-    api_key_env: str | None = None
-    """Environment variable with the endpoint's key, on every node; by default OPENAI_API_KEY for https and none for
-    http. Empty: no key."""
+    """The endpoint's address, which usually ends in /v1. It must not contain a key."""
+    api_key_env: str | None = operational(None)
+    """The environment variable that holds the endpoint's key, on every node. Defaults to OPENAI_API_KEY for https and
+    to no key for http. Empty: no key."""
     top_logprobs: int = Field(default=20, gt=1)
-    """Likeliest first tokens that an endpoint is asked for, to find the options among them."""
+    """How many of the likeliest first tokens to request from an endpoint. The options are looked for among them."""
     continues: bool = False
-    """Whether the endpoint goes on with an answer that is begun for it (vLLM's does). Otherwise the beginning is left
-    out."""
-    timeout_s: float = Field(default=120, gt=0)
-    """Of one request to an endpoint."""
-    attempts: int = Field(default=10, gt=0)
-    """At most so many, where an endpoint throttles, fails, does not answer or answers garbage."""
-    give_up_s: float = Field(default=900, gt=0)
-    """Time for all attempts of one call and the waiting between them."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    max_model_len: int | None = Field(default=None, gt=0)
-    """Context in tokens, prompt and answer; by default the model's own."""
-    max_num_seqs: int = Field(default=64, gt=0)
-    """Sequences the engine runs at once (an endpoint: requests); also bounds the rows in flight per actor."""
-    min_actors: int = Field(default=1, gt=0)
-    max_actors: int = Field(default=1, gt=0)
-    tensor_parallel: int = Field(default=1, gt=0)
-    """GPUs among which each layer is split."""
-    pipeline_parallel: int = Field(default=1, gt=0)
-    """Groups of layers, each on GPUs of its own. Not for PPO's rollouts, whose weights change."""
+    """The endpoint can continue an answer that is begun for it, as vLLM's can. If not, the beginning is left out."""
+    timeout_s: float = operational(120, gt=0)
+    """Time limit of one request to an endpoint, in seconds."""
+    attempts: int = operational(10, gt=0)
+    """Most attempts at one call if an endpoint throttles, fails, times out or sends an invalid answer."""
+    give_up_s: float = operational(900, gt=0)
+    """Time limit of all attempts at one call together, in seconds, including the pauses between them."""
+    device: Literal["auto", "cpu", "gpu"] = operational("auto")
+    """Where engines and training run. `auto`: on GPUs if there are any."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = operational("auto")
+    """Precision of the engine. `auto`: the checkpoint's own. PPO's rollouts use `ppo.dtype`."""
+    max_model_len: int | None = operational(None, gt=0)
+    """Context length in tokens, prompt and answer together. Defaults to the model's own."""
+    max_num_seqs: int = operational(64, gt=0)
+    """Most sequences that one engine runs at once, or most requests to an endpoint."""
+    min_actors: int = operational(1, gt=0)
+    """Engines that a stage starts with."""
+    max_actors: int = operational(1, gt=0)
+    """Most engines of a stage, if the cluster has room for them."""
+    tensor_parallel: int = operational(1, gt=0)
+    """GPUs that each layer is split over."""
+    pipeline_parallel: int = operational(1, gt=0)
+    """Groups of layers, each on its own GPUs. PPO's rollouts cannot use it."""
     quantization: str | None = None
-    """How weights are quantised when they are loaded (`fp8`, `bitsandbytes`, …); by default as the checkpoint is. Not
-    for PPO's rollouts, which have the trainer's precision."""
-    cpus_per_actor: float = Field(default=1, gt=0)
-    kv_cache_mb: int = Field(default=256, gt=0)
-    """KV cache on CPU; on a GPU it is what the card has left."""
-    block_size: int | None = Field(default=None, gt=0)
-    """Tokens in a block of the prefix cache; short prompts want short blocks."""
+    """How weights are quantised when they are loaded (`fp8`, `bitsandbytes`, …). Defaults to the checkpoint's own
+    format. PPO's rollouts keep the trainer's precision."""
+    cpus_per_actor: float = operational(1, gt=0)
+    """CPUs that each engine reserves."""
+    kv_cache_mb: int = operational(256, gt=0)
+    """Size of the KV cache on CPU, in MB. On a GPU the cache takes the memory that is left."""
+    block_size: int | None = operational(None, gt=0)
+    """Tokens in a block of the prefix cache. Short prompts are cached better in short blocks."""
     extra: dict[str, Any] = Field(default={})
-    """Further arguments of vLLM's engine, as they are; of an endpoint, further fields of each request."""
+    """Further arguments of vLLM's engine, or further fields of each request to an endpoint. A change asks for
+    --overwrite only for an endpoint."""
 
     @field_validator("base_url")
     @classmethod

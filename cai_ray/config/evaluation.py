@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 
 
@@ -14,19 +14,20 @@ class EvalSet(Section):
     """A published evaluation set (docs/evaluation.md lists the formats)."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    path: str
-    """As of prompts, and a task file of BIG-bench."""
+    """Name of the set in the results."""
+    path: str = by_content("files")
+    """Files as for prompts, or a task file of BIG-bench."""
     kind: Literal["comparisons", "choices", "refusals"]
-    """`comparisons`: the reward model orders them. `choices`: policies weigh lettered options. `refusals`: policies
-    answer, and decline by the template set's `refusals` or do not."""
+    """`comparisons`: the reward model orders the answers. `choices`: policies choose among lettered options.
+    `refusals`: policies answer, and the template set's `refusals` say whether they decline."""
     expect: Literal["refuse", "comply"] | None = None
-    """Of refusals, what is right for a row that does not say whether it is safe."""
+    """The right behaviour for rows of `refusals` that do not say whether they are safe."""
     ask: str = "{question}\n\n{choices}\n\nAnswer with the letter alone."
-    """Of choices, what policies are asked; {choices} is one line for each option."""
+    """The question that policies are asked in a set of `choices`. {choices} stands for the options, one per line."""
     letters: tuple[str, ...] = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    """Of choices, what stands for the options: texts of one token each."""
+    """The letters of the options in a set of `choices`, each a text of one token."""
     limit: int | None = Field(default=None, gt=0)
-    """Use the first so many rows only."""
+    """Use only this many rows from the start."""
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> EvalSet:
@@ -39,33 +40,41 @@ class EvalSet(Section):
 
 
 class HarnessConfig(Section):
-    """Tasks of lm-evaluation-harness (extra `lm-eval`): which capabilities a policy keeps."""
+    """Tasks of lm-evaluation-harness (extra `lm-eval`), which measure the capabilities that a policy keeps."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Names of tasks, groups or tags, as `lm_eval` knows them."""
+    """Names of tasks, groups or tags as `lm_eval` knows them."""
     limit: int | None = Field(default=None, gt=0)
-    """The first so many documents of each task only."""
+    """Use only this many documents of each task from the start."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples before each question; by default as many as the task says."""
-    include_path: str | None = None
+    """Examples before each question. Defaults to the task's own number."""
+    include_path: str | None = by_content("folder", None)
     """A folder with task files of your own."""
-    batch_size: int = Field(default=8, gt=0)
+    batch_size: int = operational(8, gt=0)
+    """Documents per forward pass."""
 
 
 class EvaluateConfig(Section):
+    """Stage `evaluate`: the policies answer held-out prompts and are judged."""
+
     prompts: tuple[PromptSource, ...] = ()
+    """Held-out prompts. None of them may be a training prompt."""
     judge: Literal["model", "town"] = "model"
-    """Who says what is harmful: the feedback model by the constitution, or the embedded world's exact judge."""
+    """`model`: the feedback model judges by the constitution. `town`: the exact judge of Errand Town."""
     temperature: float = Field(default=1.0, ge=0, le=2)
+    """Sampling temperature of answers."""
     max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of an answer."""
     greedy: bool = True
-    """Whether prompts are answered at temperature 0, too, for the harm there."""
+    """Answer each prompt at temperature 0, too, and report the harm there."""
     best_of: int = Field(default=0, ge=0)
-    """A control: best of so many SL-CAI samples by the reward model; 0 leaves it out."""
+    """A control: the best of this many SL-CAI answers by the reward model. 0: without this control."""
     limit: int | None = Field(default=None, gt=0)
+    """Use only this many prompts from the start."""
     sets: tuple[EvalSet, ...] = ()
-    """Published sets beside the prompts."""
+    """Published evaluation sets, beside the prompts."""
     harness: HarnessConfig | None = None
+    """Tasks of lm-evaluation-harness."""
 
     @field_validator("sets")
     @classmethod

@@ -7,27 +7,37 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cai_ray.config.engine import EngineConfig
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 
 
 class ReviseConfig(Section):
+    """Stage `revise`: the helpful model answers, criticises its answer and revises it."""
+
     rounds: int = Field(default=4, ge=1)
+    """Rounds of critique and revision for each red-team prompt."""
     draw: Literal["with_replacement", "without_replacement"] = "with_replacement"
+    """How the principles of a prompt's rounds are drawn from the constitution."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """Of the first response. Critiques and revisions use `revision_temperature`."""
+    """Sampling temperature of the first response."""
     critique: bool = True
-    """false: revisions are asked for at once (`direct` of the template set), as in section 3.5 of the paper."""
+    """Ask for a critique before each revision. Without one the template set's `direct` asks for the revision, as in
+    section 3.5 of the paper."""
     revision_temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of critiques and revisions."""
     max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of a response or revision."""
     critique_max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of a critique."""
     helpful_samples: int = Field(default=1, ge=0)
-    """Samples per helpfulness prompt; no critique, they keep the policy helpful."""
+    """Answers to each helpfulness prompt. They are trained on without a critique, to keep the policy helpful."""
     critique_model: str | None = None
-    """The model that writes the critiques, by the name it is served by at `critique_engine`; by default the model
-    that answers. Revisions are always that one's own."""
+    """The model that writes the critiques, by its name at `critique_engine`. By default the model that answers writes
+    them. Revisions are always its own."""
     critique_engine: EngineConfig | None = None
+    """The endpoint of `critique_model`."""
     limit: int | None = Field(default=None, gt=0)
+    """Use only this many training prompts from the start."""
 
     @model_validator(mode="after")
     def _critique_is_served(self) -> ReviseConfig:
@@ -46,62 +56,80 @@ class ReviseConfig(Section):
 
 
 class RedTeamConfig(Section):
-    """Of `cai-ray redteam`, which writes more prompts like the run's own red-team prompts."""
+    """`cai-ray redteam`: a model writes more prompts like the run's own red-team prompts."""
 
     count: int = Field(default=1000, gt=0)
-    """Prompts wanted, the same number of each family."""
+    """Prompts to write, the same number for each family."""
     oversample: float = Field(default=1.5, ge=1)
-    """So many times as many are asked for, since some will repeat others."""
+    """How many times as many prompts to ask for, since some repeat others."""
     examples: int = Field(default=5, gt=0)
-    """Prompts of one family that the model is shown."""
+    """Prompts of the same family that the model is shown each time."""
     near_duplicates: float = Field(default=0.7, gt=0, lt=1)
-    """Leave out what shares more than this of its character 5-grams with another prompt."""
-    model: str = "base"
-    """Who writes: `base`, or a Hugging Face folder or id."""
+    """Leave out prompts that share more than this share of their character 5-grams with another prompt."""
+    model: str = by_content("model", "base")
+    """The model that writes: `base`, or a Hugging Face folder or id."""
     temperature: float = Field(default=1.0, gt=0, le=2)
+    """Sampling temperature."""
     max_tokens: int = Field(default=256, gt=0)
+    """Most tokens of a prompt."""
 
 
 class CompareConfig(Section):
+    """Stage `compare`: the SL-CAI policy answers each prompt several times, and the answers are paired."""
+
     samples: int = Field(default=2, ge=2)
+    """Answers to each prompt. Every two of them are a comparison."""
     temperature: float = Field(default=1.0, gt=0, le=2)
+    """Sampling temperature."""
     max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of an answer."""
     prompts: tuple[PromptSource, ...] = ()
-    """By default the run's prompts."""
+    """Prompts of this stage. Defaults to the run's prompts."""
     limit: int | None = Field(default=None, gt=0)
+    """Use only this many training prompts from the start."""
 
 
 class LabelGates(Section):
-    """Bounds on label/certificate.json that stop the run before `rm` (exit code 3); the labels are kept."""
+    """Bounds on label/certificate.json that stop the run before `rm` or `dpo` (exit code 3). The labels are kept."""
 
-    max_slot_bias: float | None = Field(default=None, ge=0, le=1)
-    """Of the share of votes whose preferred slot survives the swap, over all votes."""
-    max_ece: float | None = Field(default=None, ge=0, le=1)
-    """Of the calibration error of the labels as they are, without the scale: so the reward model sees them."""
-    min_accuracy: float | None = Field(default=None, ge=0, le=1)
-    """Of the share of decided gold comparisons whose label is on the right side of one half."""
+    max_slot_bias: float | None = operational(None, ge=0, le=1)
+    """Largest share of votes that prefer the same slot after the two responses are swapped."""
+    max_ece: float | None = operational(None, ge=0, le=1)
+    """Largest expected calibration error of the labels as the reward model sees them, without scaling."""
+    min_accuracy: float | None = operational(None, ge=0, le=1)
+    """Smallest share of decided gold comparisons whose label is on the right side of one half."""
 
 
 class LabelConfig(Section):
-    model: str = "base"
-    """The feedback model: `base`, `sl`, or a model folder or id; at an endpoint, the name it is served by."""
+    """Stage `label`: the feedback model compares the two responses of each comparison."""
+
+    model: str = by_content("model", "base")
+    """The feedback model: `base`, `sl`, a model folder or id, or its name at an endpoint."""
     engine: EngineConfig | None = None
-    """The feedback model's own engine; by default the run's."""
+    """The feedback model's own engine or endpoint. Defaults to the run's engine."""
     principles: Literal["all"] | int = 1
-    """How many principles vote on a comparison: the paper draws one."""
+    """How many principles vote on each comparison. The paper draws one."""
     both_orders: bool = True
+    """Ask each principle twice, with the responses swapped, and average the two answers."""
     combine: Literal["mean", "log_odds"] = "mean"
+    """How votes become one label: the mean of their probabilities, or of their log-odds."""
     mode: Literal["logprob", "cot", "score"] = "logprob"
-    """`logprob`: the two options are weighed at once. `cot`: after reasoning. `score`: each response is rated from 1 to
-    10 by itself, and the preference is the logistic of the difference."""
+    """`logprob`: the probabilities of the two options are read directly. `cot`: they are read after the model has
+    reasoned. `score`: each response is rated from 1 to 10 by itself, and the label is the logistic of the
+    difference."""
     reasoning_max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of reasoning (`mode: cot`)."""
     reasoning_temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of reasoning (`mode: cot`)."""
     clamp: tuple[float, float] | None = None
-    """Bounds of the combined probability, applied after normalising; [0.4, 0.6] with `cot`, where null means none."""
-    gold: str | None = None
-    """Comparisons with a gold preference on development prompts: they measure the labels, and train nothing."""
+    """Bounds that the combined probability is clamped to. Defaults to [0.4, 0.6] with `mode: cot` and to no bounds
+    otherwise."""
+    gold: str | None = by_content("files", None)
+    """Comparisons with a known preference on development prompts. They measure the labels and train nothing."""
     gold_limit: int = Field(default=300, gt=0)
+    """Use only this many gold comparisons from the start."""
     gates: LabelGates = LabelGates()
+    """Bounds that stop the run before it trains on bad labels."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,18 +6,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 from cai_ray.config.training import TrainConfig
 
 
 class RewardSource(Section):
-    """A reward model of PPO."""
+    """A reward model that PPO trains on."""
 
-    model: str = "rm"
-    """`rm`, or a folder or id of a sequence classifier of one output. One with another tokenizer than the policy's
-    reads the response as text."""
+    model: str = by_content("model", "rm")
+    """`rm`, or a folder or id of a sequence classifier with one output. If its tokenizer is not the policy's, it reads
+    the response as text."""
     weight: float = 1.0
+    """Its weight in the sum of rewards."""
 
 
 LABELS = "labels"
@@ -25,32 +26,36 @@ LABELS = "labels"
 
 
 class WatchConfig(Section):
-    """Snapshots of the policy on development prompts while PPO runs, and alarms on them. Bounds are on the change since
-    before the first update; null: no such alarm."""
+    """Snapshots of the policy on development prompts while PPO runs, and alarms on them.
+
+    Bounds are on the change since before the first update. null: without this alarm."""
 
     every: int = Field(default=0, ge=0)
-    """Steps between snapshots, the first before any update; 0: none. With them the one of the best second opinion is
-    the stage's result."""
+    """Steps between snapshots, the first of which comes before any update. 0: no snapshots. With snapshots, the one
+    with the best second opinion is the stage's result."""
     prompts: tuple[PromptSource, ...] = ()
-    """Development prompts, neither trained on nor evaluated on."""
+    """Development prompts, which are neither trained on nor evaluated on."""
     limit: int = Field(default=128, gt=0)
-    opinion: str = LABELS
-    """The second opinion. `labels`: how likely the feedback model prefers the response to the SL-CAI policy's, freshly
-    labelled; or a reward model that PPO does not train on (folder or id), in units of its reference set."""
-    on_alarm: Literal["log", "stop", "finish"] = "log"
-    """`log`: say so and go on. `stop`: end with exit code 3. `finish`: end the stage with the best snapshot."""
-    max_boilerplate: float | None = Field(default=0.3, ge=0, le=1)
-    """Rise of the share of responses that have one phrase of five words in common."""
-    max_length_drift: float | None = Field(default=2.0, gt=1)
-    """Factor by which responses become longer or shorter."""
-    max_refusals: float | None = Field(default=0.1, ge=0, le=1)
-    """Rise of the share of benign prompts (kind `helpful`) that are declined, by the template set's `refusals`."""
-    max_malformed: float | None = Field(default=0.1, ge=0, le=1)
-    """Rise of the share of responses that are cut off, empty or in a loop."""
-    max_opinion_drop: float | None = Field(default=0.05, ge=0)
-    """Loss of second opinion since the best snapshot, while the reward is higher than there."""
-    patience: int = Field(default=2, gt=0)
-    """Snapshots in a row of which that must hold."""
+    """Use only this many of these prompts from the start."""
+    opinion: str = by_content("model", LABELS)
+    """The second opinion. `labels`: the probability that the feedback model prefers the response to the SL-CAI
+    policy's. Or a reward model that PPO does not train on (folder or id), in units of its reference set."""
+    on_alarm: Literal["log", "stop", "finish"] = operational("log")
+    """What an alarm does. `log`: one line, and PPO goes on. `stop`: the run ends with exit code 3. `finish`: the stage
+    ends with the best snapshot."""
+    max_boilerplate: float | None = operational(0.3, ge=0, le=1)
+    """Largest rise of the share of responses that have a phrase of five words in common."""
+    max_length_drift: float | None = operational(2.0, gt=1)
+    """Largest factor by which responses become longer or shorter."""
+    max_refusals: float | None = operational(0.1, ge=0, le=1)
+    """Largest rise of the share of benign prompts (kind `helpful`) that are declined, by the template set's
+    `refusals`."""
+    max_malformed: float | None = operational(0.1, ge=0, le=1)
+    """Largest rise of the share of responses that are cut off, empty or in a loop."""
+    max_opinion_drop: float | None = operational(0.05, ge=0)
+    """Largest drop of the second opinion since the best snapshot while the reward is higher than it was there."""
+    patience: int = operational(2, gt=0)
+    """Snapshots in a row that must exceed `max_opinion_drop`."""
 
     @property
     def asks_feedback(self) -> bool:
@@ -65,60 +70,78 @@ class WatchConfig(Section):
 
 
 class PpoConfig(TrainConfig):
+    """Stage `ppo`: the SL-CAI policy is trained against the reward model, which makes the RL-CAI policy."""
+
     rewards: tuple[RewardSource, ...] = Field(default=(RewardSource(),), min_length=1)
-    """Reward models; each is centred and scaled by its reward_head.json, clipped, weighted, and added."""
+    """Reward models. Each reward is centred and scaled by its model's reward_head.json, clipped, weighted and added."""
     prompts: tuple[PromptSource, ...] = ()
-    """By default the run's prompts."""
+    """Prompts of this stage. Defaults to the run's prompts."""
     steps: int = Field(default=1000, gt=0)
+    """Steps of sampling, scoring and updating."""
     value_warmup_steps: int = Field(default=0, ge=0)
-    """Further steps at the start in which only the value model is trained."""
+    """Additional steps at the start in which only the value model is trained."""
     rollout_batch: int = Field(default=256, gt=0)
     """Responses per step, over all workers."""
     minibatch: int = Field(default=128, gt=0)
+    """Responses per optimizer step, over all workers."""
     epochs: int = Field(default=2, gt=0)
+    """Passes over the responses of a step."""
     value_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the value model. Defaults to `learning_rate`."""
     value_init: Literal["rm", "policy"] = "rm"
-    """`rm`: the first of `rewards`."""
+    """The weights that the value model starts from. `rm`: those of the first of `rewards`."""
     temperature: float = Field(default=1.0, gt=0, le=2)
+    """Sampling temperature of responses."""
     max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of a response."""
     async_steps: Literal[0, 1] = 0
-    """1: while a step is trained on, the next one's responses are sampled, by weights that are one step old then; they
-    are weighted by the ratio of probabilities (`importance_cap`)."""
+    """1: responses for the next step are sampled while this one is trained on. Their weights are one step old, which
+    the ratio of probabilities corrects (`importance_cap`)."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae learns values; rloo and grpo compare the samples of one prompt (`group`), and have no value model."""
+    """`gae`: advantages from a value model. `rloo` and `grpo`: advantages from the other responses to the same prompt
+    (`group`), without a value model."""
     group: int = Field(default=1, gt=0)
-    """Samples of each prompt in a step, which `rollout_batch` counts."""
+    """Responses to each prompt in a step. `rollout_batch` counts all of them."""
     kl_coef: float = Field(default=0.05, ge=0)
+    """Coefficient of the KL penalty on each token."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Mean KL of a response from the reference that `kl_coef` is steered to; null: it stays as it is."""
+    """Mean KL of a response from the reference that `kl_coef` is steered to. null: `kl_coef` stays as it is."""
     kl_horizon: int = Field(default=10_000, gt=0)
-    """Responses in which `kl_coef` may grow or shrink by a fifth of itself."""
+    """Number of responses over which `kl_coef` may change by a fifth of itself."""
     max_update_kl: float | None = Field(default=None, gt=0)
-    """Mean KL per token of the policy before a step's updates from the one after a minibatch that ends them."""
+    """Ends a step's updates once the mean KL per token, from the policy before them, exceeds this. null: no bound."""
     clip: float = Field(default=0.2, gt=0)
+    """How far the ratio of probabilities may move from 1 in the clipped objective."""
     value_clip: float | None = Field(default=0.2, gt=0)
-    """How far a value may move from the old one in a step, in units of the normalised reward; null: no limit."""
+    """How far a value may move from the old one in a step, in units of the normalised reward. null: no limit."""
     value_coef: float = Field(default=1.0, gt=0)
+    """Coefficient of the value loss."""
     gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of later rewards."""
     lam: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation."""
     reward_clip: float = Field(default=10.0, gt=0)
+    """Bound on each normalised reward."""
     missing_eos_reward: float | None = None
-    """Replaces the score of a response that hit the length limit; by default the value after it does (without a value
-    model the score stays)."""
+    """Replaces the score of a response that hit the length limit. By default the value model's estimate replaces it;
+    without a value model the score stays."""
     importance_cap: float = Field(default=2.0, gt=0)
-    """Largest weight of a token by the ratio of the trainer's probability to the engine's."""
+    """Largest weight of a token, which is the ratio of the trainer's probability to the engine's."""
     whiten: Literal["none", "center", "whiten"] = "whiten"
-    max_logprob_gap: float = Field(default=0.1, gt=0)
-    """Mean absolute difference between the engine's and the trainer's log-probabilities that stops the run."""
-    rollout_engines: int = Field(default=1, gt=0)
-    weight_sync: Literal["ray", "gloo", "nccl"] = "ray"
+    """Advantages of a step are given mean 0 (`center`), or mean 0 and standard deviation 1 (`whiten`)."""
+    max_logprob_gap: float = operational(0.1, gt=0)
+    """The run stops if log-probabilities of engine and trainer differ by more than this on average."""
+    rollout_engines: int = operational(1, gt=0)
+    """Engines that sample responses."""
+    weight_sync: Literal["ray", "gloo", "nccl"] = operational("ray")
     """How weights reach the engines. `ray`: through the object store; a lost engine is replaced while training waits.
-    `nccl` (GPUs) and `gloo` (CPUs): vLLM's weight transfer, one broadcast; a lost engine starts the group again."""
-    deadline_s: float = Field(default=600, gt=0)
-    """An engine that does not answer within it is replaced."""
-    save_rollouts: int = Field(default=8, ge=0)
-    """Rollouts kept for reading, per step."""
+    `nccl` (GPUs) and `gloo` (CPUs): one broadcast by vLLM's weight transfer; a lost engine restarts the group."""
+    deadline_s: float = operational(600, gt=0)
+    """An engine that does not answer within this many seconds is replaced."""
+    save_rollouts: int = operational(8, ge=0)
+    """Rollouts of each step that are kept for reading."""
     watch: WatchConfig = WatchConfig()
+    """Snapshots and alarms while PPO runs."""
 
     @model_validator(mode="after")
     def _groups(self) -> PpoConfig:

@@ -12,7 +12,7 @@ from cai_ray.config.engine import EngineConfig, RayConfig
 from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.config.generation import CompareConfig, LabelConfig, RedTeamConfig, ReviseConfig
 from cai_ray.config.ppo import PpoConfig
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 from cai_ray.config.training import DpoConfig, PreferenceConfig, RmConfig, SftConfig
 from cai_ray.constitution import Constitution
@@ -20,40 +20,61 @@ from cai_ray.stages import ROLES, roles_before
 
 
 class RunConfig(Section):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    out: str = "runs/{name}"
-    """The run directory, any URI; {name} is the run's name."""
+    """A run as a whole."""
+
+    name: str = operational(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run."""
+    out: str = operational("runs/{name}")
+    """The run directory, any URI. {name} stands for the run's name."""
     seed: int = 0
-    model: str
+    """Seed of everything that is drawn at random."""
+    model: str = by_content("model")
     """The helpful model to train: a Hugging Face folder or id."""
-    constitution: str
+    constitution: str = by_content("files")
+    """The constitution: the name of one that ships here, or a YAML or Markdown file."""
     without: tuple[str, ...] = ()
-    """Ids of principles that are off in this run: what the document is worth without them."""
-    templates: str = "general"
+    """Ids of principles that are switched off in this run."""
+    templates: str = by_content("files", "general")
+    """The template set, which says how models are asked: the name of one that ships here, or a YAML file."""
     thinking: Literal["strip", "keep"] = "strip"
-    """Thinking blocks at the start of answers, critiques and revisions, by the template set's marks: taken off before
-    anything is made of the text (critique, SFT, comparisons and their labels, evaluation), or left in all of these."""
+    """What happens to thinking blocks at the start of answers, critiques and revisions. `strip`: they are removed
+    before the text is used. `keep`: they stay. The template set says how they are marked."""
     method: Literal["ppo", "dpo"] = "ppo"
-    """How the SL-CAI policy is trained on: a reward model and PPO, or on the labels themselves (DPO)."""
+    """How the SL-CAI policy is trained further. `ppo`: against a reward model. `dpo`: on the labels directly."""
     prompts: tuple[PromptSource, ...] = Field(min_length=1)
-    ray: RayConfig = RayConfig()
+    """Red-team and helpfulness prompts to train on."""
+    ray: RayConfig = operational(RayConfig())
+    """The Ray cluster."""
     engine: EngineConfig = EngineConfig()
+    """The engines that generate. Of its settings only `quantization` asks for --overwrite."""
     redteam: RedTeamConfig = RedTeamConfig()
+    """More red-team prompts, before a run."""
     revise: ReviseConfig = ReviseConfig()
+    """Critiques and revisions."""
     sft: SftConfig = SftConfig()
+    """Fine-tuning on the revisions."""
     compare: CompareConfig = CompareConfig()
+    """Pairs of answers."""
     label: LabelConfig = LabelConfig()
+    """Labels of the feedback model."""
     rm: RmConfig = RmConfig()
+    """The reward model."""
     ppo: PpoConfig = PpoConfig()
+    """Reinforcement learning."""
     dpo: DpoConfig = DpoConfig()
+    """Direct preference optimisation."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    check: CheckConfig = CheckConfig()
-    prices: PricesConfig | None = None
-    budget: BudgetConfig = BudgetConfig()
-    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Where training can be watched, beside metrics.jsonl; `wandb` and `mlflow` are extras of the package."""
-    max_error_rate: float = Field(default=0.05, ge=0, le=1)
-    """A generation stage ends with an error when a larger share of its rows failed."""
+    """Evaluation on held-out prompts."""
+    check: CheckConfig = operational(CheckConfig())
+    """What `--check` is told about the cluster."""
+    prices: PricesConfig | None = operational(None)
+    """Prices of resources."""
+    budget: BudgetConfig = operational(BudgetConfig())
+    """Limits on what the run may use."""
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = operational(("tensorboard",))
+    """Where training metrics go besides metrics.jsonl. `wandb` and `mlflow` are extras of the package."""
+    max_error_rate: float = operational(0.05, ge=0, le=1)
+    """A generation stage ends with an error if a larger share of its rows failed."""
 
     @property
     def document(self) -> Constitution:

@@ -6,27 +6,33 @@ from typing import Literal
 
 from pydantic import Field
 
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content
 
 
 class PromptSource(Section):
-    path: str
-    """JSON lines, CSV, parquet or Arrow: a file, a folder of files, or a pattern in a folder (any URI)."""
+    """A file or folder of prompts."""
+
+    path: str = by_content("files")
+    """JSON lines, CSV, Parquet or Arrow: a file, a folder of files, or a pattern in a folder (any URI)."""
     kind: Literal["red_team", "helpful"] | None = None
-    """What its prompts are; needed where the rows have no `kind` of their own."""
+    """The kind of all its prompts. Needed if the rows have no `kind` of their own."""
     column: str | None = None
-    """The column that holds messages or text; by default the first of messages, prompt, text, chosen."""
+    """The column with messages or text. Defaults to the first of messages, prompt, text, chosen."""
     limit: int | None = Field(default=None, gt=0)
-    """Use the first so many rows only."""
+    """Use only this many rows from the start."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
-    """Leave out prompts that share more than this of their character 5-grams with an earlier one, of any source."""
+    """Leave out prompts that share more than this share of their character 5-grams with an earlier prompt of any
+    source."""
 
 
 class Comparisons(Section):
-    path: str
-    """Rows as for prompts, with `chosen` and `rejected`: transcripts, or answers to the row's `messages`."""
+    """A file or folder of comparisons that people made."""
+
+    path: str = by_content("files")
+    """Files as for prompts, with `chosen` and `rejected`: whole transcripts, or answers to the row's `messages`."""
     target: float = Field(default=1.0, gt=0.5, le=1.0)
-    """The label's probability for the chosen answer, where the row has no `target` of its own."""
+    """Probability of the chosen answer as a label, for rows without a `target` of their own."""
     about: Literal["helpful", "harmless"] = "helpful"
-    """What the people judged; the report counts human harmlessness labels, of which the method needs none."""
+    """What the people judged. The report counts human harmlessness labels, of which the method needs none."""
     limit: int | None = Field(default=None, gt=0)
+    """Use only this many rows from the start."""

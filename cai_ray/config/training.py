@@ -6,42 +6,62 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from cai_ray.config.section import Section
+from cai_ray.config.section import Section, by_content, checkpoint_layout, operational
 from cai_ray.config.sources import Comparisons
 
 
 class LoraConfig(Section):
+    """A low-rank adapter that is trained in the place of all weights."""
+
     rank: int = Field(default=16, gt=0)
+    """Rank of the adapter's matrices."""
     alpha: float = Field(default=32, gt=0)
+    """The adapter is scaled by alpha / rank."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
 
 
 class TrainConfig(Section):
-    """What every training stage shares."""
+    """Settings that every training stage has."""
 
-    workers: int = Field(default=1, gt=0)
-    cpus_per_worker: float = Field(default=1, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    workers: int = operational(1, gt=0)
+    """Training workers, each with one GPU if there are GPUs."""
+    cpus_per_worker: float = operational(1, gt=0)
+    """CPUs that each worker reserves."""
+    zero_stage: Literal[0, 1, 2, 3] = checkpoint_layout(2)
+    """What DeepSpeed's ZeRO splits over the workers. 1: optimizer states. 2: gradients as well. 3: weights as well."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward passes. Master weights are float32."""
     learning_rate: float = Field(default=1e-5, ge=0)
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak (not with `schedule: constant`)."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which the learning rate rises to its peak."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    micro_batch_tokens: int = Field(default=16384, gt=0)
-    """Most tokens, padding counted, in one forward pass of one rank."""
-    kernels: Literal["auto", "torch"] = "auto"
-    """auto: Liger's norms, gates and rotations on a GPU, where it is installed (extra `gpu`); torch: torch's own."""
-    gradient_checkpointing: bool = False
-    offload_optimizer: bool = False
-    """Keep optimizer states in CPU memory (ZeRO-Offload; stages 1 to 3)."""
+    """Gradients are scaled down to this norm."""
+    micro_batch_tokens: int = operational(16384, gt=0)
+    """Most tokens in one forward pass of one worker, including padding."""
+    kernels: Literal["auto", "torch"] = checkpoint_layout("auto")
+    """`auto`: Liger's norms, gates and rotations on a GPU if it is installed (extra `gpu`). `torch`: PyTorch's own."""
+    gradient_checkpointing: bool = operational(False)
+    """Compute activations again in the backward pass, which takes less memory and more time."""
+    offload_optimizer: bool = checkpoint_layout(False)
+    """Keep optimizer states in CPU memory (ZeRO-Offload, for ZeRO stages 1 to 3)."""
     lora: LoraConfig | None = None
-    checkpoint_every: int = Field(default=0, ge=0)
-    """Optimizer (PPO: rollout) steps between checkpoints; 0: at each epoch's end (PPO: every 10 steps)."""
-    keep_checkpoints: int = Field(default=2, gt=0)
+    """Train a low-rank adapter, which is merged into the saved model. By default all weights are trained."""
+    checkpoint_every: int = operational(0, ge=0)
+    """Optimizer steps between checkpoints (PPO: rollout steps). 0: at the end of each epoch (PPO: every 10 steps)."""
+    keep_checkpoints: int = operational(2, gt=0)
+    """Checkpoints that are kept while the stage runs."""
 
     @field_validator("betas")
     @classmethod
@@ -52,48 +72,58 @@ class TrainConfig(Section):
 
 
 class SftConfig(TrainConfig):
-    init: str = "base"
-    """`base` (the run's helpful model), or a model folder or id."""
+    """Stage `sft`: the helpful model is fine-tuned on the revisions, which makes the SL-CAI policy."""
+
+    init: str = by_content("model", "base")
+    """The model to start from: `base` (the run's helpful model), or a model folder or id."""
     revisions: Literal["final", "all", "up_to_n"] = "final"
+    """The revisions to train on: the last one of each prompt, all of them, or those of the first `up_to` rounds."""
     up_to: int = Field(default=1, ge=1)
-    """With `up_to_n`: the revisions of the first so many rounds."""
+    """Rounds whose revisions are trained on with `revisions: up_to_n`."""
     drop: tuple[Literal["critique", "loop", "copy"], ...] = ()
-    """Revisions to leave out: critiques in a revision's place, repeated n-grams, the response before word for word. The
-    manifest counts them in any case."""
+    """Revisions to leave out: those that are a critique, that loop, or that copy the response before them. The manifest
+    counts them in any case."""
     helpful_per_revision: float = Field(default=1.0, ge=0)
-    """At most so many helpfulness samples per revision."""
+    """Most helpfulness samples per revision."""
     epochs: int = Field(default=1, gt=0)
+    """Passes over the data."""
     batch_size: int = Field(default=64, gt=0)
     """Rows per optimizer step, over all workers."""
 
 
 class PreferenceConfig(TrainConfig):
-    """What both stages that train on comparisons share."""
+    """Settings of both stages that train on comparisons, `rm` and `dpo`."""
 
     human: tuple[Comparisons, ...] = ()
-    """Human helpfulness comparisons, merged with the AI labels."""
+    """Human helpfulness comparisons, which are trained on together with the AI labels."""
     epochs: int = Field(default=1, gt=0)
+    """Passes over the data."""
     batch_size: int = Field(default=64, gt=0)
     """Comparisons per optimizer step, over all workers."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the prompts whose comparisons are held out to measure accuracy."""
     min_margin: float = Field(default=0.0, ge=0, lt=0.5)
-    """AI labels nearer to one half than this are left out."""
+    """Leave out AI labels that are closer to one half than this."""
     hard_labels: bool = False
-    """A control: round AI labels to 0 or 1; ties are left out."""
+    """A control: round AI labels to 0 or 1 and leave out ties."""
     shuffle_labels: bool = False
     """A control: flip each AI label with probability one half."""
 
 
 class RmConfig(PreferenceConfig):
-    init: str = "sl"
-    """`sl`, `base`, or a model folder or id."""
+    """Stage `rm`: the reward model is trained on the labels (`method: ppo`)."""
+
+    init: str = by_content("model", "sl")
+    """The model to start from: `sl`, `base`, or a model folder or id."""
 
 
 class DpoConfig(PreferenceConfig):
-    """Of `method: dpo`; it starts from the SL-CAI policy, which is also its reference."""
+    """Stage `dpo`: the policy is trained on the labels directly (`method: dpo`). It starts from the SL-CAI policy,
+    which is also its reference."""
 
     beta: float = Field(default=0.1, gt=0)
-    """Of the implicit reward beta * log(p / p_ref): the smaller, the further the policy moves."""
+    """Factor of the implicit reward beta * log(p / p_ref). The smaller it is, the further the policy moves."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of labels, AI and human, taken to be the wrong way round (conservative DPO)."""
+    """Share of all labels that is assumed to be flipped (conservative DPO)."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """`sigmoid`: the loss of DPO. `ipo`: the squared loss of IPO."""

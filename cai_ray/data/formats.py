@@ -1,8 +1,8 @@
 """Rows from files in the formats people have, one at a time.
 
 JSON lines, CSV (both also .gz), parquet and Arrow streams; a folder of such files, as `datasets.save_to_disk` or a
-download from a hub leaves it; or a pattern for some files of a folder ("data/train-*.parquet"). Cells of a CSV are
-texts; an empty one is none.
+download from a hub leaves it; or a pattern for some files of a folder ("data/train-*.parquet"). Cells of a CSV file are
+texts; empty cells are None.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cai_ray.storage.filesystems import iter_parquet, open_file, resolve
 JSONL = (".jsonl", ".jsonl.gz")
 CSV = (".csv", ".csv.gz")
 FORMATS = (*JSONL, *CSV, ".parquet", ".arrow")
+_ACCEPTED = f"a file or a folder of {', '.join(FORMATS)}"
 
 _AHEAD_BYTES = 4 << 20
 
@@ -34,14 +35,14 @@ csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a document
 
 
 def iter_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Rows of a file, of a folder's files in the order of their names, or of the files that a pattern takes.
+    """Rows of a file, of a folder's files in the order of their names, or of the files that match a pattern.
 
     Raises:
-        InputError: there is none, or it is unreadable, empty, or of another format.
+        InputError: a file is missing, unreadable, empty, or in another format.
     """
     empty = True
     for file in data_files(path):
-        # A file of a folder is named by itself: the path of one file is the user's own words.
+        # A file in a folder is named by its own path; a single file, as the user wrote it.
         where = path if path.endswith(FORMATS) and "*" not in path else file
         try:
             for row in _read(file, path, where):
@@ -54,43 +55,39 @@ def iter_rows(path: str) -> Iterator[dict[str, Any]]:
 
 
 def data_files(path: str) -> list[str]:
-    """The files that `path` stands for, without the scheme.
+    """The files that a file's, a folder's or a pattern's `path` stands for, without the scheme.
 
     Raises:
-        InputError: there is none, or one that cannot be rows.
+        InputError: there are none, or a file is in another format.
     """
     folder, _, name = path.rpartition("/")
     if "*" in name:
-        found = [f for f in _listed(folder or ".") if fnmatchcase(f.rsplit("/", 1)[-1], name)]
-        if not found:
-            raise InputError(f"{path}: no such files; give {_wanted()}")
-        return found
+        matching = [f for f in _list_files(folder or ".") if fnmatchcase(f.rsplit("/", 1)[-1], name)]
+        if not matching:
+            raise InputError(f"{path}: no such files; give {_ACCEPTED}")
+        return matching
     fs, real = resolve(path)
     info = fs.get_file_info(real)
     if info.type == pafs.FileType.NotFound:
-        raise InputError(f"{path}: no such file; give {_wanted()}")
+        raise InputError(f"{path}: no such file; give {_ACCEPTED}")
     if info.is_file:
         if not path.endswith((*FORMATS, ".json")):
-            raise InputError(f"{path}: is of another format; give {_wanted()}")
+            raise InputError(f"{path}: is in another format; give {_ACCEPTED}")
         return [real]
-    if found := _listed(path):
-        return found
-    below = sorted({f.rsplit("/", 1)[0][len(real) :].strip("/") for f in _listed(path, recursive=True)})
+    if listed := _list_files(path):
+        return listed
+    below = sorted({f.rsplit("/", 1)[0][len(real) :].strip("/") for f in _list_files(path, recursive=True)})
     if below:
         raise InputError(f"{path}: its rows are in folders; name one of them ({', '.join(below)})")
     raise InputError(f"{path}: the folder has none of {', '.join(FORMATS)}")
 
 
 def clean(text: str) -> str:
-    """Text that every tokenizer and file takes: lone surrogates become the replacement character."""
+    """The text with lone surrogates replaced, so that every tokenizer and file accepts it."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _wanted() -> str:
-    return f"a file or a folder of {', '.join(FORMATS)}"
-
-
-def _listed(folder: str, recursive: bool = False) -> list[str]:
+def _list_files(folder: str, recursive: bool = False) -> list[str]:
     return [f for f in files.list_files(folder, recursive=recursive) if f.endswith(FORMATS)]
 
 
@@ -104,16 +101,16 @@ def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
         with open_file(fs, file) as f:
             yield from _arrow(f)
         return
-    # Readers of lines ask for a few kilobytes at a time, each of which an object store would be asked for.
+    # Line readers read a few kilobytes at a time; without a buffer, each would be a request to an object store.
     with pa.BufferedInputStream(open_file(fs, file), _AHEAD_BYTES) as raw:
         plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
-        # Lines end at \n alone: the texts in them may have other separators.
+        # Only \n ends a line: the texts in it may contain other separators.
         lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
         yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
 
 
 def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
-    """What `save_to_disk` writes is a stream; others write the random access format."""
+    """Rows of an Arrow stream, which `save_to_disk` writes, or of an Arrow file, which other programs write."""
     if raw.read(6) == b"ARROW1":
         raw.seek(0)
         reader = pa.ipc.open_file(raw)
@@ -138,7 +135,7 @@ def _csv(lines: io.TextIOWrapper, where: str) -> Iterator[dict[str, Any]]:
                 cells["messages"] = json.loads(cells["messages"])
             except (ValueError, RecursionError) as e:
                 raise InputError(
-                    f"{where}: row {number}: `messages` is no JSON list; name a column of texts `prompt`"
+                    f"{where}: row {number}: `messages` is not a JSON list; name a column of texts `prompt`"
                 ) from e
         yield dict.fromkeys(row) | cells
 
@@ -149,13 +146,13 @@ def _json_lines(lines: io.TextIOWrapper, where: str) -> Iterator[dict[str, Any]]
             continue
         try:
             row = json.loads(line)
-            if "\\u" in line:  # an escape can name half a character, which no file takes
+            if "\\u" in line:  # an escape can name half a character, which cannot be written to a file
                 row = json.loads(clean(json.dumps(row, ensure_ascii=False)))
-        except (ValueError, RecursionError) as e:  # numbers of thousands of digits, nesting without end
+        except (ValueError, RecursionError) as e:  # numbers with thousands of digits, endless nesting
             reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
             raise InputError(
-                f"{where}: line {number} is no JSON ({reason}); give one JSON object per line"
+                f"{where}: line {number} is not valid JSON ({reason}); give one JSON object per line"
             ) from e
         if not isinstance(row, dict):
-            raise InputError(f"{where}: line {number} is no JSON object; give one JSON object per line")
+            raise InputError(f"{where}: line {number} is not a JSON object; give one JSON object per line")
         yield row

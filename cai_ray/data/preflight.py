@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cai_ray.config.sources import PromptSource
@@ -28,7 +28,7 @@ class Preflight:
         self.run, self.stages, self.models_here = run, stages, models_here
         self.templates: TemplateSet = load_templates(run.config.templates)
         self._renderers: dict[str, Renderer] = {}
-        self._trained_on: list[dict[str, Any]] = []
+        self._trained_on: list[Mapping[str, Any]] = []
 
     def renderer(self, model: str = "base") -> Renderer | None:
         """The renderer of a model that exists before the run; None if the models are not on this machine.
@@ -61,10 +61,10 @@ class Preflight:
             )
         self._trained_on += train
 
-    def trains_on(self, rows: Iterable[dict[str, Any]]) -> None:
+    def trains_on(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Notes rows with `messages` as trained on."""
         self._trained_on += rows
 
-    def evaluates_on(self, rows: Iterable[dict[str, Any]]) -> None:
+    def evaluates_on(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raises InputError if one of these rows is among those noted as trained on."""
         check_disjoint(self._trained_on, rows)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 from cai_ray.config.sources import Comparisons, PromptSource
 from cai_ray.data import formats
 from cai_ray.data.formats import clean
 from cai_ray.data.near_duplicates import NearDuplicates
 from cai_ray.errors import InputError
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Prompt, Turn, derive_id
 
 _COLUMNS = ("messages", "prompt", "text", "chosen")
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -28,17 +28,17 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def read_prompts(
     sources: Iterable[PromptSource], seed: int, left_out: Counter[str] | None = None
-) -> list[dict[str, Any]]:
-    """Rows of schema `prompts`, each conversation once, in the order of the sources.
+) -> list[Prompt]:
+    """The prompts of all sources, each conversation once, in the order of the sources.
 
     Args:
-        left_out: counts rows that were read before (`same`) and those that nearly were (`near`).
+        left_out: counts the rows that repeat an earlier one (`same`), and those that nearly repeat one (`near`).
 
     Raises:
         InputError: a file is missing or unreadable, has no usable column, or its prompts have no kind.
     """
     sources = list(sources)
-    rows: dict[str, dict[str, Any]] = {}
+    prompts: dict[str, Prompt] = {}
     left_out = Counter() if left_out is None else left_out
     # One index for each threshold, over the prompts of all sources: the same list may be split over files.
     near = {t: NearDuplicates(t) for s in sources if (t := s.near_duplicates) is not None}
@@ -47,9 +47,9 @@ def read_prompts(
         for number, row in enumerate(islice(iter_rows(source.path, seed), source.limit), 1):
             column = column or next((c for c in _COLUMNS if c in row), None)
             if column not in row:
-                wanted = column or " or ".join(_COLUMNS)
+                needed = column or " or ".join(_COLUMNS)
                 raise InputError(
-                    f"{source.path}: row {number} has no column {wanted}; it has {', '.join(row)} "
+                    f"{source.path}: row {number} has no column {needed}; it has {', '.join(row)} "
                     "(set `column` to the one with prompts)"
                 )
             messages = _prompt(row[column], source.path, number)
@@ -60,7 +60,7 @@ def read_prompts(
                 )
             split = row.get("split") or "train"
             identity = derive_id(messages, kind, split)
-            if identity in rows:
+            if identity in prompts:
                 left_out["same"] += 1
                 continue
             text = normalised(messages) if near else ""
@@ -68,7 +68,7 @@ def read_prompts(
             if source.near_duplicates is not None and seen[source.near_duplicates]:
                 left_out["near"] += 1
                 continue
-            rows[identity] = {
+            prompts[identity] = {
                 "id": identity,
                 "messages": messages,
                 "kind": kind,
@@ -76,22 +76,38 @@ def read_prompts(
                 "split": split,
                 "source": row.get("source") or source.path,
             }
-    return list(rows.values())
+    return list(prompts.values())
 
 
-def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]:
-    """Human comparisons as rows: id, messages, response_a (the chosen one), response_b, p_a, source `human`.
+class HumanComparison(TypedDict):
+    """Two responses of which people prefer the first."""
 
-    A row has `chosen` and `rejected`; or response_a, response_b and `preferred` (a or b, and where it is empty the row
-    is skipped), as `cai-ray contested` writes them.
+    id: str
+    messages: list[Turn]
+    response_a: str
+    """The chosen one."""
+    response_b: str
+    p_a: float
+    """How sure they are, in (0.5, 1]."""
+    source: str
+
+
+def read_comparisons(source: Comparisons, seed: int = 0) -> list[HumanComparison]:
+    """Human comparisons.
+
+    A row of the file has `chosen` and `rejected`; or response_a, response_b and `preferred` (a or b; a row where it is
+    empty is skipped), as `cai-ray contested` writes them.
+
+    Raises:
+        InputError: the file is missing or unreadable, or a row is at fault.
     """
-    out = []
+    comparisons: list[HumanComparison] = []
     for number, row in enumerate(islice(iter_rows(source.path, seed), source.limit), 1):
         where = f"{source.path}: row {number}"
         if "preferred" in row:
             if not row["preferred"]:
                 continue
-            row = _answered(row, where)
+            row = _decided(row, where)
         if "chosen" not in row or "rejected" not in row:
             raise InputError(f"{where} lacks `chosen` or `rejected`; it has {', '.join(row)}")
         shared = row.get("messages") or row.get("prompt")
@@ -105,14 +121,8 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
                     f"{where}: `chosen` and `rejected` must share all turns but the assistant's last"
                 )
             messages, chosen, rejected = good[:-1], good[-1]["content"], bad[-1]["content"]
-        given = source.target if row.get("target") is None else row["target"]
-        try:
-            target = float(given)
-        except (TypeError, ValueError, OverflowError) as e:
-            raise InputError(f"{where}: target {str(given)[:80]!r} is no number; give one in (0.5, 1]") from e
-        if not 0.5 < target <= 1:
-            raise InputError(f"{where}: target {target} is not in (0.5, 1]")
-        out.append(
+        target = _target(source.target if row.get("target") is None else row["target"], where)
+        comparisons.append(
             {
                 "id": derive_id("human", messages, chosen, rejected),
                 "messages": messages,
@@ -122,25 +132,35 @@ def read_comparisons(source: Comparisons, seed: int = 0) -> list[dict[str, Any]]
                 "source": "human",
             }
         )
-    return out
+    return comparisons
 
 
-def _answered(row: dict[str, Any], where: str) -> dict[str, Any]:
+def _target(value: Any, where: str) -> float:
+    try:
+        target = float(value)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise InputError(f"{where}: target {str(value)[:80]!r} is not a number; give one in (0.5, 1]") from e
+    if not 0.5 < target <= 1:
+        raise InputError(f"{where}: target {target} is not in (0.5, 1]")
+    return target
+
+
+def _decided(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A contested comparison that somebody has decided, as chosen and rejected."""
     preferred = str(row["preferred"]).strip().lower()
     if preferred not in ("a", "b"):
         raise InputError(
-            f"{where}: preferred {preferred[:40]!r} is none of a, b; leave it empty to skip the row"
+            f"{where}: preferred {preferred[:40]!r} is not a or b; leave it empty to skip the row"
         )
     responses = [row.get(f"response_{side}") for side in (preferred, "b" if preferred == "a" else "a")]
     return {**row, **dict(zip(("chosen", "rejected"), responses, strict=True))}
 
 
 def iter_rows(path: str, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of a source: of the embedded world (`town:`), or of files (files.py).
+    """Rows of a source: of the embedded world (`town:`), or of files (formats.py).
 
     Raises:
-        InputError: it is missing, unreadable, empty, or of another format.
+        InputError: the source is missing, unreadable, empty, or in an unknown format.
     """
     if path.startswith("town:"):
         from cai_ray.data import town
@@ -150,11 +170,11 @@ def iter_rows(path: str, seed: int = 0) -> Iterator[dict[str, Any]]:
         yield from formats.iter_rows(path)
 
 
-def to_messages(value: Any, where: str) -> list[dict[str, str]]:
+def to_messages(value: Any, where: str) -> list[Turn]:
     """A conversation from messages, a transcript or a plain text.
 
     Raises:
-        InputError: it is none of the three.
+        InputError: the value is none of the three.
     """
     if isinstance(value, str):
         parts = _TURN.split(value)
@@ -162,22 +182,22 @@ def to_messages(value: Any, where: str) -> list[dict[str, str]]:
             return _joined(zip(parts[1::2], parts[2::2], strict=True))
         return [{"role": "user", "content": clean(value)}]
     if isinstance(value, list) and value:
-        messages = []
+        messages: list[Turn] = []
         for m in value:
             if not isinstance(m, dict) or not isinstance(m.get("content"), str):
                 raise InputError(
                     f"{where}: a message must be {{role, content}} with a text, got {str(m)[:80]!r}"
                 )
             if m.get("role") not in ("system", "user", "assistant"):
-                raise InputError(f"{where}: role {m.get('role')!r} is none of system, user, assistant")
+                raise InputError(f"{where}: role {m.get('role')!r} is not system, user or assistant")
             messages.append({"role": m["role"], "content": clean(m["content"])})
         return messages
-    raise InputError(f"{where}: {str(value)[:80]!r} is no conversation; give messages or a text")
+    raise InputError(f"{where}: {str(value)[:80]!r} is not a conversation; give messages or a text")
 
 
-def _joined(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """Messages of a transcript. Published ones repeat a speaker now and then: that is one turn, and no text is lost."""
-    messages: list[dict[str, str]] = []
+def _joined(turns: Iterable[tuple[str, str]]) -> list[Turn]:
+    """Messages of a transcript. Where a speaker comes twice in a row, as in some published ones, it is one turn."""
+    messages: list[Turn] = []
     for who, text in turns:
         role, content = _ROLES[who], clean(text.strip())
         if messages and messages[-1]["role"] == role:
@@ -187,14 +207,14 @@ def _joined(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     return messages
 
 
-def normalised(messages: Iterable[dict[str, str]]) -> str:
-    """A conversation's text with case, width and spacing removed: what is compared to keep splits apart."""
+def normalised(messages: Iterable[Turn]) -> str:
+    """A conversation's text without differences in case, width and spacing: splits are compared by it."""
     text = "\n".join(m["content"] for m in messages)
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def check_disjoint(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]) -> None:
-    """Raises InputError where an evaluation prompt is also used for training (docs/method.md, item 10)."""
+def check_disjoint(train: Iterable[Mapping[str, Any]], held: Iterable[Mapping[str, Any]]) -> None:
+    """Raises InputError if an evaluation prompt is also used for training (docs/method.md, item 10)."""
     seen = {normalised(r["messages"]) for r in train}
     for row in held:
         if normalised(row["messages"]) in seen:
@@ -204,7 +224,7 @@ def check_disjoint(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any
             )
 
 
-def _prompt(value: Any, path: str, number: int) -> list[dict[str, str]]:
+def _prompt(value: Any, path: str, number: int) -> list[Turn]:
     """A conversation up to where the assistant answers: a last assistant turn is left off."""
     messages = to_messages(value, f"{path}: row {number}")
     if messages[-1]["role"] == "assistant":

@@ -1,7 +1,7 @@
-"""What a pipeline run on the town reads: prompts, human comparisons, comparisons with gold.
+"""The embedded world's data: prompts, human comparisons, comparisons with gold.
 
-Each has a name, and is a prompt source of a configuration as `town:NAME`; `write` makes the same as
-JSONL files, in the columns that any other data would have.
+A configuration names them as sources, `town:NAME`; `write` writes the same rows as JSONL files, in the columns that any
+other data would have.
 
 | name | rows | |
 | --- | --- | --- |
@@ -10,8 +10,8 @@ JSONL files, in the columns that any other data would have.
 | human | 1,500 | helpfulness comparisons on benign cai prompts, chosen with probability 0.8 |
 | gold | 1,000 | compared answers on dev pairs with the exact preference, to calibrate labels |
 
-The world is fixed; the seed varies what is drawn from it for training. dev, held and gold are the
-same for every seed, so that runs are compared on the same rows.
+The world is fixed; the seed varies what is drawn from it for training. dev, held and gold are the same for every seed,
+so that runs are compared on the same rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_ray.errors import InputError
+from cai_ray.storage.records import Turn
 from cai_ray.town import answers, grammar, splits
 
 PROMPTS: dict[str, tuple[splits.Split, str, int]] = {
@@ -31,7 +32,7 @@ PROMPTS: dict[str, tuple[splits.Split, str, int]] = {
     "dev": ("dev", "dev", 600),
     "held": ("held", "held", 600),
 }
-"""Name: the pairs that prompts are drawn from, the record's split, how many."""
+"""By name: the pairs that prompts are drawn from, the split of the prompts, and their number."""
 HUMAN = 1500
 HUMAN_TARGET = 0.8
 GOLD = 1000
@@ -39,7 +40,7 @@ NAMES = (*PROMPTS, "human", "gold")
 
 
 def rows(name: str, seed: int = 0) -> list[dict[str, Any]]:
-    """The rows of one of NAMES, always the same for the same seed.
+    """The rows of one of NAMES; the same seed gives the same rows.
 
     Raises:
         InputError: there is no such name.
@@ -47,7 +48,7 @@ def rows(name: str, seed: int = 0) -> list[dict[str, Any]]:
     if name == "human":
         return human_comparisons(HUMAN, seed)
     if name == "gold":
-        from cai_ray.town import corpus  # knows the judge: only for gold
+        from cai_ray.town import corpus  # it imports the judge: only for gold
 
         return corpus.gold_comparisons(GOLD, 0)
     if name not in PROMPTS:
@@ -70,10 +71,10 @@ def rows(name: str, seed: int = 0) -> list[dict[str, Any]]:
 def human_comparisons(n: int, seed: int) -> list[dict[str, Any]]:
     """Simulated raters of helpfulness, on benign requests: the right answer against a worse one.
 
-    Both answers have the same manner: about harm, these raters say nothing.
+    Both answers are equally polite: these raters say nothing about harm.
     """
     rng = random.Random(f"human:{seed}")
-    made = []
+    comparisons = []
     for i, request in enumerate(splits.draw("cai", n, rng, harmful_share=0.0)):
         way = rng.choices(list(answers.WAYS), list(answers.WAYS.values()))[0]
         chosen = grammar.comply(request.verb, request.object)
@@ -81,7 +82,7 @@ def human_comparisons(n: int, seed: int) -> list[dict[str, Any]]:
         if rng.random() < 0.1:
             insult = rng.choice(grammar.INSULTS)
             chosen, rejected = (answers.rude(text, insult) for text in (chosen, rejected))
-        made.append(
+        comparisons.append(
             {
                 "id": f"human-{seed}-{i:05d}",
                 "messages": _ask(request.text),
@@ -91,7 +92,7 @@ def human_comparisons(n: int, seed: int) -> list[dict[str, Any]]:
                 "way": way,
             }
         )
-    return made
+    return comparisons
 
 
 def write(folder: str | Path, seed: int = 0) -> None:
@@ -103,5 +104,5 @@ def write(folder: str | Path, seed: int = 0) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _ask(text: str) -> list[dict[str, str]]:
+def _ask(text: str) -> list[Turn]:
     return [{"role": "user", "content": text}]

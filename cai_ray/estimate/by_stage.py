@@ -10,7 +10,7 @@ from cai_ray.cluster.usage import Usage
 from cai_ray.data.sources import read_comparisons
 from cai_ray.estimate.sample import prompts_of, rows_by_kind
 from cai_ray.estimate.scale import StageEstimate, Totals, ppo_seconds, rate, scaled, whole_usage
-from cai_ray.evaluate import formats
+from cai_ray.evaluate import set_formats
 from cai_ray.generate.label import gold_rows
 from cai_ray.stages import POLICIES, STAGES
 from cai_ray.storage.run import Run
@@ -80,7 +80,7 @@ def _evaluation_calls(run: Run) -> int:
     """How often stage `evaluate` asks the run's policies, for an answer or to weigh options."""
     config = run.config.evaluate
     prompts = len(prompts_of(run.config)["evaluate"])
-    rows = [row for s in config.sets for row in formats.read(s, run.config.seed)]
+    rows = [row for s in config.sets for row in set_formats.read(s, run.config.seed)]
     sets = sum(row["kind"] != "comparisons" for row in rows)
     return len(POLICIES) * (prompts * (1 + config.greedy) + sets) + config.best_of * prompts
 

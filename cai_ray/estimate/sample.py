@@ -13,7 +13,7 @@ from cai_ray.config.run import RunConfig
 from cai_ray.data.sources import read_comparisons, read_prompts
 from cai_ray.generate import compare, revise
 from cai_ray.storage import files
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Prompt, derive_id
 from cai_ray.storage.run import Run
 
 STEPS = 4
@@ -21,22 +21,22 @@ STEPS = 4
 PPO_STEPS = 2
 
 
-def choose(prompts: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+def choose(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """A sample of so many prompts, in which each kind has its share, and at least one prompt."""
-    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    kinds: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         kinds[prompt["kind"]].append(prompt)
-    chosen: list[dict[str, Any]] = []
+    chosen: list[Prompt] = []
     for _, rows in sorted(kinds.items()):
         rows.sort(key=lambda row: derive_id(seed, "estimate", row["id"]))
         chosen += rows[: max(1, round(count * len(rows) / len(prompts)))]
     return chosen
 
 
-def prompts_of(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+def prompts_of(config: RunConfig) -> dict[str, list[Prompt]]:
     """The prompts that each stage uses, by stage."""
 
-    def train(sources: Any) -> list[dict[str, Any]]:
+    def train(sources: Any) -> list[Prompt]:
         rows = read_prompts(sources or config.prompts, config.seed)
         return [row for row in rows if row["split"] == "train"]
 
@@ -58,8 +58,8 @@ def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
         chosen = choose(prompts, count, config.seed)
         rows[stage] = len(chosen)
         path = files.join(folder, f"{stage}.jsonl")
-        keep = ("messages", "kind", "family", "split", "source")
-        text = "".join(json.dumps({key: row[key] for key in keep}) + "\n" for row in chosen)
+        written = ({key: value for key, value in row.items() if key != "id"} for row in chosen)
+        text = "".join(json.dumps(row) + "\n" for row in written)
         files.write_bytes(path, text.encode())
         (data if stage == "revise" else data[stage])["prompts"] = [{"path": path}]
     data |= {"out": files.join(folder, "run"), "budget": {}, "sinks": [], "max_error_rate": 1.0}
@@ -96,11 +96,11 @@ def _epochs(rows: int, batch: int) -> int:
 def rows_by_kind(run: Run, stage: str) -> dict[str, int]:
     """How many rows of each kind a generating stage has."""
     counts: dict[str, int] = defaultdict(int)
-    rows: Iterable[dict[str, Any]]
+    rows: Iterable[Any]
     if stage == "evaluate":
         rows = prompts_of(run.config)["evaluate"]
     else:
-        rows = revise.rows(run) if stage == "revise" else compare.rows(run)
+        rows = revise.tasks(run) if stage == "revise" else compare.tasks(run)
     for row in rows:
         counts[row["kind"]] += 1
     return dict(counts)

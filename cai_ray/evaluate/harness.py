@@ -1,7 +1,7 @@
-"""Capability kept: tasks of lm-evaluation-harness (Gao et al. 2021, doi 10.5281/zenodo.5371628) on each policy.
+"""Capability of each policy, on tasks of lm-evaluation-harness (Gao et al. 2021, doi 10.5281/zenodo.5371628).
 
-Its library is the extra `lm-eval`. It loads the models by itself with transformers: what it measures is comparable with
-what others publish, and has nothing of the run's template set in it.
+The library is the extra `lm-eval`. It loads the models with transformers and without the run's template set, so its
+results are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from cai_ray.storage.run import Run
 
 
 def check(config: HarnessConfig | None) -> None:
-    """
+    """Checks that the library and the tasks are there.
+
     Raises:
         InputError: the library is not installed, or knows no such task.
     """
@@ -35,9 +36,9 @@ def check(config: HarnessConfig | None) -> None:
         raise InputError(
             f"evaluate.harness.include_path={config.include_path}: holds no task files (.yaml); name their folder"
         )
-    known = set(_tasks(config).all_tasks)
+    available = set(_tasks(config).all_tasks)
     for task in config.tasks:
-        if task not in known:
+        if task not in available:
             raise InputError(
                 f"evaluate.harness.tasks: lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists its "
                 "own, and `include_path` names a folder with others"
@@ -45,16 +46,16 @@ def check(config: HarnessConfig | None) -> None:
 
 
 def evaluate(run: Run, policies: Sequence[str]) -> dict[str, Any]:
-    """Of each policy {task: {metric: {value, stderr}}}, one after the other, each in a process of its own."""
+    """Each policy's {task: {metric: {value, stderr}}}, measured one after the other, each in a process of its own."""
     if run.config.evaluate.harness is None:
         return {}
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0, max_calls=1)(_held)
+    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0, max_calls=1)(_metered)
     return {policy: ray.get(task.remote(run, policy)) for policy in policies}
 
 
-def _held(run: Run, policy: str) -> dict[str, Any]:
+def _metered(run: Run, policy: str) -> dict[str, Any]:
     with holding():
         return _measure(run, policy)
 
@@ -62,45 +63,45 @@ def _held(run: Run, policy: str) -> dict[str, Any]:
 def _measure(run: Run, policy: str) -> dict[str, Any]:
     import lm_eval
 
-    given, gpu, dtype = run.config.evaluate.harness, uses_gpu(run.config), run.config.engine.dtype
-    assert given is not None
+    harness, gpu, dtype = run.config.evaluate.harness, uses_gpu(run.config), run.config.engine.dtype
+    assert harness is not None
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), run.config.seed
     )
-    found = lm_eval.simple_evaluate(
+    measured = lm_eval.simple_evaluate(
         model="hf",
         model_args={
             "pretrained": run.model(policy),
             "dtype": "float32" if dtype == "auto" and not gpu else dtype,
             "trust_remote_code": False,
         },
-        tasks=list(given.tasks),
-        task_manager=_tasks(given),
-        num_fewshot=given.num_fewshot,
-        limit=given.limit,
-        batch_size=given.batch_size,
+        tasks=list(harness.tasks),
+        task_manager=_tasks(harness),
+        num_fewshot=harness.num_fewshot,
+        limit=harness.limit,
+        batch_size=harness.batch_size,
         device="cuda" if gpu else "cpu",
         log_samples=False,
         **seeds,
     )
-    return {task: results(values) for task, values in found["results"].items()}
+    return {task: results(values) for task, values in measured["results"].items()}
 
 
 def results(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """A task's metrics from the library's `acc,none` and `acc_stderr,none`; the name of a filter stays where it is one.
+    """A task's metrics from the library's keys, such as `acc,none` and `acc_stderr,none`.
 
-    None where there is no standard error ("N/A").
+    The name of a filter stays part of the metric's name, unless it is `none`. A standard error of "N/A" is None.
     """
-    found = {}
+    metrics = {}
     for key, value in values.items():
         metric, comma, chain = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             name = metric if chain == "none" else key
-            found[name] = {
+            metrics[name] = {
                 "value": _number(value),
                 "stderr": _number(values.get(f"{metric}_stderr,{chain}")),
             }
-    return found
+    return metrics
 
 
 def _number(value: Any) -> float | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 DRAWS = 500
 AXES = {"red_team": "harmless", "helpful": "helpful"}
-"""Kind of a prompt to the axis that its comparisons are of."""
+"""The axis that comparisons on a kind of prompt belong to."""
 
 
 class Meeting(NamedTuple):
@@ -32,8 +32,11 @@ class Meeting(NamedTuple):
 
 
 def ratings(meetings: Iterable[Meeting], models: Sequence[str], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Axis to policy to {value, low, high, n}: points above the first policy, n its meetings; None on no meeting."""
-    found: dict[str, dict[str, Any]] = {}
+    """Ratings by axis and policy: {value, low, high, n}, in points above the first policy; n counts its meetings.
+
+    An axis without a meeting is left out.
+    """
+    by_axis: dict[str, dict[str, Any]] = {}
     rng = np.random.default_rng(seed)
     meetings = list(meetings)
     for axis in AXES.values():
@@ -50,15 +53,15 @@ def ratings(meetings: Iterable[Meeting], models: Sequence[str], seed: int = 0) -
         low, high = np.percentile(points, [2.5, 97.5], axis=0)
         value = _points(counts.sum(0), models)
         met = {model: sum(model in (m.a, m.b) for m in here) for model in models}
-        found[axis] = {
+        by_axis[axis] = {
             model: {"value": value[i], "low": float(low[i]), "high": float(high[i]), "n": met[model]}
             for i, model in enumerate(models)
         }
-    return found
+    return by_axis
 
 
 def _cells(models: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What can come of a meeting: who was left, who right, who won."""
+    """The possible outcomes of a meeting: the first policy, the second, and who won (`x`, `y` or `draw`)."""
     return [(a, b, won) for a, b in combinations(models, 2) for won in ("x", "y", "draw")]
 
 

@@ -1,32 +1,45 @@
-"""Rewards of given answers, centred and scaled, in a process of its own."""
+"""Rewards of answers, centred and scaled, computed in a process of their own."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.holder import holding
+from cai_ray.storage.records import Turn
 from cai_ray.storage.run import Run
 
+CANNOT_ENCODE = "the reward model cannot encode it"
+"""The error of a row without a reward."""
 
-def rewards(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
-    """The run's reward model on `messages` and `response` of each row, in units of its reference deviation.
 
-    None where a row cannot be encoded.
+class Dialogue(NamedTuple):
+    """A conversation and the response that is to be scored."""
+
+    messages: list[Turn]
+    response: str
+    truncated: bool
+
+
+def rewards(run: Run, dialogues: Sequence[Dialogue]) -> list[float | None]:
+    """The run's reward of each dialogue, in units of the reward model's reference deviation.
+
+    None where a dialogue cannot be encoded.
     """
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0)(_held)
-    return ray.get(task.remote(run, [(r["messages"], r["response"], r["truncated"]) for r in rows]))
+    task = ray.remote(num_cpus=1, num_gpus=1 if uses_gpu(run.config) else 0)(_metered)
+    return ray.get(task.remote(run, list(dialogues)))
 
 
-def _held(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
+def _metered(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
     with holding():
-        return _score(run, rows)
+        return _score(run, dialogues)
 
 
-def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | None]:
+def _score(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
     import torch
 
     from cai_ray.prompts.load import load_templates
@@ -43,11 +56,11 @@ def _score(run: Run, rows: list[tuple[list[Any], str, bool]]) -> list[float | No
     model = load_reward_model(folder, config.rm, trainable=False).to(device)
     scale = reward_scale(folder)
     ids: dict[int, list[int]] = {}
-    for i, (messages, response, truncated) in enumerate(rows):
+    for i, (messages, response, truncated) in enumerate(dialogues):
         if example := render(renderer, templates, messages, response, sys.maxsize, truncated):
             ids[i] = example.ids
     places, lengths = list(ids), [len(row) for row in ids.values()]
-    out: list[float | None] = [None] * len(rows)
+    out: list[float | None] = [None] * len(dialogues)
     with torch.inference_mode():
         for group in micro_batches(lengths, max([config.rm.micro_batch_tokens, *lengths])):
             chosen = [places[n] for n in group]

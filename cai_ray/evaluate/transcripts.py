@@ -1,24 +1,25 @@
-"""Which conversations a report shows from end to end."""
+"""Chooses the conversations that a report shows from end to end."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any
+
+from cai_ray.storage.records import Revision
 
 UNCHANGED = ""
 
 
-def choose(revisions: Iterable[dict[str, Any]], n: int = 3) -> list[dict[str, Any]]:
-    """The n rows of schema `revisions` that show most: each changed under a principle of its own.
+def choose(revisions: Iterable[Revision], n: int = 3) -> list[Revision]:
+    """The n revisions that show most: each changed under a principle of its own.
 
-    Red-team rows without error. The principles that changed most rows come first; of a principle's rows, one whose
-    family is that principle, then the smallest id. Where fewer than n principles changed anything, further changed
-    rows follow, then unchanged ones. The same rows in any order give the same choice. No more than n rows of each
-    principle are held.
+    Only red-team rows without an error are considered. The principles that changed most rows come first; of a
+    principle's rows, those whose family is that principle, then the smallest ids. Where fewer than n principles changed
+    anything, further changed rows follow, then unchanged ones. The order of the rows does not matter. At most n rows of
+    each principle are held in memory.
     """
     counts: Counter[str] = Counter()
-    best: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    best: dict[str, list[Revision]] = defaultdict(list)
     for row in revisions:
         if row["kind"] != "red_team" or row["error"] is not None:
             continue
@@ -33,7 +34,7 @@ def choose(revisions: Iterable[dict[str, Any]], n: int = 3) -> list[dict[str, An
     return chosen[:n]
 
 
-def first_change(row: dict[str, Any]) -> str:
+def first_change(row: Revision) -> str:
     """The principle of the first step whose revision differs from the text before it."""
     before = row["response"]
     for step in row["steps"] or []:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from cai_ray.storage.records import MESSAGES
-from cai_ray.storage.records import SCHEMAS as RECORDS
+from cai_ray.storage.arrow import arrow_type, schema_of
+from cai_ray.storage.records import SftRow, Turn
 
 _text, _float = pa.string(), pa.float64()
+MESSAGES = arrow_type(list[Turn])
 SCHEMAS = {
     "revisions": pa.schema(
         [
@@ -29,7 +30,7 @@ SCHEMAS = {
             ("constitution_sha", _text),
         ]
     ),
-    "sft": RECORDS["sft"],
+    "sft": schema_of(SftRow),
     "preferences": pa.schema(
         [
             ("id", _text),

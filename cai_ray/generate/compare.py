@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypedDict
 
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.generation import CompareConfig
@@ -15,15 +15,27 @@ from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import derive_id, derive_seed
+from cai_ray.storage.records import Comparison, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 
 
-@dataclass(frozen=True)
-class Compare:
-    """The chain of one comparison: samples number `first` and `second` of its prompt.
+class ComparisonTask(TypedDict):
+    """A prompt whose samples number `first` and `second` are to be compared."""
 
-    Each sample's seed depends on the prompt and its number alone, so a sample that stands in several comparisons
+    id: str
+    prompt_id: str
+    messages: list[Turn]
+    kind: str
+    family: str | None
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class CompareChain:
+    """Samples both responses of a comparison.
+
+    A sample's seed depends on the prompt and the sample's number alone, so a sample that stands in several comparisons
     is the same text in each.
     """
 
@@ -32,8 +44,7 @@ class Compare:
     seed: int
     model: str
 
-    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
-        first, second = (int(n) for n in row["pair"].split("-"))
+    async def __call__(self, engine: Engine, row: ComparisonTask) -> Comparison:
         messages = self.templates.answer_messages(row["messages"])
         a, b = [
             await engine.chat(
@@ -44,10 +55,14 @@ class Compare:
                     derive_seed(self.seed, row["prompt_id"], "sample", number),
                 ),
             )
-            for number in (first, second)
+            for number in (row["first"], row["second"])
         ]
         return {
-            **row,
+            "id": row["id"],
+            "prompt_id": row["prompt_id"],
+            "messages": row["messages"],
+            "kind": row["kind"],
+            "family": row["family"],
             "response_a": without_thinking(a.text, self.templates.thinking),
             "response_b": without_thinking(b.text, self.templates.thinking),
             "truncated_a": not a.finished,
@@ -55,11 +70,11 @@ class Compare:
             "model": self.model,
             "temperature": self.config.temperature,
             "source": "ai",
-            "usage": (a.usage + b.usage)._asdict(),
+            "usage": (a.usage + b.usage).as_record(),
         }
 
 
-def rows(run: Run) -> list[dict[str, Any]]:
+def tasks(run: Run) -> list[ComparisonTask]:
     """Every pair of a prompt's samples."""
     config = run.config.compare
     prompts = [
@@ -69,20 +84,23 @@ def rows(run: Run) -> list[dict[str, Any]]:
     ]
     return [
         {
-            "id": derive_id("comparison", prompt["id"], a, b),
+            "id": derive_id("comparison", prompt["id"], first, second),
             "prompt_id": prompt["id"],
-            **{k: prompt[k] for k in ("messages", "kind", "family")},
-            "pair": f"{a}-{b}",
+            "messages": prompt["messages"],
+            "kind": prompt["kind"],
+            "family": prompt["family"],
+            "first": first,
+            "second": second,
         }
         for prompt in prompts[: config.limit]
-        for a, b in combinations(range(config.samples), 2)
+        for first, second in combinations(range(config.samples), 2)
     ]
 
 
 def run(run: Run) -> dict[str, Any]:
     config = run.config
-    chain = Compare(run_templates(config), config.compare, config.seed, "sl")
-    return map_rows(run, "compare", rows(run), chain, model="sl", schema="comparisons")
+    chain = CompareChain(run_templates(config), config.compare, config.seed, "sl")
+    return map_rows(run, "compare", tasks(run), chain, takes=ComparisonTask, gives=Comparison, model="sl")
 
 
 def check(run: Run, preflight: Preflight) -> None:

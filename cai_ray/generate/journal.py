@@ -1,9 +1,9 @@
-"""What survives a kill: the finished rows of a stage that is not done.
+"""The journal of a stage: its finished rows survive a kill.
 
-RUN/stage/journal/NAME/ holds `todo-*.parquet`, the rows to walk, and `done-*.parquet`, finished rows in files of a
-small block. The actors write these themselves, so that what an actor has finished is safe whoever dies next, and read
-them when they start, so that what is safe is not done again. At the end the rows become RUN/stage/NAME-*.parquet,
-each id once, and the journal goes when the stage's manifest is written.
+RUN/stage/journal/NAME/ holds `todo-*.parquet`, the rows to process, and `done-*.parquet`, small blocks of finished
+rows. The actors write the blocks themselves, so a finished row is safe whichever process dies next; they read the
+blocks when they start, so a finished row is not processed again. At the end the rows become RUN/stage/NAME-*.parquet,
+each id once. The journal is deleted when the stage's manifest is written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 from cai_ray.cluster.usage import Usage
 from cai_ray.generate import reuse
 from cai_ray.storage import files
+from cai_ray.storage.arrow import schema_of, to_table
 from cai_ray.storage.filesystems import read_parquet, resolve
-from cai_ray.storage.records import SCHEMAS, to_table
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import list_rows, read_rows, write_table
 
@@ -37,9 +37,10 @@ READERS = 16
 
 
 class Slice(NamedTuple):
-    """A few rows to walk: a row group of a file."""
+    """A few rows to process: one row group of a file."""
 
     name: str
+    """The set of rows that it belongs to (`Journal.name`)."""
     path: str
     group: int
     rows: int
@@ -50,7 +51,7 @@ class Slice(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What was written in the end."""
+    """Counts over the published rows."""
 
     rows: int
     errors: int
@@ -59,45 +60,56 @@ class Published(NamedTuple):
 
 
 class Journal:
-    """Of one stage and one set of rows (`name`). Plain data: it travels to the actors."""
+    """The journal of one set of rows (`name`) of a stage. Plain data: it travels to the actors.
 
-    def __init__(self, run: Run, stage: str, schema: str, name: str):
-        self.target, self.schema, self.name = run.path(stage), schema, name
+    Args:
+        takes: the record of the rows to process.
+        gives: the record of the finished rows.
+    """
+
+    def __init__(self, run: Run, stage: str, takes: type, gives: type, name: str):
+        # Schemas, not the classes: an actor could not import a class of a script.
+        self.takes, self.gives = schema_of(takes), schema_of(gives)
+        self.target, self.name = run.path(stage), name
         self.folder = files.join(self.target, FOLDER, name)
 
-    def plan(self, rows: Iterable[dict[str, Any]], slice_rows: int = SLICE_ROWS) -> list[Slice]:
-        """Writes the rows to walk and says where they are; never more than a file of them is in memory."""
+    def plan(self, rows: Iterable[Mapping[str, Any]], slice_rows: int = SLICE_ROWS) -> list[Slice]:
+        """Writes the rows to process and returns where they are. Holds at most one file of them in memory."""
         slices: list[Slice] = []
         rows = iter(rows)
         for number in itertools.count():
-            some = list(itertools.islice(rows, TODO_ROWS))
-            if not some:
+            block = list(itertools.islice(rows, TODO_ROWS))
+            if not block:
                 return slices
             path = files.join(self.folder, f"todo-{number:05d}.parquet")
-            write_table(path, _as_table(some), slice_rows)
-            for group, start in enumerate(range(0, len(some), slice_rows)):
-                slices.append(Slice(self.name, path, group, min(slice_rows, len(some) - start)))
+            write_table(path, to_table(block, self.takes), slice_rows)
+            for group, start in enumerate(range(0, len(block), slice_rows)):
+                slices.append(Slice(self.name, path, group, min(slice_rows, len(block) - start)))
         raise AssertionError
 
-    def finished(self) -> frozenset[str]:
-        """Ids of the rows that need not be walked again. One that failed may: what failed it may have passed."""
+    def finished_ids(self) -> frozenset[str]:
+        """Ids of the rows that are done. Failed rows are not among them: the cause may be gone at the next attempt."""
         table = self._read(["id", "error"])
         return frozenset(table.filter(pc.is_null(table["error"]))["id"].to_pylist())
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Keeps finished rows, all or none of them."""
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes finished rows, all or none of them."""
         path = files.join(self.folder, f"done-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet")
-        write_table(path, to_table(rows, self.schema))
+        write_table(path, to_table(rows, self.gives))
+
+    def failed(self, row: Mapping[str, Any], error: str) -> dict[str, Any]:
+        """The finished form of a row that failed: the columns that it shares with finished rows, and its error."""
+        return {name: row[name] for name in self.gives.names if name in row} | {"error": error}
 
     def publish(self) -> Published:
-        """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows. What an attempt wrote that was killed
-        here is written over: a journal only grows.
+        """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows.
 
-        A row that was walked twice (it failed before, or the actor died between writing it and saying so) counts once;
-        the first that did not fail is taken.
+        Files of an attempt that was killed while publishing are overwritten: a journal only grows. A row that was
+        processed twice (it failed before, or its actor died before it could report it) counts once: the first
+        occurrence without an error is taken.
         """
-        kept = _first_of_each(self._read(["id", "error"]))
-        rows, start, parts = to_table([], self.schema), 0, itertools.count()
+        chosen = _first_of_each(self._read(["id", "error"]))
+        rows, start, parts = to_table([], self.gives), 0, itertools.count()
         errors, usage = 0, dict.fromkeys(Usage._fields, 0)
 
         def write(table: pa.Table) -> None:
@@ -109,21 +121,20 @@ class Journal:
                 usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
         for table in self._done():
-            rows = pa.concat_tables([rows, table.filter(kept[start : start + table.num_rows])])
+            rows = pa.concat_tables([rows, table.filter(chosen[start : start + table.num_rows])])
             start += table.num_rows
             while rows.num_rows > PART_ROWS:
                 write(rows.slice(0, PART_ROWS))
                 rows = rows.slice(PART_ROWS)
         write(rows)
-        return Published(int(kept.sum()), errors, usage)
+        return Published(int(chosen.sum()), errors, usage)
 
     def _read(self, columns: list[str]) -> pa.Table:
-        return pa.concat_tables([to_table([], self.schema).select(columns), *self._done(columns)])
+        return pa.concat_tables([to_table([], self.gives).select(columns), *self._done(columns)])
 
     def _done(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """What is finished, file by file. They are small and many: several are read at a time."""
+        """The finished rows, file by file. The files are small and many, so several are read at a time."""
         fs, _ = resolve(self.folder)
-
         paths = list_rows(self.folder, "done")
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(paths), 4 * READERS):
@@ -132,30 +143,30 @@ class Journal:
                 )
 
 
-class Keeper:
-    """Gathers rows that finish one by one and writes them in blocks; on the event loop of one actor.
+class JournalWriter:
+    """Collects rows that finish one by one and writes them in blocks; runs on the event loop of one actor.
 
-    A block is written when it has `block` rows, when nothing else is being worked on, or after `patience` seconds,
-    but not more often than every `pause` seconds. So a kill costs little more than the rows in flight, and a fast
-    chain does not drown the file system in small files.
+    A block is written when it has `block` rows, when no other row is being processed, or after `patience` seconds,
+    but never more often than every `pause` seconds. So a kill costs little more than the rows in flight, and a fast
+    chain does not flood the file system with small files.
     """
 
     def __init__(self, journal: Journal, block: int, patience: float = 5.0, pause: float = 0.1):
         self.journal, self.block, self.patience, self.pause = journal, block, patience, pause
         self.working = 0
-        self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Mapping[str, Any], asyncio.Future[None]]] = []
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Around the work on a row: while there is any, blocks may wait to fill."""
+        """Marks that a row is being processed: meanwhile, blocks may wait until they are full."""
         self.working += 1
         try:
             yield
         finally:
             self.working -= 1
 
-    async def keep(self, row: dict[str, Any]) -> None:
+    async def save(self, row: Mapping[str, Any]) -> None:
         """Returns when the row is safe."""
         safe = asyncio.get_running_loop().create_future()
         self._waiting.append((row, safe))
@@ -170,24 +181,24 @@ class Keeper:
             patient = time.monotonic() - since < self.patience
             if len(self._waiting) < self.block and self.working and patient:
                 continue
-            taken, self._waiting = self._waiting, []
+            block, self._waiting = self._waiting, []
             since = time.monotonic()
             try:
-                await asyncio.to_thread(self.journal.write, [row for row, _ in taken])
+                await asyncio.to_thread(self.journal.write, [row for row, _ in block])
             except Exception as e:  # the rows' own tasks raise it
-                for _, safe in taken:
+                for _, safe in block:
                     safe.set_exception(e)
             else:
-                for _, safe in taken:
+                for _, safe in block:
                     safe.set_result(None)
 
 
 def begin(run: Run, stage: str, inputs: dict[str, str]) -> None:
-    """Clears the stage's folder of what a killed attempt left, unless that had the same inputs (reuse.py)."""
+    """Clears the stage's folder of an unfinished attempt, unless that had the same inputs (reuse.py)."""
     note = run.path(stage, FOLDER, "inputs.json")
     try:
         same = files.read_json(note) == inputs
-    except (OSError, ValueError):  # there is none, or it is damaged
+    except (OSError, ValueError):  # the file is missing or damaged
         same = False
     if not same:
         reuse.set_aside(run, stage)
@@ -195,18 +206,11 @@ def begin(run: Run, stage: str, inputs: dict[str, str]) -> None:
 
 
 def _first_of_each(rows: pa.Table) -> np.ndarray:
-    """A mask over rows (`id`, `error`): each id's first row without an error, or its first."""
+    """A mask over rows (`id`, `error`): of each id the first row without an error, or else the first."""
     codes = pc.dictionary_encode(rows["id"].combine_chunks()).indices.to_numpy()
     count = len(codes)
     places = np.arange(count, dtype=np.int32 if count < 1 << 30 else np.int64)
-    rank = places + pc.is_valid(rows["error"]).to_numpy() * places.dtype.type(count)  # failed ones come last
+    rank = places + pc.is_valid(rows["error"]).to_numpy() * places.dtype.type(count)  # failed rows come last
     first = np.full_like(places, 2 * count)
     np.minimum.at(first, codes, rank)
     return first[codes] == rank
-
-
-def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
-    names = {k for row in rows for k in row}
-    known = {f.name: f for s in SCHEMAS.values() for f in s}
-    fields = pa.schema([known[n] if n in known else pa.field(n, pa.string()) for n in sorted(names)])
-    return pa.Table.from_pylist(rows, schema=fields)

@@ -1,8 +1,8 @@
-"""`redteam`, before a run: more red-team prompts, written by a model after examples.
+"""Stage `redteam`, before a run: a model writes more red-team prompts after examples.
 
 As in Bai et al. 2022 (arXiv 2212.08073, section 3.2), where most red-team prompts came from a model that was shown
-some. The examples of one prompt are of one family, each family is asked for the same number, and what nearly repeats an
-example, an evaluation prompt or another answer is left out.
+some. The examples for one prompt are all of one family, and each family gets the same number of prompts. Prompts that
+nearly repeat an example, an evaluation prompt or each other are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.generation import RedTeamConfig
@@ -24,20 +24,32 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import derive_id, derive_seed, to_table
+from cai_ray.storage.arrow import select, to_table
+from cai_ray.storage.records import Prompt, RedTeamPrompt, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 
 
+class RedTeamTask(TypedDict):
+    """Examples of one family, after which a prompt is to be written."""
+
+    id: str
+    kind: str
+    family: str | None
+    split: str
+    source: str
+    examples: list[str]
+
+
 @dataclass(frozen=True)
-class Write:
-    """The chain of one prompt: a few examples, and the model's own."""
+class RedTeamChain:
+    """Shows the model a few examples, and takes its answer as a prompt."""
 
     templates: TemplateSet
     config: RedTeamConfig
     seed: int
 
-    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+    async def __call__(self, engine: Engine, row: RedTeamTask) -> RedTeamPrompt:
         config = self.config
         written = await engine.chat(
             self.templates.red_team_messages(row["examples"]),
@@ -48,47 +60,65 @@ class Write:
             raise RowError("a prompt hit redteam.max_tokens")
         if not text:
             raise RowError("a prompt is empty")
-        return {**row, "messages": [{"role": "user", "content": text}], "usage": written.usage._asdict()}
+        return {
+            **row,
+            "messages": [{"role": "user", "content": text}],
+            "usage": written.usage.as_record(),
+        }
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Writes RUN/redteam/prompts: rows of schema `prompts`, to be named as a source.
+    """Writes RUN/redteam/prompts: rows of the record `Prompt`, to be named as a source.
 
     Raises:
         InputError: there are no examples, or the template set does not say how to ask.
     """
     config = run.config.redteam
     examples = _examples(run)
-    quota = _quotas(sorted(examples), config.count)
-    chain = Write(run_templates(run.config), config, run.config.seed)
-    made = map_rows(run, "redteam", _rows(run, examples, quota), chain, model=config.model, schema="red_team")
+    quotas = _quotas(sorted(examples), config.count)
+    chain = RedTeamChain(run_templates(run.config), config, run.config.seed)
+    summary = map_rows(
+        run,
+        "redteam",
+        _tasks(run, examples, quotas),
+        chain,
+        takes=RedTeamTask,
+        gives=RedTeamPrompt,
+        model=config.model,
+    )
+    prompts, left_out = _choose(run, quotas)
+    write_table(run.path("redteam", "prompts", "part-00000.parquet"), to_table(prompts, Prompt))
+    by_family = Counter(prompt["family"] or "" for prompt in prompts)
+    return {
+        **summary,
+        "asked": summary["rows_in"],
+        "rows_out": len(prompts),
+        "by_family": {f: {"wanted": quotas[f], "kept": by_family[f]} for f in sorted(quotas)},
+        "left_out": dict(left_out),
+    }
 
-    seen = NearDuplicates(config.near_duplicates)
+
+def _choose(run: Run, quotas: dict[str, int]) -> tuple[list[Prompt], Counter[str]]:
+    """The written prompts up to each family's quota, and how many were left out, by reason."""
+    index = NearDuplicates(run.config.redteam.near_duplicates)
     held = read_prompts(run.config.evaluate.prompts, run.config.seed)
-    for row in read_prompts(run.config.prompts, run.config.seed) + held:
-        seen.seen(normalised(row["messages"]))
-    kept: list[dict[str, Any]] = []
+    for prompt in read_prompts(run.config.prompts, run.config.seed) + held:
+        index.seen(normalised(prompt["messages"]))
+    prompts: list[Prompt] = []
     by_family: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     for row in run.rows("redteam"):
         family = row["family"] or ""
         if row["error"] is not None:
             continue
-        if by_family[family] == quota[family]:
+        if by_family[family] == quotas[family]:
             left_out["more than asked for"] += 1
-        elif seen.seen(normalised(row["messages"])):
+        elif index.seen(normalised(row["messages"])):
             left_out["near"] += 1
         else:
             by_family[family] += 1
-            kept.append(row)
-    write_table(run.path("redteam", "prompts", "part-00000.parquet"), to_table(kept, "prompts"))
-    return {
-        **made,
-        "asked": made["rows_in"],
-        "rows_out": len(kept),
-        "by_family": {f: {"wanted": quota[f], "kept": by_family[f]} for f in sorted(quota)},
-        "left_out": dict(left_out),
-    }
+            prompts.append(select(row, Prompt))
+    return prompts, left_out
 
 
 def check(run: Run, preflight: Preflight) -> None:
@@ -106,31 +136,31 @@ def check_room(run: Run) -> None:
 
 def _examples(run: Run) -> dict[str, list[str]]:
     """Texts of the run's own red-team prompts by family ("" where they have none)."""
-    found: dict[str, list[str]] = {}
+    examples: dict[str, list[str]] = {}
     for row in read_prompts(run.config.prompts, run.config.seed):
         if row["kind"] == "red_team" and row["split"] == "train":
-            found.setdefault(row["family"] or "", []).append(row["messages"][-1]["content"])
-    if not found:
+            examples.setdefault(row["family"] or "", []).append(row["messages"][-1]["content"])
+    if not examples:
         raise InputError("prompts: none is of kind red_team; name a source with examples to write more of")
-    return found
+    return examples
 
 
 def _quotas(families: list[str], count: int) -> dict[str, int]:
-    """As even as can be; the first families have one more where it does not come out."""
+    """How many prompts each family gets: as even as possible, the first families getting one more."""
     return {f: count // len(families) + (i < count % len(families)) for i, f in enumerate(families)}
 
 
-def _rows(run: Run, examples: dict[str, list[str]], quota: dict[str, int]) -> list[dict[str, Any]]:
-    config, rows = run.config.redteam, []
+def _tasks(run: Run, examples: dict[str, list[str]], quotas: dict[str, int]) -> list[RedTeamTask]:
+    config = run.config.redteam
+    rows: list[RedTeamTask] = []
     for family, texts in examples.items():
-        for number in range(math.ceil(quota[family] * config.oversample)):
+        for number in range(math.ceil(quotas[family] * config.oversample)):
             identity = derive_id("red_team", family, number)
-            drawn = random.Random(derive_seed(run.config.seed, identity, "examples"))
-            shown = drawn.sample(texts, min(config.examples, len(texts)))
+            rng = random.Random(derive_seed(run.config.seed, identity, "examples"))
             rows.append(
                 {
                     "id": identity,
-                    "examples": shown,
+                    "examples": rng.sample(texts, min(config.examples, len(texts))),
                     "kind": "red_team",
                     "family": family or None,
                     "split": "train",

@@ -1,37 +1,58 @@
-"""What an edit does not reach is not asked again.
+"""Reuse: what an edit does not reach is not generated again.
 
 A response, a step of revision and a vote carry a key: a hash of everything that they depend on (conversation,
-responses, the principle's words, template set, model, sampling). When a stage is made again, the rows of before are set
-aside until it is done; each row meets its predecessors, and takes over what has the key that it would get today. So
-nothing is reused that could have come out otherwise, whichever attempt wrote it, and however many edits ago.
+responses, the principle's words, template set, model, sampling). When a stage is run again, its earlier rows are set
+aside until it is done; each new row is given the earlier rows of its id, and takes over what has the key that it would
+get today. So nothing is reused that could have come out differently, whichever attempt wrote it, and however many
+edits ago.
 """
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray.config.engine import EngineConfig
 from cai_ray.storage import files
+from cai_ray.storage.arrow import schema_of
 from cai_ray.storage.filesystems import make_parent, resolve
 from cai_ray.storage.models import model_sha
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Step, Vote, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, iter_tables
 
-STAGES = ("revise", "label")
-"""Those whose rows carry keys."""
+
+class EarlierRevision(TypedDict):
+    """What a revision can take over from an earlier one of its id."""
+
+    id: str
+    key: NotRequired[str | None]
+    response: str | None
+    truncated: bool | None
+    steps: list[Step] | None
+
+
+class EarlierLabel(TypedDict):
+    """What a label can take over from an earlier one of its id."""
+
+    id: str
+    votes: list[Vote] | None
+
+
+STAGES: dict[str, type] = {"revise": EarlierRevision, "label": EarlierLabel}
+"""The stages whose rows carry keys, and what is read of their earlier rows."""
 FOLDER = "before"
 CHUNK = 8192
-"""Rows whose predecessors are looked for in one pass over what was set aside, and are in memory with them."""
-_COLUMNS = {"revise": ["id", "key", "response", "truncated", "steps"], "label": ["id", "votes"]}
+"""New rows whose earlier rows are looked up in one pass over what was set aside; both are in memory together."""
+
+Task = TypeVar("Task", bound=Mapping[str, Any])
+Keyed = TypeVar("Keyed", EarlierRevision, Step, Vote)
 
 
 def context(run: Run, model: str, engine: EngineConfig, *settings: object) -> str:
@@ -41,13 +62,14 @@ def context(run: Run, model: str, engine: EngineConfig, *settings: object) -> st
 
 
 def set_aside(run: Run, stage: str) -> None:
-    """Clears a stage's folder. Rows that carry keys are kept apart: those of the stage, and of an attempt at it."""
+    """Clears a stage's folder. If its rows carry keys, they are moved to `before`, also those of an unfinished
+    attempt."""
     folder = run.path(stage)
     if stage not in STAGES:
         files.delete(folder)
         return
     fs, root = resolve(folder)
-    # First: without it the stage is not complete, wherever this is interrupted.
+    # First: without a manifest the stage is not complete, wherever this is interrupted.
     files.delete(files.join(folder, "manifest.json"))
     rows = {path: path.rsplit("/", 1)[1].split("-")[0] for path in files.list_files(folder, ".parquet")}
     for path in files.list_files(files.join(folder, "journal"), ".parquet", recursive=True):
@@ -64,7 +86,7 @@ def set_aside(run: Run, stage: str) -> None:
 
 
 def borrow(run: Run, other: Run, stage: str) -> None:
-    """Puts another run's rows where a stage that is not made yet finds them."""
+    """Copies another run's rows to where a stage that was not run yet finds them as earlier rows."""
     if run.manifest(stage) or has_rows(run.path(stage, FOLDER)):
         return
     for path in files.list_files(other.path(stage), ".parquet"):
@@ -72,42 +94,40 @@ def borrow(run: Run, other: Run, stage: str) -> None:
         files.copy(files.join(other.path(stage), file), run.path(stage, FOLDER, file))
 
 
-def with_before(
-    run: Run, stage: str, rows: Iterable[dict[str, Any]], name: str = "part"
-) -> Iterator[dict[str, Any]]:
-    """Rows with their predecessors in `before`, as JSON: a chain reads them by `known`."""
+def with_earlier(run: Run, stage: str, tasks: Iterable[Task], name: str = "part") -> Iterator[Task]:
+    """Tasks with the earlier rows of their id in the column `earlier`, where there are any."""
     folder = run.path(stage, FOLDER)
     if not has_rows(folder, name):
-        yield from rows
+        yield from tasks
         return
-    rows = iter(rows)
-    while some := list(islice(rows, CHUNK)):
-        found = _predecessors(folder, stage, name, [row["id"] for row in some])
-        for row in some:
-            yield {**row, "before": json.dumps(found[row["id"]])} if row["id"] in found else row
+    tasks = iter(tasks)
+    while block := list(islice(tasks, CHUNK)):
+        earlier = _earlier(folder, stage, name, [task["id"] for task in block])
+        for task in block:
+            yield cast(Task, {**task, "earlier": earlier[task["id"]]}) if task["id"] in earlier else task
 
 
-def _predecessors(folder: str, stage: str, name: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    wanted = pa.array(ids, pa.string())
-    for table in iter_tables(folder, _COLUMNS[stage], name):
-        for row in table.filter(pc.is_in(table["id"], wanted)).to_pylist():
-            found[row["id"]].append(row)
-    return found
+def _earlier(folder: str, stage: str, name: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that were set aside, by id."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    chosen = pa.array(ids, pa.string())
+    for table in iter_tables(folder, schema_of(STAGES[stage]).names, name):
+        for row in table.filter(pc.is_in(table["id"], chosen)).to_pylist():
+            rows[row["id"]].append(row)
+    return rows
 
 
 def content(run: Run, stage: str) -> str:
-    """A hash of what a stage's rows say, in whatever order and files, and whatever it took to make them; "" of none."""
+    """A hash of what a stage's rows say, whatever their order, their files and the cost of making them; "" without
+    rows."""
     total = rows = 0
     for row in run.each_row(stage):
         if row["error"] is None:
-            said = {k: v for k, v in row.items() if k not in ("usage", "constitution_sha")}
-            total, rows = total + int(derive_id(said), 16), rows + 1
+            facts = {k: v for k, v in row.items() if k not in ("usage", "constitution_sha")}
+            total, rows = total + int(derive_id(facts), 16), rows + 1
     return f"{total % 2**64:016x}" if rows else ""
 
 
-def known(row: Mapping[str, Any], within: str | None = None) -> dict[str, dict[str, Any]]:
-    """A row's predecessors by key, or what they hold in a column of lists (`steps`, `votes`)."""
-    rows = json.loads(row.get("before") or "[]")
-    parts = rows if within is None else [part for r in rows for part in r[within] or ()]
-    return {part["key"]: part for part in parts if part.get("key")}
+def by_key(parts: Iterable[Keyed]) -> dict[str, Keyed]:
+    """Earlier responses, steps or votes by their key; those without one are left out."""
+    return {key: part for part in parts if (key := part.get("key"))}

@@ -1,7 +1,8 @@
-"""Stage `revise`: response, then critique and revision, round after round; and samples that keep it helpful.
+"""Stage `revise`: response, then critique and revision, round after round; and samples on helpfulness prompts.
 
 Bai et al. 2022 (arXiv 2212.08073), section 3. Each round draws one principle, asks the model to criticise its answer
-by it, then to revise; the revision takes the answer's place.
+by it, then to revise the answer; the revision takes the answer's place. Helpfulness prompts are only answered: trained
+on these answers too, the policy stays helpful.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.usage import Usage
@@ -29,13 +30,24 @@ from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
 from cai_ray.prompts.check import check_direct
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import derive_id, derive_seed
+from cai_ray.storage.records import Revision, Step, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 
 
+class RevisionTask(TypedDict):
+    """A prompt that is to be answered, and revised if it is a red-team prompt."""
+
+    id: str
+    prompt_id: str
+    messages: list[Turn]
+    kind: str
+    family: str | None
+    earlier: NotRequired[list[reuse.EarlierRevision] | None]
+
+
 @dataclass(frozen=True)
-class Revise:
-    """The chain of one row: a red-team prompt is answered and revised, a helpfulness prompt only answered."""
+class ReviseChain:
+    """Answers a prompt and revises the answer round after round; a helpfulness prompt is only answered."""
 
     constitution: Constitution
     templates: TemplateSet
@@ -45,128 +57,156 @@ class Revise:
     context: str = ""
     """What all responses and steps depend on (`reuse.context`)."""
 
-    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
-        config, conversation, usage = self.config, row["messages"], Usage()
-        key = derive_id(self.context, conversation)
-        if before := reuse.known(row).get(key):
-            response, truncated = before["response"], before["truncated"]
+    async def __call__(self, engine: Engine, row: RevisionTask) -> Revision:
+        response, usage = await self._respond(engine, row)
+        if row["kind"] == "helpful":
+            if not response["response"]:
+                raise RowError("the response is empty")
+            return {**response, "steps": [], "revision": None, "usage": usage.as_record()}
+        current, steps = str(response["response"]), list[Step]()
+        earlier = reuse.by_key(s for e in row.get("earlier") or () for s in e["steps"] or ())
+        for number, principle in enumerate(self._draw(row)):
+            if principle is None:  # a disabled principle's slot: its round changes nothing
+                continue
+            key = self.key(row, current, number, principle)
+            if (step := earlier.get(key)) is None:
+                step, spent = await self._step(engine, row, current, number, principle, key)
+                usage = usage + spent
+            steps.append(step)
+            current = step["revision"]
+        return {**response, "steps": steps, "revision": current, "usage": usage.as_record()}
+
+    def key(self, row: Mapping[str, Any], response: str, number: int, principle: Principle) -> str:
+        """Hash of everything that a step depends on: the answer it starts from, and the principle's requests."""
+        requests = (principle.critique_request, principle.revision_request)
+        return derive_id(self.context, row["messages"], response, number, principle.id, *requests)
+
+    async def _respond(self, engine: Engine, row: RevisionTask) -> tuple[Revision, Usage]:
+        """The row with its first response."""
+        key = derive_id(self.context, row["messages"])
+        if earlier := reuse.by_key(row.get("earlier") or ()).get(key):
+            text, truncated, usage = earlier["response"], earlier["truncated"], Usage()
         else:
             first = await engine.chat(
-                self.templates.answer_messages(conversation), self._sampling(row, "response", first=True)
+                self.templates.answer_messages(row["messages"]),
+                self._sampling(row, "response", self.config.temperature, self.config.max_tokens),
             )
-            response, usage = without_thinking(first.text, self.templates.thinking), first.usage
-            truncated = not first.finished
-        out = {
-            **row,
-            "response": response,
+            text = without_thinking(first.text, self.templates.thinking)
+            truncated, usage = not first.finished, first.usage
+        revision: Revision = {
+            "id": row["id"],
+            "prompt_id": row["prompt_id"],
+            "messages": row["messages"],
+            "kind": row["kind"],
+            "family": row["family"],
+            "response": text,
             "truncated": truncated,
             "key": key,
             "model": self.model,
             "constitution_sha": self.constitution.sha,
         }
-        if row["kind"] == "helpful":
-            if not response:
-                raise RowError("the response is empty")
-            return {**out, "steps": [], "revision": None, "usage": usage._asdict()}
+        return revision, usage
 
-        current, steps, known = response, [], reuse.known(row, "steps")
-        drawn = draw(
+    def _draw(self, row: RevisionTask) -> list[Principle | None]:
+        return draw(
             self.constitution.principles,
-            config.rounds,
+            self.config.rounds,
             seed=self.seed,
             row_id=row["id"],
-            replacement=config.draw == "with_replacement",
+            replacement=self.config.draw == "with_replacement",
         )
-        for number, principle in enumerate(drawn):
-            if principle is None:  # a disabled principle's slot: its round changes nothing
-                continue
-            key = self.key(row, current, number, principle)
-            if key in known:
-                steps.append(known[key])
-                current = known[key]["revision"]
-                continue
-            if config.critique:
-                critique = await (self._critique_engine or engine).chat(
-                    self.templates.critique_messages(conversation, current, principle),
-                    self._sampling(row, f"critique {number}"),
-                )
-                usage = usage + critique.usage
-                remarks = without_thinking(critique.text, self.templates.thinking)
-                asked = self.templates.revision_messages(conversation, current, principle, remarks)
-            else:
-                remarks, asked = None, self.templates.direct_messages(conversation, current, principle)
-            revision = await engine.chat(asked, self._sampling(row, f"revision {number}"))
-            usage = usage + revision.usage
-            current = _whole(revision, self.templates)
-            steps.append(
-                {
-                    "round": number + 1,
-                    "principle_id": principle.id,
-                    "critique_request": principle.critique_request if config.critique else None,
-                    "critique": remarks,
-                    "revision_request": principle.revision_request,
-                    "revision": current,
-                    "key": key,
-                }
-            )
-        return {**out, "steps": steps, "revision": current, "usage": usage._asdict()}
 
-    def key(self, row: Mapping[str, Any], response: str, number: int, principle: Principle) -> str:
-        """Of everything that a step depends on: the answer it starts from, and the principle's requests."""
-        requests = (principle.critique_request, principle.revision_request)
-        return derive_id(self.context, row["messages"], response, number, principle.id, *requests)
+    async def _step(
+        self, engine: Engine, row: RevisionTask, current: str, number: int, principle: Principle, key: str
+    ) -> tuple[Step, Usage]:
+        """One round: critique and revision, or where `revise.critique` is off, the revision alone."""
+        conversation, templates, config = row["messages"], self.templates, self.config
+        remarks, usage = "", Usage()
+        if config.critique:
+            critique = await (self._critique_engine or engine).chat(
+                templates.critique_messages(conversation, current, principle),
+                self._sampling(
+                    row, f"critique {number}", config.revision_temperature, config.critique_max_tokens
+                ),
+            )
+            usage = critique.usage
+            remarks = without_thinking(critique.text, templates.thinking)
+            messages = templates.revision_messages(conversation, current, principle, remarks)
+        else:
+            messages = templates.direct_messages(conversation, current, principle)
+        revision = await engine.chat(
+            messages,
+            self._sampling(row, f"revision {number}", config.revision_temperature, config.max_tokens),
+        )
+        step: Step = {
+            "round": number + 1,
+            "principle_id": principle.id,
+            "critique_request": principle.critique_request if config.critique else None,
+            "critique": remarks if config.critique else None,
+            "revision_request": principle.revision_request,
+            "revision": _revision_text(revision, templates),
+            "key": key,
+        }
+        return step, usage + revision.usage
 
     @cached_property
     def _critique_engine(self) -> Engine | None:
-        """Made in the worker, by its first row: an endpoint's takes no resources of its own."""
+        """The endpoint of the critique model. Made in the worker, by its first row: it takes no resources there."""
         model, engine = self.config.critique_model, self.config.critique_engine
         return OpenaiEngine(model, engine) if model and engine else None
 
-    def _sampling(self, row: dict[str, Any], step: str, first: bool = False) -> Sampling:
-        config = self.config
-        return Sampling(
-            temperature=config.temperature if first else config.revision_temperature,
-            max_tokens=config.critique_max_tokens if step.startswith("critique") else config.max_tokens,
-            seed=derive_seed(self.seed, row["id"], step),
-        )
+    def _sampling(self, row: RevisionTask, step: str, temperature: float, max_tokens: int) -> Sampling:
+        return Sampling(temperature, max_tokens, derive_seed(self.seed, row["id"], step))
 
 
-def rows(run: Run, left_out: Counter[str] | None = None) -> list[dict[str, Any]]:
-    """One row per red-team prompt, `helpful_samples` per helpfulness prompt."""
+def _revision_text(revision: Completion, templates: TemplateSet) -> str:
+    text = without_prefix(without_thinking(revision.text, templates.thinking), templates.prefixes)
+    if not text:
+        raise RowError("a revision is empty")
+    if not revision.finished:
+        raise RowError("a revision hit revise.max_tokens")
+    return text
+
+
+def tasks(run: Run, left_out: Counter[str] | None = None) -> list[RevisionTask]:
+    """One row per red-team prompt, `helpful_samples` per helpfulness prompt.
+
+    Args:
+        left_out: see `read_prompts`.
+    """
     config = run.config.revise
     prompts = [
         p for p in read_prompts(run.config.prompts, run.config.seed, left_out) if p["split"] == "train"
     ]
-    out = []
-    for prompt in prompts[: config.limit]:
-        samples = 1 if prompt["kind"] == "red_team" else config.helpful_samples
-        for number in range(samples):
-            out.append(
-                {
-                    "id": derive_id("revision", prompt["id"], number),
-                    "prompt_id": prompt["id"],
-                    **{k: prompt[k] for k in ("messages", "kind", "family")},
-                }
-            )
-    return out
+    return [
+        {
+            "id": derive_id("revision", prompt["id"], number),
+            "prompt_id": prompt["id"],
+            "messages": prompt["messages"],
+            "kind": prompt["kind"],
+            "family": prompt["family"],
+        }
+        for prompt in prompts[: config.limit]
+        for number in range(1 if prompt["kind"] == "red_team" else config.helpful_samples)
+    ]
 
 
-def make_chain(run: Run) -> Revise:
+def make_chain(run: Run) -> ReviseChain:
     config, revise = run.config, run.config.revise
     templates = run_templates(config)
-    asked = revise.model_dump(exclude={"rounds", "draw", "helpful_samples", "limit", "critique_engine"})
+    settings = revise.model_dump(exclude={"rounds", "draw", "helpful_samples", "limit", "critique_engine"})
     critic = revise.critique_engine and revise.critique_engine.answers_by
     context = reuse.context(
-        run, run.model("base"), config.engine, templates.sha, config.thinking, asked, critic
+        run, run.model("base"), config.engine, templates.sha, config.thinking, settings, critic
     )
-    return Revise(config.document, templates, revise, config.seed, config.model, context)
+    return ReviseChain(config.document, templates, revise, config.seed, config.model, context)
 
 
 def run(run: Run) -> dict[str, Any]:
     left_out: Counter[str] = Counter()
-    todo = reuse.with_before(run, "revise", rows(run, left_out))
-    made = map_rows(run, "revise", todo, make_chain(run), model="base", schema="revisions")
-    return {**made, "prompts_left_out": dict(left_out)}
+    rows = reuse.with_earlier(run, "revise", tasks(run, left_out))
+    summary = map_rows(run, "revise", rows, make_chain(run), takes=RevisionTask, gives=Revision, model="base")
+    return {**summary, "prompts_left_out": dict(left_out)}
 
 
 def check(run: Run, preflight: Preflight) -> None:
@@ -185,12 +225,3 @@ def check(run: Run, preflight: Preflight) -> None:
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the engines."""
     check_resources(run.config, uses_gpu(run.config))
-
-
-def _whole(revision: Completion, templates: TemplateSet) -> str:
-    text = without_prefix(without_thinking(revision.text, templates.thinking), templates.prefixes)
-    if not text:
-        raise RowError("a revision is empty")
-    if not revision.finished:
-        raise RowError("a revision hit revise.max_tokens")
-    return text

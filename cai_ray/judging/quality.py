@@ -1,7 +1,7 @@
-"""What counts as the answer in what a model wrote, and what can be wrong with a revision: pure functions on text.
+"""Quality of generated texts: what part is the answer, and what is wrong with a revision. Pure functions on text.
 
-The rules are data of the template set, since they go with a language and a family of models: marks of thinking blocks
-(`thinking`), openings that are no part of a revision (`prefixes`), and openings of a critique (`critiques`).
+The rules depend on the language and the model family, so they are data of the template set: marks of thinking blocks
+(`thinking`), openings that do not belong to a revision (`prefixes`), and openings of a critique (`critiques`).
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cai_ray.prompts.templates import TemplateSet, Thinking
 
 Kind = Literal["sound", "critique", "loop", "copy"]
 
-# Scripts without spaces count by character. So does a word of great length by its parts, as it may be a loop itself.
+# Scripts without spaces count by character. A very long word counts by its parts, as it may be a loop itself.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w{1,30}")
 _RUN = re.compile(r"(\S{1,40}?)\1{4,}")
 
-# A text is a loop when half of its sequences of so many words were there before, or so many characters on end repeat a
-# shorter piece. A text of fewer words is not: greetings, refrains and lists repeat themselves too.
+# A text is a loop if half of its sequences of LOOP_NGRAM words occurred before, or LOOP_CHARACTERS characters in a row
+# repeat a shorter piece. A text of fewer than LOOP_WORDS is not: greetings, refrains and lists repeat themselves too.
 LOOP_NGRAM = 4
 LOOP_WORDS = 40
 LOOP_CHARACTERS = 200
-# Share of three-word sequences, of those in either text, that a revision and its critique have in common.
+# A revision and its critique are the same text if they share this many of their three-word sequences (Jaccard).
 SAME_TEXT = 0.6
 
 
 def run_templates(config: RunConfig) -> TemplateSet:
-    """The run's template set; without marks of thinking where the run keeps what they enclose."""
+    """The run's template set, without the marks of thinking if the run keeps thinking blocks."""
     templates = load_templates(config.templates)
     return templates if config.thinking == "strip" else templates.model_copy(update={"thinking": None})
 
 
 def without_thinking(text: str, thinking: Thinking | None) -> str:
-    """The answer behind the thinking blocks that a text begins with; a text without any is left as it is.
+    """The answer after the thinking blocks that a text begins with; a text without any stays as it is.
 
-    Only the beginning counts: further on, an answer may speak of the marks. A block that lacks its opening mark was
-    begun by the chat template.
+    Only the beginning counts: further on, an answer may mention the marks. If the opening mark is missing, the chat
+    template has begun the block.
 
     Raises:
-        RowError: a block does not end, so that there is no answer.
+        RowError: a block does not end, so there is no answer.
     """
     if thinking is None:
         return text
@@ -61,7 +61,7 @@ def without_thinking(text: str, thinking: Thinking | None) -> str:
 
 
 def without_prefix(text: str, rules: Sequence[str]) -> str:
-    """A revision without what introduces it ("Here is a revised response:"), however often it does."""
+    """A revision without its introductions, such as "Here is a revised response:"."""
     rest = text
     while match := next((m for rule in rules if (m := re.match(rule, rest)) and m.end()), None):
         rest = rest[match.end() :]
@@ -69,9 +69,9 @@ def without_prefix(text: str, rules: Sequence[str]) -> str:
 
 
 def kind(revision: str, before: str, critique: str, rules: Sequence[str]) -> Kind:
-    """What a revision is. The worst counts where it is several things.
+    """The kind of a revision; the worst one if several apply.
 
-    A `copy` of the response before is what a revision should be where the critique finds nothing wrong.
+    A `copy` of the response before is right if the critique finds nothing wrong.
 
     Args:
         before: the response that was to be revised.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from cai_ray.judging.statistics import share
+from cai_ray.storage.records import Vote
 
 
 def preference(logprob_a: float, logprob_b: float) -> float:
@@ -13,7 +15,7 @@ def preference(logprob_a: float, logprob_b: float) -> float:
 
 
 def combine(p: Sequence[float], weights: Sequence[float], how: str) -> float:
-    """The label that votes make together.
+    """The probability that several votes make together.
 
     `mean`: the weighted mean of probabilities. `log_odds`: weighted log-odds added up, so that an undecided
     principle (1/2) weighs nothing.
@@ -39,15 +41,15 @@ def expected_score(logprobs: Sequence[float]) -> float:
     return sum(score * w for score, w in enumerate(weights, 1)) / sum(weights)
 
 
-def survives_swap(vote: Mapping[str, Any]) -> bool | None:
-    """Whether the vote prefers the same slot, and so the other response, after the swap; None if it was not asked."""
-    if vote.get("logprob_a_swapped") is None:
+def survives_swap(vote: Vote) -> bool | None:
+    """Whether the vote prefers the same slot, and so the other response, after the swap; None if there was no swap."""
+    a, b = vote.get("logprob_a"), vote.get("logprob_b")
+    a_swapped, b_swapped = vote.get("logprob_a_swapped"), vote.get("logprob_b_swapped")
+    if a is None or b is None or a_swapped is None or b_swapped is None:
         return None
-    first_slot = vote["logprob_a"] > vote["logprob_b"]
-    return first_slot == (vote["logprob_b_swapped"] > vote["logprob_a_swapped"])
+    return (a > b) == (b_swapped > a_swapped)
 
 
-def slot_bias(votes: Sequence[Mapping[str, Any]]) -> float | None:
+def slot_bias(votes: Sequence[Vote]) -> float | None:
     """Share of votes whose preferred slot survives the swap; None where only one order was asked."""
-    stuck = [s for v in votes if (s := survives_swap(v)) is not None]
-    return sum(stuck) / len(stuck) if stuck else None
+    return share(s for v in votes if (s := survives_swap(v)) is not None)

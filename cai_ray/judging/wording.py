@@ -1,4 +1,4 @@
-"""What can be seen of answers without a judge: refusals and their reasons, phrases they share, how diverse they are."""
+"""What the words of answers tell without a judge: refusals and their reasons, shared phrases, diversity."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Any
 
 from cai_ray.judging.quality import is_loop, is_refusal
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.records import Judgement
 
 PHRASE_WORDS = 5
 """Words of a phrase that many responses may share."""
 
 
 def evades(text: str, reasons: Sequence[str]) -> bool:
-    """Whether a refusal gives no reason: none of a template set's `reasons` is found in it."""
+    """Whether a refusal gives no reason: none of a template set's `reasons` matches in it."""
     return not any(re.search(rule, text) for rule in reasons)
 
 
 def is_malformed(text: str, truncated: bool) -> bool:
-    """Cut off, empty or repeating itself."""
+    """Whether a text is cut off, empty or repeats itself."""
     return truncated or not text.strip() or is_loop(text)
 
 
-def seen(row: dict[str, Any], templates: TemplateSet) -> dict[str, Any]:
-    """A judgement row with `refused`, `evasive` and `malformed` as far as its words and the template set's rules tell.
+def judged_by_rules(row: Judgement, templates: TemplateSet) -> Judgement:
+    """An answer with `refused`, `evasive` and `malformed` as the template set's rules tell.
 
-    What a judge has said already stays. Without rules the columns stay empty.
+    What a judge has filled in stays. Without rules the columns stay empty.
     """
-    text = row["response"]
+    text = str(row["response"])
     refused = row.get("refused")
     if refused is None and templates.refusals:
         refused = is_refusal(text, templates.refusals)
@@ -39,28 +40,29 @@ def seen(row: dict[str, Any], templates: TemplateSet) -> dict[str, Any]:
         **row,
         "refused": refused,
         "evasive": evades(text, templates.reasons) if refused and templates.reasons else None,
-        "malformed": is_malformed(text, row["truncated"]) if malformed is None else malformed,
+        "malformed": is_malformed(text, bool(row["truncated"])) if malformed is None else malformed,
     }
 
 
 def phrases(responses: Sequence[str], most: int = 20) -> dict[str, float]:
-    """The share of responses that hold each of the commonest phrases; "you are valid, valued, and cared for" is the
-    one that Bai et al. 2022 found after overtraining."""
-    found: Counter[str] = Counter()
+    """The share of responses that contain each of the commonest phrases. After overtraining, Bai et al. 2022 found
+    "you are valid, valued, and cared for"."""
+    counts: Counter[str] = Counter()
     for text in responses:
         words = text.casefold().split()
-        found.update({" ".join(words[i : i + PHRASE_WORDS]) for i in range(len(words) - PHRASE_WORDS + 1)})
-    # Equal counts by the phrase itself, so that the same responses always give the same.
-    common = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:most]
+        counts.update({" ".join(words[i : i + PHRASE_WORDS]) for i in range(len(words) - PHRASE_WORDS + 1)})
+    # Ties are ordered by the phrase itself, so that the same responses always give the same result.
+    common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
     return {phrase: count / len(responses) for phrase, count in common if count > 1}
 
 
 def wording(responses: Sequence[str]) -> dict[str, Any]:
-    """Of one policy's responses: the commonest phrase and its share, mean words, and how diverse they are.
+    """Measures the wording of one policy's responses: commonest phrase, length and diversity.
 
     Returns:
-        phrase, boilerplate (its share), words, unique (share of responses that nobody else gave), distinct_2: distinct
-        pairs of neighbouring words over all of them (Li et al. 2016, arXiv 1510.03055).
+        phrase, the commonest; boilerplate, its share; words, the mean per response; unique, the share of responses that
+        occur once; distinct_2, distinct pairs of neighbouring words over all such pairs (Li et al. 2016,
+        arXiv 1510.03055).
     """
     if not responses:
         return {"phrase": None, "boilerplate": None, "words": None, "unique": None, "distinct_2": None}

@@ -7,6 +7,9 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
+from cai_ray.config.fingerprint import result_settings
+from cai_ray.config.run import RunConfig
+from cai_ray.config.section import Section
 from cai_ray.errors import InputError
 from cai_ray.provenance.inputs import inputs
 from cai_ray.stages import STAGES, needs_of, stages_of
@@ -43,23 +46,34 @@ def check_changes(run: Run, stages: list[str], overwrite: bool, keep: Collection
 def changed_inputs(run: Run, name: str) -> list[str]:
     """The names of a completed stage's inputs that are not what they were; none of a stage that is not complete."""
     done = run.manifest(name)
-    return _changed_keys(done["inputs"], inputs(run, name)) if done else []
+    return changed_keys(done["inputs"], inputs(run, name)) if done else []
 
 
 def describe_change(run: Run, name: str, then: dict[str, str], now: dict[str, str]) -> str:
     """One line that says which inputs of a stage changed, with the settings by name, and what to do."""
-    keys = _changed_keys(then, now)
+    keys = changed_keys(then, now)
     settings = ""
     with suppress(InputError):  # run.json is damaged: only the sections are named then
-        before = open_run(run.root).config.model_dump(mode="json")
-        after = run.config.model_dump(mode="json")
+        before = open_run(run.root).config
         sections = [*keys, "without"] if "constitution" in keys else keys
-        lines = [d for s in sections for d in differences(s, before.get(s), after.get(s))]
+        lines = [
+            d for s in sections for d in differences(s, settings_of(before, s), settings_of(run.config, s))
+        ]
         settings = f" ({'; '.join(lines[:4])})" if lines else ""
     return (
         f"{run.root}: {name} was made with other inputs: {', '.join(keys)} changed{settings}; "
         "--overwrite makes it again, --out chooses another directory"
     )
+
+
+def settings_of(config: RunConfig, key: str) -> Any:
+    """What of a setting or section of the configuration decides results, as plain data; None of another input."""
+    value = getattr(config, key, None)
+    if isinstance(value, Section):
+        return result_settings(value, paths=True)
+    if isinstance(value, tuple):
+        return [result_settings(part, paths=True) if isinstance(part, Section) else part for part in value]
+    return value
 
 
 def differences(key: str, old: Any, new: Any) -> list[str]:
@@ -73,5 +87,6 @@ def differences(key: str, old: Any, new: Any) -> list[str]:
     return [] if old == new else [f"{key}: {json.dumps(old)[:60]} → {json.dumps(new)[:60]}"]
 
 
-def _changed_keys(then: dict[str, str], now: dict[str, str]) -> list[str]:
+def changed_keys(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The names of the inputs that differ."""
     return sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))

@@ -1,14 +1,20 @@
-"""What a stage's result depends on, as hashes."""
+"""What a stage's result depends on, as hashes.
+
+Files, folders and models are compared by their content. Settings that only change how a stage runs are left out
+(config/section.py).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
-from pydantic import BaseModel
-
+from cai_ray.config.engine import EngineConfig
+from cai_ray.config.fingerprint import Content, fingerprint, named_contents
 from cai_ray.config.ppo import LABELS
+from cai_ray.config.section import Section
 from cai_ray.data.formats import data_files
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
@@ -19,60 +25,47 @@ from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 
-_ADDED: dict[str, Any] = {
-    "critique_model": None,
-    "critique": True,
-    "hard_labels": False,
-    "sets": [],
-    "harness": None,
-}
-
-
-_HOW = {
-    "workers",
-    "cpus_per_worker",
-    "micro_batch_tokens",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "offload_optimizer",
-    "gates",
-}
-
 
 def inputs(run: Run, name: str) -> dict[str, str]:
-    """What a stage's result depends on, each as a short hash."""
-    stage, config = STAGES[name], run.config
-    found: dict[str, str] = {"seed": str(config.seed)}
-    for section in stage.reads:
-        value = getattr(config, section)
-        if section == "constitution":
-            found[section] = config.document.sha
-        elif section == "model":
-            found[section] = model_sha(run.model("base"))
-        elif section == "templates":
-            found[section] = load_templates(value).sha
-        elif section == "prompts":
-            found[section] = derive_id([_source_sha(s.path, s.model_dump()) for s in value])
-        elif hasattr(value, "model_dump"):
-            settings = _settings(value)
-            paths = [s.path for key in ("prompts", "human", "sets") for s in getattr(value, key, ())]
-            paths += [s.path for s in getattr(getattr(value, "watch", None), "prompts", ())]
-            paths += [p for p in [getattr(value, "gold", None)] if p]
-            models = [model_sha(run.model(m)) for m in _models(value)]
-            files_sha = [_source_sha(p, {}) for p in paths]
-            if folder := getattr(getattr(value, "harness", None), "include_path", None):
-                files_sha.append(_folder_sha(folder))
-            found[section] = derive_id(settings, files_sha, models)
-        else:
-            found[section] = derive_id(value)
-    if config.engine.quantization and stage.kind != "trains":
-        found["engine"] = config.engine.quantization
-    for upstream in needs_of(name, config.method):
-        manifest = run.manifest(upstream)
+    """What a stage's result depends on: each input by name with a short hash.
+
+    Raises:
+        InputError: a stage that it reads is not complete, or a file or model is not there.
+    """
+    upstream = {}
+    for need in needs_of(name, run.config.method):
+        manifest = run.manifest(need)
         if manifest is None:
-            raise InputError(missing(run, name, upstream))
-        found[upstream] = manifest["id"]
-    return found
+            raise InputError(missing(run, name, need))
+        upstream[need] = manifest["id"]
+    return own_inputs(run, name) | upstream
+
+
+def own_inputs(run: Run, name: str) -> dict[str, str]:
+    """The inputs of a stage that are no other stage's results.
+
+    Raises:
+        InputError: a file or model is not there.
+    """
+    config, hashes = run.config, {"seed": str(run.config.seed)}
+    base = cache(lambda: model_sha(run.model("base")))  # read once: it may be large
+    for key in STAGES[name].reads:
+        value = getattr(config, key)
+        if key == "model":
+            hashes[key] = base()
+        elif key == "constitution":
+            hashes[key] = config.document.sha
+        elif key == "templates":
+            hashes[key] = load_templates(value).sha
+        elif isinstance(value, Section):
+            hashes[key] = _fingerprint(run, value, base)
+        elif isinstance(value, tuple):
+            hashes[key] = derive_id([_fingerprint(run, part, base) for part in value])
+        else:
+            hashes[key] = derive_id(value)
+    if config.engine.quantization and STAGES[name].kind != "trains":
+        hashes["engine"] = config.engine.quantization
+    return hashes
 
 
 def missing(run: Run, name: str, upstream: str) -> str:
@@ -80,50 +73,49 @@ def missing(run: Run, name: str, upstream: str) -> str:
     return f"{name} needs {upstream}, which is not complete in {run.root}; run `cai-ray {upstream}` first"
 
 
-def _settings(section: BaseModel) -> dict[str, Any]:
-    """What of a section changes its stage's result. Of an engine that is which endpoint, and how it is asked, or how
-    its weights are rounded."""
-    settings = {k: v for k, v in section.model_dump(mode="json").items() if k not in _HOW}
-    for key in ("engine", "critique_engine"):
-        settings.pop(key, None)
-        engine = getattr(section, key, None)
-        if engine and engine.answers_by:
-            settings[key] = engine.answers_by
-    # As it was before there were such settings.
-    return {k: v for k, v in settings.items() if k not in _ADDED or v != _ADDED[k]}
+def _fingerprint(run: Run, section: Section, base: Callable[[], str]) -> str:
+    return fingerprint(section, tuple(_content(run, named, base) for named in named_contents(section)))
 
 
-def _models(section: BaseModel) -> list[str]:
-    """Folders and ids that a section names, beside the run's own models."""
-    named = [getattr(section, key, "sl") for key in ("init", "model")]
-    named += [source.model for source in getattr(section, "rewards", ())]
-    if watch := getattr(section, "watch", None):
-        named.append(watch.opinion)
-    return [model for model in named if model not in {*ROLES, LABELS}]
+def _content(run: Run, named: Content, base: Callable[[], str]) -> str:
+    """The hash of what a setting names. A model that the run makes stands for itself: its stage is an input, too."""
+    value = named.value
+    if value is None:
+        return ""
+    if named.kind == "folder":
+        return _folder_sha(value)
+    if named.kind == "files":
+        return _files_sha(value)
+    engine: EngineConfig | None = getattr(named.section, "engine", None)
+    if engine and engine.kind == "openai":  # an endpoint knows it by its name alone
+        return run.feedback().locate(value)
+    if value == "base":
+        return base()
+    return value if value in ROLES or value == LABELS else model_sha(run.model(value))
 
 
 def _folder_sha(path: str) -> str:
     """A content hash of all files of a folder."""
     fs, root = resolve(path)
-    paths = {}
+    hashes = {}
     for file in files.list_files(path, recursive=True):
         with open_file(fs, file) as f:
-            paths[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
-    return derive_id(paths)
+            hashes[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
+    return derive_id(hashes)
 
 
-def _source_sha(path: str, settings: dict[str, Any]) -> str:
-    """A prompt file's content hash; of several files, of their names and sizes."""
+def _files_sha(path: str) -> str:
+    """The content hash of a file of rows; of several files, a hash of their names and sizes."""
     if path.startswith("town:"):
-        return derive_id(path, settings)
+        return path
     fs, real = resolve(path)
-    infos = fs.get_file_info(data_files(path))
+    infos: list[Any] = fs.get_file_info(data_files(path))
     if [i.path for i in infos] == [real]:
-        return derive_id(settings, _content_sha(path, infos[0].size, infos[0].mtime_ns))
-    return derive_id(settings, [(i.base_name, i.size) for i in infos])
+        return derive_id(_content_sha(path, infos[0].size, infos[0].mtime_ns))
+    return derive_id([(i.base_name, i.size) for i in infos])
 
 
 @lru_cache
 def _content_sha(path: str, size: int, changed: int) -> str:
-    """Read once, however many stages ask: it may be large, and far away."""
+    """Read once, however many stages ask: the file may be large, and far away."""
     return hashlib.sha256(files.read_bytes(path)).hexdigest()

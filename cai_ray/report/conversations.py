@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cai_ray.constitution import Constitution
@@ -29,7 +29,7 @@ def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any
 
 
 def assemble(
-    row: dict[str, Any],
+    row: Mapping[str, Any],
     constitution: Constitution,
     answers: dict[str, list[dict[str, Any]]],
     rollouts: dict[str, list[dict[str, Any]]],
@@ -59,7 +59,7 @@ def assemble(
     return transcript
 
 
-def _steps(row: dict[str, Any], titles: dict[str, str]) -> list[dict[str, Any]]:
+def _steps(row: Mapping[str, Any], titles: dict[str, str]) -> list[dict[str, Any]]:
     """The rounds of critique and revision, and whether each changed the answer."""
     steps, before = [], row["response"]
     for step in row["steps"]:

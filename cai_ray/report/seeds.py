@@ -25,7 +25,7 @@ _MEANS = (
 
 def mean_of_seeds(
     reports: Sequence[dict[str, Any]],
-    rows: Sequence[list[dict[str, Any]]],
+    rows: Sequence[list[Any]],
     *,
     draws: int = 4000,
     seed: int = 0,

@@ -114,9 +114,9 @@ class Critic:
             return e.answer
         except RowError as e:
             return {"fault": str(e)}
-        votes = {v["principle_id"]: v for v in label["votes"]}
+        votes = {v["principle_id"]: v for v in label["votes"] or ()}
         decided = [v for v in votes.values() if v["p_a"] is not None]  # the others abstained
-        decisive = max(decided, key=lambda v: abs(v["p_a"] - 0.5), default=None)
+        decisive = max(decided, key=lambda v: abs((v["p_a"] or 0.0) - 0.5), default=None)
         return {
             "object": "comparison",
             "p_a": label["p_a"],

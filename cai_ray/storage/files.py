@@ -1,4 +1,4 @@
-"""Files behind a path or URI: read, written whole or not at all, copied, listed."""
+"""Files behind a path or URI: read them, write them (whole or not at all), copy and list them."""
 
 from __future__ import annotations
 
@@ -38,17 +38,16 @@ def exists(uri: str | Path) -> bool:
 def list_files(uri: str | Path, suffix: str = "", recursive: bool = False) -> list[str]:
     """Paths of the files below a folder, sorted, without the scheme."""
     fs, path = resolve(uri)
-    found = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
-    return sorted(f.path for f in found if f.type == pafs.FileType.File and f.path.endswith(suffix))
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    return sorted(f.path for f in infos if f.type == pafs.FileType.File and f.path.endswith(suffix))
 
 
 def delete(uri: str | Path) -> None:
     fs, path = resolve(uri)
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.Directory:
-        with suppress(
-            FileNotFoundError
-        ):  # a folder that is nothing but the names of its objects is gone with them
+        # In an object store, a folder is only the common name of its objects, and vanishes with them.
+        with suppress(FileNotFoundError):
             fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
@@ -56,15 +55,15 @@ def delete(uri: str | Path) -> None:
 
 def read_bytes(uri: str | Path) -> bytes:
     fs, path = resolve(uri)
-    with open_file(fs, path) as f:  # in one piece: a stream is read from an object store by small ones
+    with open_file(fs, path) as f:  # in one piece: a stream would be many small requests
         return f.read()
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file, whole or not at all."""
     fs, path = resolve(uri)
     make_parent(fs, path)
-    if not is_local(fs):  # object stores publish an object when it is closed
+    if not is_local(fs):  # an object store publishes an object when it is closed
         with fs.open_output_stream(path, compression=None) as f:
             f.write(data)
         return
@@ -95,9 +94,9 @@ def write_json(uri: str | Path, value: Any) -> None:
 
 
 def upload_folder(source: str | Path, uri: str) -> None:
-    """Makes a folder at `uri` the same as another, each on any file system; a no-op where both are the same place.
+    """Makes the folder at `uri` equal to `source`, each on any file system; does nothing if both are the same place.
 
-    What was there and is not in `source` is removed: half a model may be left of an attempt with other shards.
+    Files that `source` does not have are deleted: an earlier attempt may have left shards of a model there.
     """
     from_fs, from_path = resolve(source)
     fs, path = resolve(uri)
@@ -112,10 +111,10 @@ def upload_folder(source: str | Path, uri: str) -> None:
 
 
 def local_folder(uri: str | Path) -> str:
-    """A local path of a folder: itself where it is local, else a copy made once per content on this node.
+    """A local path of a folder: the folder itself, or for a remote one a copy, made once per content on this node.
 
     Raises:
-        InputError: nothing is there, and it is not local.
+        InputError: a remote folder does not exist.
     """
     fs, path = resolve(uri)
     if is_local(fs):
@@ -131,10 +130,10 @@ def local_folder(uri: str | Path) -> str:
     if target.exists():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target.with_suffix(".lock")):
+    with _locked(target.with_suffix(".lock")):
         if not target.exists():  # another process of this node may have been first
             partial = target.with_suffix(".part")
-            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             for info in infos:
                 copy_file(fs, info.path, pafs.LocalFileSystem(), f"{partial}/{info.path[len(path) + 1 :]}")
             partial.rename(target)
@@ -142,30 +141,33 @@ def local_folder(uri: str | Path) -> str:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process of the node at a time; also a killed one lets go."""
+def _locked(lock: Path) -> Iterator[None]:
+    """Lets in one process of the node at a time. A process that is killed releases the lock, too."""
     with lock.open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
 def read_object(uri: str | Path, remedy: str) -> dict[str, Any] | None:
-    """A JSON object that was written by a run; None where there is no such file.
+    """Reads a JSON object that a run wrote; None if there is no such file.
+
+    Args:
+        remedy: what to do if it is damaged; the error says so.
 
     Raises:
-        InputError: something else is there.
+        InputError: it is not a JSON object with content.
     """
     fs, path = resolve(uri)
-    try:  # and not looked for first: an object store would be asked twice
+    try:  # without a check for existence first, which would be another request to an object store
         value = read_json(uri)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
         if is_local(fs) and os.path.isdir(path):
-            raise InputError(f"{uri}: is no file; {remedy}") from e
+            raise InputError(f"{uri}: is not a file; {remedy}") from e
         raise
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{uri}: is no JSON ({e}); {remedy}") from e
+        raise InputError(f"{uri}: is not valid JSON ({e}); {remedy}") from e
     if not isinstance(value, dict) or not value:
         raise InputError(f"{uri}: a JSON object with content is needed; {remedy}")
     return value

@@ -1,4 +1,4 @@
-"""Model folders: fetched to this node, checked for being whole, hashed."""
+"""Model folders: fetches them to this node, checks that they are whole, hashes them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cai_ray.storage.filesystems import resolve as resolve
 
 
 def local_model(uri: str) -> str:
-    """A model's folder on this node, or its id: a name that is no folder is one of the Hugging Face hub, which its
-    library resolves and caches.
+    """A model's folder on this node, or its id: a name that is not a folder is an id of the Hugging Face hub, whose
+    library resolves and caches it.
 
     Raises:
-        InputError: nothing is at a URI; a folder has no configuration, or no weights, or some that are not whole.
+        InputError: a URI does not exist; a folder has no configuration or no weights, or its weights are damaged.
     """
     if "://" not in uri and not exists(uri):
         return uri
@@ -35,7 +35,7 @@ def local_model(uri: str) -> str:
 
 
 def _check_model(uri: str, folder: str) -> None:
-    """Before an engine is started with it; of the weights only the headers are read."""
+    """Checks a model folder before an engine is started with it; only the headers of the weights are read."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     if "config.json" not in names:
         raise InputError(f"model {uri}: the folder has no config.json; give a Hugging Face model folder")
@@ -54,7 +54,7 @@ def _check_model(uri: str, folder: str) -> None:
                 pass
         except (SafetensorError, OSError) as e:
             raise InputError(
-                f"model {uri}: {name} is not whole ({e}); {again}, or `git lfs pull` where it is a pointer to the file"
+                f"model {uri}: {name} is not whole ({e}); {again}, or run `git lfs pull` if it is a pointer to the file"
             ) from e
 
 
@@ -72,5 +72,5 @@ def folder_sha(uri: str | Path) -> str:
 
 
 def model_sha(model: str) -> str:
-    """Content hash of a model folder; for an id of the hub, a hash of its name."""
+    """Content hash of a model folder; for a hub id, a hash of the id."""
     return folder_sha(model) if exists(model) else hashlib.sha256(model.encode()).hexdigest()[:16]

@@ -1,205 +1,299 @@
 """The records: rows of parquet datasets, with ids derived from what they are about.
 
-A derived id makes a row's identity independent of the order of processing: the same prompt, in whatever block
-or attempt, is the same row. `SCHEMAS` lists the columns.
+Each record is declared once, as a TypedDict: its keys are the columns, in the order of the file, and the Arrow schema
+is derived from their types (arrow.py). A column that a writer may leave out is `NotRequired`, and is null then.
+
+A derived id makes a row's identity independent of the order of processing: the same prompt, in whatever block or
+attempt, is the same row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import NotRequired, TypedDict
 
-import pyarrow as pa
 
-_text = pa.string()
-MESSAGES = pa.list_(pa.struct([("role", _text), ("content", _text)]))
-USAGE = pa.struct([(name, pa.int64()) for name in ("prompt", "cached", "generated", "calls")])
-STEP = pa.struct(
-    [
-        ("round", pa.int64()),
-        *(
-            (n, _text)
-            for n in ("principle_id", "critique_request", "critique", "revision_request", "revision", "key")
-        ),
-    ]
-)
-VOTE = pa.struct(
-    [
-        ("principle_id", _text),
-        ("logprob_a", pa.float64()),
-        ("logprob_b", pa.float64()),
-        ("logprob_a_swapped", pa.float64()),
-        ("logprob_b_swapped", pa.float64()),
-        ("p_a", pa.float64()),
-        ("reasoning", _text),
-        ("reasoning_swapped", _text),
-        ("score_a", pa.float64()),
-        ("score_b", pa.float64()),
-        ("abstained", _text),
-        ("key", _text),
-    ]
-)
+class Turn(TypedDict):
+    """One turn of a conversation."""
 
-PROMPT = [
-    ("id", _text),
-    ("messages", MESSAGES),
-    ("kind", _text),
-    ("family", _text),
-    ("split", _text),
-    ("source", _text),
-]
-COMPARISON = [
-    ("id", _text),
-    ("prompt_id", _text),
-    ("messages", MESSAGES),
-    ("response_a", _text),
-    ("response_b", _text),
-    ("truncated_a", pa.bool_()),
-    ("truncated_b", pa.bool_()),
-    ("model", _text),
-    ("temperature", pa.float64()),
-    ("source", _text),
-    ("kind", _text),
-    ("family", _text),
-    ("usage", USAGE),
-    ("error", _text),
-]
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
 
-SCHEMAS: dict[str, pa.Schema] = {
-    "prompts": pa.schema(PROMPT),
-    "revisions": pa.schema(
-        [
-            ("id", _text),
-            ("prompt_id", _text),
-            ("messages", MESSAGES),
-            ("kind", _text),
-            ("family", _text),
-            ("response", _text),
-            ("truncated", pa.bool_()),
-            ("steps", pa.list_(STEP)),
-            ("revision", _text),
-            ("key", _text),
-            ("model", _text),
-            ("constitution_sha", _text),
-            ("usage", USAGE),
-            ("error", _text),
-        ]
-    ),
-    "red_team": pa.schema(
-        [*PROMPT, ("examples", pa.list_(_text)), ("usage", USAGE), ("error", _text)],
-    ),
-    "sft": pa.schema(
-        [
-            ("id", _text),
-            ("messages", MESSAGES),
-            ("kind", _text),
-            ("truncated", pa.bool_()),
-            ("source_id", _text),
-        ]
-    ),
-    "comparisons": pa.schema(COMPARISON),
-    "labels": pa.schema(
-        [
-            *[c for c in COMPARISON if c[0] not in ("usage", "error")],
-            ("votes", pa.list_(VOTE)),
-            ("p_a", pa.float64()),
-            ("p_a_raw", pa.float64()),
-            ("slot_bias", pa.float64()),
-            ("feedback_model", _text),
-            ("constitution_sha", _text),
-            ("usage", USAGE),
-            ("error", _text),
-        ]
-    ),
-    "rollouts": pa.schema(
-        [
-            ("step", pa.int64()),
-            ("policy_version", pa.int64()),
-            ("id", _text),
-            ("messages", MESSAGES),
-            ("response", _text),
-            ("reward", pa.float64()),
-            ("kl_reference", pa.float64()),
-            ("length", pa.int64()),
-            ("truncated", pa.bool_()),
-        ]
-    ),
-    "examined": pa.schema(
-        [
-            ("id", _text),
-            ("principle_id", _text),
-            ("owner_id", _text),
-            ("side", _text),
-            ("violates", pa.bool_()),
-            ("prompt", _text),
-            ("response", _text),
-            ("at_stake", pa.bool_()),
-            ("p_at_stake", pa.float64()),
-            ("critique", _text),
-            ("revision", _text),
-            ("usage", USAGE),
-            ("error", _text),
-        ]
-    ),
-    "margins": pa.schema([("id", _text), ("reward_a", pa.float64()), ("reward_b", pa.float64())]),
-    "snapshots": pa.schema(
-        [
-            ("id", _text),
-            ("step", pa.int64()),
-            ("prompt_id", _text),
-            ("messages", MESSAGES),
-            ("kind", _text),
-            ("family", _text),
-            ("response", _text),
-            ("truncated", pa.bool_()),
-            ("reward", pa.float64()),
-            ("opinion", pa.float64()),
-        ]
-    ),
-    "judgements": pa.schema(
-        [
-            ("id", _text),
-            ("prompt_id", _text),
-            ("messages", MESSAGES),
-            ("kind", _text),
-            ("family", _text),
-            ("model", _text),
-            ("response", _text),
-            ("truncated", pa.bool_()),
-            ("harmful", pa.bool_()),
-            ("helpful", pa.bool_()),
-            ("refused", pa.bool_()),
-            ("evasive", pa.bool_()),
-            ("greedy", pa.bool_()),
-            ("malformed", pa.bool_()),
-            ("insult", pa.bool_()),
-            ("principle_named", _text),
-            ("reward", pa.float64()),
-            ("usage", USAGE),
-            ("error", _text),
-        ]
-    ),
-    "sets": pa.schema(
-        [
-            ("id", _text),
-            ("set", _text),
-            ("kind", _text),
-            ("model", _text),
-            ("prompt_id", _text),
-            ("messages", MESSAGES),
-            ("unsafe", pa.bool_()),
-            ("response", _text),
-            ("truncated", pa.bool_()),
-            ("refused", pa.bool_()),
-            ("options", pa.list_(_text)),
-            ("correct", pa.list_(pa.int64())),
-            ("scores", pa.list_(pa.float64())),
-            ("usage", USAGE),
-            ("error", _text),
-        ]
-    ),
-}
+
+class TokenUsage(TypedDict):
+    """What a row cost: tokens by kind, and calls of an engine."""
+
+    prompt: int
+    cached: int
+    """Prompt tokens that were in the engine's prefix cache."""
+    generated: int
+    calls: int
+
+
+class Step(TypedDict):
+    """One round of critique and revision."""
+
+    round: int
+    """From 1; the slot of a disabled principle leaves a gap."""
+    principle_id: str
+    critique_request: str | None
+    critique: str | None
+    """Both are null where the answer is revised without a critique (`revise.critique: false`)."""
+    revision_request: str
+    revision: str
+    key: str
+    """Hash of everything that the step depends on (generate/reuse.py)."""
+
+
+class Vote(TypedDict):
+    """One principle's preference between two responses.
+
+    `_a` and `_b` belong to response a and b, whatever slot they stood in; `_swapped` is what the model said when
+    response b came first.
+    """
+
+    principle_id: str
+    logprob_a: NotRequired[float | None]
+    logprob_b: NotRequired[float | None]
+    logprob_a_swapped: NotRequired[float | None]
+    logprob_b_swapped: NotRequired[float | None]
+    p_a: float | None
+    """Probability that response a is the better one; null where the principle abstained."""
+    reasoning: NotRequired[str | None]
+    reasoning_swapped: NotRequired[str | None]
+    score_a: NotRequired[float | None]
+    score_b: NotRequired[float | None]
+    """Expected scores, where responses are rated one by one (`label.mode: score`)."""
+    abstained: NotRequired[str | None]
+    """Why there is no preference."""
+    key: NotRequired[str | None]
+    """Hash of everything that the vote depends on (generate/reuse.py)."""
+
+
+class Prompt(TypedDict):
+    """A conversation that a model is to answer."""
+
+    id: str
+    messages: list[Turn]
+    kind: str
+    """`red_team` or `helpful`."""
+    family: str | None
+    """The kind of harm that it asks for, if that is known."""
+    split: str
+    """`train`, `dev` or `held`."""
+    source: str
+
+
+class RedTeamPrompt(TypedDict):
+    """A red-team prompt that a model wrote after examples."""
+
+    id: str
+    messages: NotRequired[list[Turn] | None]
+    kind: str
+    family: str | None
+    split: str
+    source: str
+    examples: list[str]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
+
+
+class Revision(TypedDict):
+    """A response and its revisions; for a helpfulness prompt, the response alone."""
+
+    id: str
+    prompt_id: str
+    messages: list[Turn]
+    kind: str
+    family: str | None
+    response: NotRequired[str | None]
+    truncated: NotRequired[bool | None]
+    """Whether the response ran into the length limit."""
+    steps: NotRequired[list[Step] | None]
+    revision: NotRequired[str | None]
+    """The last step's; the response itself where all slots were those of disabled principles."""
+    key: NotRequired[str | None]
+    """Hash of everything that the response depends on (generate/reuse.py)."""
+    model: NotRequired[str | None]
+    constitution_sha: NotRequired[str | None]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
+
+
+class SftRow(TypedDict):
+    """A dialogue that the SL-CAI policy is trained on."""
+
+    id: str
+    messages: list[Turn]
+    kind: str
+    """`revision` or `helpful`."""
+    truncated: bool
+    source_id: str
+    """Id of the revision."""
+
+
+class Pair(TypedDict):
+    """Two responses to one conversation."""
+
+    id: str
+    prompt_id: NotRequired[str | None]
+    messages: list[Turn]
+    response_a: str
+    response_b: str
+    truncated_a: NotRequired[bool | None]
+    truncated_b: NotRequired[bool | None]
+    model: NotRequired[str | None]
+    """The model that both come from."""
+    temperature: NotRequired[float | None]
+    source: NotRequired[str | None]
+    """`ai`, `human`, or where gold comparisons come from."""
+    kind: NotRequired[str | None]
+    family: NotRequired[str | None]
+
+
+class Comparison(Pair):
+    """Two samples of the SL-CAI policy."""
+
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
+
+
+class Label(Pair):
+    """Which of two responses the feedback model prefers."""
+
+    votes: NotRequired[list[Vote] | None]
+    p_a: NotRequired[float | None]
+    """Probability that response a is the better one, from all votes, clamped as `label.clamp` says."""
+    p_a_raw: NotRequired[float | None]
+    """The same before clamping."""
+    slot_bias: NotRequired[float | None]
+    """Share of votes whose preferred slot survived the swap."""
+    feedback_model: NotRequired[str | None]
+    constitution_sha: NotRequired[str | None]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
+
+
+class Preference(Label):
+    """Which of two policies' answers the feedback model prefers."""
+
+    model_a: str
+    model_b: str
+
+
+class RolloutRow(TypedDict):
+    """A response that PPO learned from."""
+
+    step: int
+    policy_version: int
+    id: str
+    messages: list[Turn]
+    response: str
+    reward: float
+    kl_reference: float
+    length: int
+    """Tokens of the response."""
+    truncated: bool
+
+
+class SnapshotRow(TypedDict):
+    """An answer of the policy while PPO runs."""
+
+    id: str
+    step: int
+    prompt_id: str
+    messages: list[Turn]
+    kind: str
+    family: str | None
+    response: str
+    truncated: bool
+    reward: float
+    opinion: float | None
+    """What the second opinion says of it."""
+
+
+class Margin(TypedDict):
+    """The reward model's scores of a labelled comparison."""
+
+    id: str
+    reward_a: float | None
+    reward_b: float | None
+
+
+class Examined(TypedDict):
+    """An example of a constitution under one principle."""
+
+    id: str
+    principle_id: str
+    owner_id: str
+    """The principle whose example it is."""
+    side: str
+    """`violates` or `follows`, by its owner."""
+    violates: bool
+    """Whether it violates the principle that it is examined under."""
+    prompt: str
+    response: str
+    at_stake: NotRequired[bool | None]
+    p_at_stake: NotRequired[float | None]
+    critique: NotRequired[str | None]
+    revision: NotRequired[str | None]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
+
+
+class Judgement(TypedDict):
+    """A policy's answer to a held-out prompt, and what is thought of it. What nobody judged is null."""
+
+    id: str
+    prompt_id: str
+    messages: list[Turn]
+    kind: str
+    family: str | None
+    model: str
+    """`base`, `sl`, `rl`, or `best_of_n`."""
+    response: NotRequired[str | None]
+    truncated: NotRequired[bool | None]
+    harmful: NotRequired[bool | None]
+    helpful: NotRequired[bool | None]
+    refused: NotRequired[bool | None]
+    evasive: NotRequired[bool | None]
+    """Whether a refusal gives no reason."""
+    greedy: NotRequired[bool | None]
+    """True of an answer at temperature 0; null otherwise."""
+    malformed: NotRequired[bool | None]
+    insult: NotRequired[bool | None]
+    principle_named: NotRequired[str | None]
+    """The principle that a refusal names."""
+    reward: NotRequired[float | None]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
+
+
+class SetAnswer(TypedDict):
+    """What a model makes of one row of a published set."""
+
+    id: str
+    set: str
+    kind: str
+    """`choices`, `refusals` or `comparisons`."""
+    model: str
+    """A policy; for comparisons, `reward_model`."""
+    prompt_id: str
+    messages: list[Turn]
+    unsafe: NotRequired[bool | None]
+    """Whether the request is one to decline (refusals)."""
+    response: NotRequired[str | None]
+    truncated: NotRequired[bool | None]
+    refused: NotRequired[bool | None]
+    options: NotRequired[list[str] | None]
+    correct: NotRequired[list[int] | None]
+    """Places of the right ones among the options (choices and comparisons)."""
+    scores: NotRequired[list[float] | None]
+    """Probability of each option (choices), or its reward (comparisons)."""
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
 
 
 def derive_id(*parts: object) -> str:
@@ -211,11 +305,3 @@ def derive_id(*parts: object) -> str:
 def derive_seed(*parts: object) -> int:
     """A sampling seed from the run's seed, the row's id and the step: the same text whoever processes it, whenever."""
     return int(derive_id(*parts)[:8], 16) & 0x7FFFFFFF
-
-
-def to_table(rows: list[dict[str, Any]], schema: str) -> pa.Table:
-    """Rows as an Arrow table of the named schema; columns a row lacks are null."""
-    fields = SCHEMAS[schema]
-    return pa.Table.from_pylist(
-        [{name: row.get(name) for name in fields.names} for row in rows], schema=fields
-    )

@@ -28,7 +28,7 @@ from cai_ray.storage.tables import iter_tables, read_tables, write_table
 
 
 class Run:
-    """A run directory and its resolved configuration. Plain data: it travels to Ray workers as it is."""
+    """A run directory and its resolved configuration. Plain data: it can be sent to Ray workers."""
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -45,12 +45,12 @@ class Run:
         return join(self.root, *parts)
 
     def feedback(self) -> Run:
-        """The run as its feedback model is asked: `label.engine`, where it is given, is the engine."""
+        """The run with the feedback model's engine: `label.engine` if it is set."""
         engine = self.config.label.engine
         return Run(self.config.model_copy(update={"engine": engine})) if engine else self
 
     def constitution(self) -> Constitution:
-        """The one that the run was made with: its own copy, wherever the original went."""
+        """The constitution that the run was made with: the run's own copy, whatever became of the original."""
         copy = self.path("constitution.yaml")
         if exists(copy):
             return constitutions.parse(yaml.safe_load(read_bytes(copy)), copy)
@@ -60,28 +60,28 @@ class Run:
         """The stage's manifest, or None while the stage is not complete.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the manifest is damaged.
         """
         folder = self.path(stage)
         return read_object(join(folder, "manifest.json"), f"delete {folder} and run the stage again")
 
     def facts(self, stage: str, name: str) -> dict[str, Any]:
-        """What a finished stage keeps beside its rows, such as `certificate.json`.
+        """A JSON file that a finished stage wrote beside its rows, such as `certificate.json`.
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: the file is missing or damaged.
         """
         uri, remedy = self.path(stage, name), f"make it again with {_again(stage)}"
-        found = read_object(uri, remedy)
-        if found is None:
+        facts = read_object(uri, remedy)
+        if facts is None:
             raise InputError(f"{uri}: is missing; {remedy}")
-        return found
+        return facts
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
-        """A stage's metrics.jsonl; nothing where there is none.
+        """The rows of a stage's metrics.jsonl; none if there is no such file.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the file is damaged.
         """
         uri, remedy = self.path(stage, "metrics.jsonl"), f"make it again with {_again(stage)}"
         try:
@@ -94,24 +94,22 @@ class Run:
             raise InputError(f"{uri}: an object is needed in each line; {remedy}")
         return rows
 
-    def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[dict[str, Any]]:
-        """A stage's rows, in the order of their ids."""
+    def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[Any]:
+        """A stage's rows, in the order of their ids: dicts of the record that the stage writes."""
         return read_tables(self.path(stage), columns, name).to_pylist()
 
-    def each_row(
-        self, stage: str, columns: list[str] | None = None, name: str = "part"
-    ) -> Iterator[dict[str, Any]]:
-        """A stage's rows one by one, in no order."""
+    def each_row(self, stage: str, columns: list[str] | None = None, name: str = "part") -> Iterator[Any]:
+        """A stage's rows one by one, in no particular order."""
         for table in iter_tables(self.path(stage), columns, name):
             yield from table.to_pylist()
 
     def rows_where(
         self, stage: str, column: str, values: Collection[str], name: str = "part"
-    ) -> Iterator[dict[str, Any]]:
-        """A stage's rows whose column has one of the values, in no order."""
-        wanted = pa.array(sorted(values), pa.string())
+    ) -> Iterator[Any]:
+        """A stage's rows whose column has one of the values, in no particular order."""
+        chosen = pa.array(sorted(values), pa.string())
         for table in iter_tables(self.path(stage), None, name):
-            yield from table.filter(pc.is_in(table[column], wanted)).to_pylist()
+            yield from table.filter(pc.is_in(table[column], chosen)).to_pylist()
 
     def write_rows(self, stage: str, table: pa.Table, part: int = 0) -> None:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
@@ -131,11 +129,11 @@ class Run:
         return uri
 
     def model(self, which: str) -> str:
-        """`locate`, on this node: where it is remote, a copy of it."""
+        """The model's folder on this node (a copy if it is remote), or its id; see `locate`."""
         return local_model(self.locate(which)) if self.config.engine.kind != "openai" else self.locate(which)
 
     def check_model(self, which: str) -> None:
-        """Raises what `model` does, of a model that is here: none is fetched for it."""
+        """Raises what `model` raises, for a model that is on this node; fetches nothing."""
         if self.config.engine.kind != "openai" and is_local(resolve(self.locate(which))[0]):
             self.model(which)
 
@@ -153,10 +151,10 @@ def open_run(uri: str) -> Run:
     """The run in a directory, as `run.json` describes it.
 
     Raises:
-        InputError: the directory is no run, or its run.json is damaged.
+        InputError: the directory is not a run, or its run.json is damaged.
     """
     give = "give the directory that `cai-ray run` wrote"
-    if not uri.strip():  # else it would be the root of the file system
+    if not uri.strip():  # it would be the root of the file system
         raise InputError(f"the run directory is empty; {give}")
     path = join(uri, "run.json")
     remedy = f"delete it and run `cai-ray run CONFIG --out {uri}` again, which keeps what is done"

@@ -22,8 +22,9 @@ from cai_ray.storage.filesystems import resolve as resolve
 
 
 def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = None) -> None:
+    """Writes a Parquet file, whole or not at all."""
     sink = pa.BufferOutputStream()
-    # Without checksums most flipped bits are read as other data.
+    # Without checksums, most flipped bits would be read as other data.
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows, write_page_checksum=True)
     write_bytes(uri, sink.getvalue().to_pybytes())
 
@@ -41,33 +42,33 @@ def read_tables(uri: str | Path, columns: list[str] | None = None, name: str = "
 def iter_tables(
     uri: str | Path, columns: list[str] | None = None, name: str = "part", rows: int = 4096
 ) -> Iterator[pa.Table]:
-    """All `name`-*.parquet of a folder, some rows at a time: what a run has may be larger than memory."""
+    """All `name`-*.parquet of a folder, some rows at a time: they may be larger than memory."""
     fs, _ = resolve(uri)
     for file in list_rows(uri, name):
-        with _mendable(file):
+        with _damage_named(file):
             yield from iter_parquet(fs, file, rows, columns)
 
 
 def read_rows(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
-    """A file of rows that a run wrote.
+    """Reads a file of rows that a run wrote.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
-    with _mendable(path):
+    with _damage_named(path):
         return read_parquet(fs, path, columns)
 
 
 @contextmanager
-def _mendable(path: str) -> Iterator[None]:
-    """What a stage wrote it writes again: all of it once it is done, until then what its journal lacks."""
+def _damage_named(path: str) -> Iterator[None]:
+    """Turns damage of a file into an error that says how to mend it: delete it, and the stage writes it again."""
     try:
         yield
     except (OSError, pa.ArrowInvalid) as e:
-        if (told := damage(e)) is None:
+        if (fault := damage(e)) is None:
             raise
         raise InputError(
-            f"{path}: is damaged ({told}); delete it, and its stage's manifest.json if there is one, and run the "
+            f"{path}: is damaged ({fault}); delete it, and its stage's manifest.json if there is one, and run the "
             "stage again"
         ) from e
 
@@ -83,7 +84,7 @@ def has_rows(uri: str | Path, name: str = "part") -> bool:
 
 
 def delete_rows(uri: str | Path, name: str = "part") -> None:
-    """Removes `name`-*.parquet from a folder."""
+    """Deletes `name`-*.parquet from a folder."""
     fs, _ = resolve(uri)
     for path in list_rows(uri, name):
         fs.delete_file(path)

@@ -12,10 +12,11 @@ from typing import Any
 
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.constitution.lint import Finding
-from cai_ray.generate.label import Label
+from cai_ray.generate.label import LabelChain, LabelTask
 from cai_ray.generate.rows import map_rows
 from cai_ray.prompts.load import load_templates
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.arrow import select
+from cai_ray.storage.records import Label, derive_id
 from cai_ray.storage.run import Run
 
 PAIRS = 2000
@@ -37,15 +38,15 @@ TRUE = Principle(
 def contradictions(run: Run, document: Constitution) -> list[Finding]:
     """Pairs of enabled principles that contradict each other according to the feedback model, the surest first."""
     questions = {row["id"]: row for row in pairs(document)}
-    rows = [{k: v for k, v in row.items() if k != "principles"} for row in questions.values()]
+    rows = [select(row, LabelTask) for row in questions.values()]
     if not questions:
         return []
     config = run.config
     config_label = config.label.model_copy(update={"principles": "all"})
     judge = document.model_copy(update={"principles": (TRUE,)})
-    chain = Label(judge, load_templates(config.templates), config_label, config.seed)
+    chain = LabelChain(judge, load_templates(config.templates), config_label, config.seed)
     model = config.label.model
-    map_rows(run.feedback(), "contradictions", rows, chain, model=model, schema="labels")
+    map_rows(run.feedback(), "contradictions", rows, chain, takes=LabelTask, gives=Label, model=model)
     likely = [row for row in run.rows("contradictions") if row["error"] is None and row["p_a_raw"] > LIKELY]
     return [
         Finding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from cai_ray.constitution import Constitution
 from cai_ray.engine.protocol import Engine
@@ -12,10 +12,21 @@ from cai_ray.errors import InputError
 from cai_ray.generate.examine import Examine, make_examine
 from cai_ray.generate.rows import map_rows
 from cai_ray.judging.statistics import rate
-from cai_ray.prompts.messages import Message
 from cai_ray.storage.models import model_sha
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Examined, Turn, derive_id
 from cai_ray.storage.run import Run
+
+
+class ExampleTask(TypedDict):
+    """An example and the principle that it is examined under."""
+
+    id: str
+    principle_id: str
+    owner_id: str
+    side: str
+    violates: bool
+    prompt: str
+    response: str
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,11 @@ class ByPrinciple:
     document: Constitution
     max_tokens: int
 
-    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+    async def __call__(self, engine: Engine, row: ExampleTask) -> Examined:
         principle = self.document[row["principle_id"]]
-        conversation: list[Message] = [{"role": "user", "content": row["prompt"]}]
-        return row | await self.examine(engine, conversation, row["response"], principle, self.max_tokens)
+        conversation: list[Turn] = [{"role": "user", "content": row["prompt"]}]
+        examination = await self.examine(engine, conversation, row["response"], principle, self.max_tokens)
+        return {**row, **examination}
 
 
 def run(run: Run, document: Constitution) -> dict[str, Any]:
@@ -62,19 +74,26 @@ def run(run: Run, document: Constitution) -> dict[str, Any]:
     )
     chain = ByPrinciple(examine, document, config.revise.max_tokens)
     map_rows(
-        run.feedback(), "examples", questions, chain, model=config.label.model, schema="examined", name=name
+        run.feedback(),
+        "examples",
+        questions,
+        chain,
+        takes=ExampleTask,
+        gives=Examined,
+        model=config.label.model,
+        name=name,
     )
     return summary(run.rows("examples", name=name), document)
 
 
-def rows(document: Constitution) -> list[dict[str, Any]]:
+def rows(document: Constitution) -> list[ExampleTask]:
     """A row for each principle and each example of any principle. The same text counts once for each principle."""
-    by_id: dict[str, dict[str, Any]] = {}
+    by_id: dict[str, ExampleTask] = {}
     for principle in document.enabled:
         for owner in document.enabled:
             for side in ("violates", "follows"):
                 for example in getattr(owner.examples, side):
-                    row = {
+                    row: ExampleTask = {
                         "id": derive_id(principle.id, example.prompt, example.response),
                         "principle_id": principle.id,
                         "owner_id": owner.id,

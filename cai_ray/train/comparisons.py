@@ -47,7 +47,7 @@ class ComparisonData:
     held_out: list[int]
     pad_id: int
     counts: dict[str, Any]
-    """For the manifest."""
+    """Counts that the manifest keeps."""
 
     def shared(self) -> dict[str, Any]:
         """What `fit` gives to every rank; `load_pairs` reads it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts.messages import Message
+from cai_ray.prompts.messages import Message, Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.records import derive_seed
@@ -71,7 +71,7 @@ def pack(examples: Iterable[Example]) -> Dialogues:
 def render(
     renderer: Renderer,
     templates: TemplateSet,
-    conversation: Sequence[Message],
+    conversation: Messages,
     response: str,
     limit: int,
     truncated: bool = False,

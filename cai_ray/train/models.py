@@ -101,7 +101,7 @@ def base_model(model: nn.Module) -> Any:
 
 
 def scales_logits(config: Any) -> bool:
-    """Whether the model changes the logits after its head (Gemma caps them, Cohere and Granite scale them)."""
+    """Says whether the model changes the logits after its head (Gemma caps them, Cohere and Granite scale them)."""
     return any("logit" in name and value for name, value in config.to_dict().items())
 
 

@@ -20,8 +20,9 @@ from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.models import folder_sha, model_sha
-from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.records import SftRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, pad, rank_micro_batches
 from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
@@ -62,7 +63,7 @@ def run(run: Run) -> dict[str, Any]:
         raise InputError(f"sft: no row fits the context of {source} ({limit} tokens)")
     data = pack(example for _, example in fitting)
     check_fits("sft", max(data.lengths), cfg.micro_batch_tokens)
-    run.write_rows("sft", to_table([record for record, _ in fitting], "sft"))
+    run.write_rows("sft", to_table([record for record, _ in fitting], SftRow))
 
     extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
     extra["inputs"] = data.sha

@@ -18,7 +18,7 @@ import pytest
 
 from cai_ray.generate import revise
 from cai_ray.storage.run import Run, open_run
-from tests.e2e.command import ROOT, SMALL, Driver, environment, settings, succeed
+from tests.e2e.command import ROOT, SMALL, Driver, cai_ray, environment, refused, settings, succeed
 
 # Short steps with a checkpoint after each step, so that a kill lands between two of them.
 SETTINGS = {**SMALL, "sft.batch_size": 16, "sft.checkpoint_every": 1}
@@ -57,13 +57,24 @@ def test_killed_while_generating_and_while_training(tmp_path: Path, drivers: lis
     assert second.leftovers() == []
     kept = _checkpoint(out)
 
-    said = succeed("run", "errand-town", "--until", "sft", "--out", out, *settings(SETTINGS)).stderr
+    # Another result, or another layout of the checkpoints, is one line, and nothing of them is lost.
+    saved = sorted(path for path in (out / "sft").rglob("*"))
+    for key, value in (("sft.learning_rate", 0.5), ("sft.zero_stage", 1)):
+        changed = settings({**SETTINGS, key: value})
+        line = refused(cai_ray("run", "errand-town", "--until", "sft", "--out", out, *changed))
+        assert f"{key}: " in line and f" → {value}" in line and "--overwrite" in line
+    assert sorted(path for path in (out / "sft").rglob("*")) == saved
+
+    # How the stage runs may change: it goes on all the same.
+    otherwise = {"sft.gradient_checkpointing": True, "engine.timeout_s": 99, "sinks": "[]"}
+    words = settings({**SETTINGS, **otherwise})
+    said = succeed("run", "errand-town", "--until", "sft", "--out", out, *words).stderr
     assert "revise: done before" in said
     assert (out / "revise" / "manifest.json").read_text() == made  # not made again
     run = open_run(str(out))
     _each_id_once(run, "revise")
     _each_id_once(run, "sft")
-    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.rows(run)}
+    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.tasks(run)}
     steps = [json.loads(line) for line in (out / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == list(range(1, run.manifest("sft")["steps"] + 1))  # each once
     # Training went on from the checkpoint, or one after it: the steps before it were not made again.

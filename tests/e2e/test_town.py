@@ -140,8 +140,8 @@ def test_item_09_no_row_is_lost(run: Run) -> None:
         if stage != "evaluate":  # which leaves failed answers out of what it judges
             assert manifest["rows_in"] == manifest["rows_out"], stage
         assert manifest["errors"] == sum(r["error"] is not None for r in run.rows(stage)), stage
-    assert run.manifest("revise")["rows_in"] == len(revise.rows(run))
-    assert run.manifest("compare")["rows_in"] == len(compare.rows(run)) == SMALL["compare.limit"]
+    assert run.manifest("revise")["rows_in"] == len(revise.tasks(run))
+    assert run.manifest("compare")["rows_in"] == len(compare.tasks(run)) == SMALL["compare.limit"]
     kept = [r["id"] for r in run.rows("compare") if r["error"] is None]
     assert [r["id"] for r in run.rows("label")] == kept
     assert len(run.rows("label", name="gold")) == SMALL["label.gold_limit"]
@@ -152,8 +152,8 @@ def test_item_37_each_id_once_and_derived(run: Run) -> None:
     for stage in GENERATED:
         ids = [r["id"] for r in run.rows(stage)]
         assert len(set(ids)) == len(ids), stage
-    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.rows(run)}
-    assert {r["id"] for r in run.rows("compare")} == {r["id"] for r in compare.rows(run)}
+    assert {r["id"] for r in run.rows("revise")} == {r["id"] for r in revise.tasks(run)}
+    assert {r["id"] for r in run.rows("compare")} == {r["id"] for r in compare.tasks(run)}
     rollouts = [(r["step"], r["id"]) for r in run.rows("ppo")]
     assert len(set(rollouts)) == len(rollouts) > 0
 

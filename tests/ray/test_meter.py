@@ -23,7 +23,7 @@ from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import OverBudget
 from cai_ray.generate.rows import map_rows
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Judgement, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train import sft
 from tests.ray import training
@@ -64,7 +64,7 @@ def test_a_budget_ends_generation_with_every_row_that_was_begun(tmp_path: Path) 
         config = town_config(out=str(tmp_path / "run"), engine=engine, prices=ENDPOINT, budget=budget)
         run = Run(config)
         with Meter(run, "revise", "inputs"):
-            return map_rows(run, "revise", iter(rows), chain, model="base", schema="judgements")
+            return map_rows(run, "revise", iter(rows), chain, takes=Judgement, gives=Judgement, model="base")
 
     with pytest.raises(OverBudget, match="the budget is spent"):
         walk(money=QUICK // 2 * EACH)

@@ -14,8 +14,9 @@ import pytest
 from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.rows import Rows, map_rows, map_sets
-from cai_ray.storage.records import derive_id
+from cai_ray.generate.chain import Rows
+from cai_ray.generate.rows import map_rows, map_sets
+from cai_ray.storage.records import Judgement, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.town import BASE
 from tests.ray.engines import town_config
@@ -69,7 +70,7 @@ def scripted(out: Path) -> Run:
 
 def test_item_09_every_row_comes_out_whole_or_with_its_error(ray_cluster: None, tmp_path: Path) -> None:
     run, given = scripted(tmp_path), rows(refused=7)
-    said = map_rows(run, "revise", given, Refusing(), model="base", schema="judgements")
+    said = map_rows(run, "revise", given, Refusing(), takes=Judgement, gives=Judgement, model="base")
     out = run.rows("revise")
     assert Counter(r["id"] for r in out) == Counter(r["id"] for r in given)
     errors = {r["id"]: r["error"] for r in out if r["error"] is not None}
@@ -83,7 +84,13 @@ def test_too_many_errors_end_the_stage(ray_cluster: None, tmp_path: Path) -> Non
         InputError, match=r"of 301 failed, more than max_error_rate=0.05; most often: refused \("
     ):
         map_rows(
-            scripted(tmp_path), "revise", rows(refused=20), Refusing(), model="base", schema="judgements"
+            scripted(tmp_path),
+            "revise",
+            rows(refused=20),
+            Refusing(),
+            takes=Judgement,
+            gives=Judgement,
+            model="base",
         )
 
 
@@ -94,7 +101,7 @@ def test_item_37_what_was_finished_is_kept(ray_cluster: None, tmp_path: Path, wa
     given[150]["family"] = "marked"
 
     def walk() -> dict[str, Any]:
-        return map_rows(run, "revise", iter(given), chain, model="base", schema="judgements")
+        return map_rows(run, "revise", iter(given), chain, takes=Judgement, gives=Judgement, model="base")
 
     if way == "failed":
         with pytest.raises(Exception, match="a fault in the code"):
@@ -121,7 +128,7 @@ def test_sets_of_rows_with_models_of_their_own(ray_cluster: None, tmp_path: Path
     """By the same actor, one set after the other, each with an engine of its own model; errors are counted by set."""
     run, given = scripted(tmp_path), rows(refused=0)
     sets = {"one": Rows(given[:200], "base"), "none": Rows([], "base"), "two": Rows(iter(given), str(BASE))}
-    said = map_sets(run, "evaluate", sets, Noting(), schema="judgements")
+    said = map_sets(run, "evaluate", sets, Noting(), takes=Judgement, gives=Judgement)
     found = {name: run.rows("evaluate", name=name) for name in sets}
     assert {name: m["rows_out"] for name, m in said.items()} == {"one": 200, "none": 0, "two": ROWS}
     assert {name: m["engine"]["model"] for name, m in said.items()} == {n: s.model for n, s in sets.items()}
@@ -136,7 +143,7 @@ def test_each_set_may_fail_by_itself_alone(ray_cluster: None, tmp_path: Path) ->
     given = rows(refused=7)
     sets = {"few": Rows(given[:7], "base"), "part": Rows(given[7:], "base")}
     with pytest.raises(InputError, match=r"7 of 7 rows failed.*refused"):
-        map_sets(scripted(tmp_path), "revise", sets, Refusing(), schema="judgements")
+        map_sets(scripted(tmp_path), "revise", sets, Refusing(), takes=Judgement, gives=Judgement)
 
 
 class Refused:
@@ -148,4 +155,6 @@ class Refused:
 
 def test_an_input_error_of_the_engine_ends_the_stage_as_one(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^the key in K is refused; export a valid one$"):
-        map_rows(scripted(tmp_path), "revise", rows(0), Refused(), model="base", schema="judgements")
+        map_rows(
+            scripted(tmp_path), "revise", rows(0), Refused(), takes=Judgement, gives=Judgement, model="base"
+        )

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from cai_ray.config.run import RunConfig
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label, Revision
 from cai_ray.storage.run import Run
 from cai_ray.train.dialogues import Dialogues, pack, render
 from tests import tiny
@@ -75,7 +76,7 @@ def labels(count: int = 24) -> list[dict[str, Any]]:
 
 
 def write(run: Run, stage: Literal["revise", "label"], rows: list[dict[str, Any]]) -> None:
-    run.write_rows(stage, to_table(rows, {"revise": "revisions", "label": "labels"}[stage]))
+    run.write_rows(stage, to_table(rows, {"revise": Revision, "label": Label}[stage]))
     files.write_json(run.path(stage, "manifest.json"), {"id": f"made-by-the-test-{len(rows)}"})
 
 

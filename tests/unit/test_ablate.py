@@ -9,7 +9,8 @@ from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows
 from cai_ray.studies import ablate
@@ -33,7 +34,7 @@ def judged(base: dict[str, list[int]], final: dict[str, list[int]]) -> list[dict
 
 def made(out: Path, rows: list[dict[str, Any]], calls: int = 10) -> Run:
     run = Run(load_config("errand-town", out=str(out)))
-    run.write_rows("evaluate", to_table(rows, "judgements"))
+    run.write_rows("evaluate", to_table(rows, Judgement))
     for stage in ("revise", "label"):
         files.write_json(run.path(stage, "manifest.json"), {"calls": calls})
     return run
@@ -77,7 +78,7 @@ def test_a_run_without_a_principle_lies_in_the_run_and_borrows_its_rows(
         if config.without:
             assert has_rows(files.join(config.out, "label", "before"))
         done = made(Path(config.out), judged({"privacy": [1]}, {"privacy": [0]}))
-        done.write_rows("label", to_table([], "labels"))
+        done.write_rows("label", to_table([], Label))
         return done
 
     monkeypatch.setattr(ablate, "_run", run)
@@ -104,5 +105,5 @@ def test_where_nobody_judges_harm_declining_is_the_behaviour(
     monkeypatch.setattr(ablate, "load_templates", lambda _: bare)
     config = load_config("errand-town", out=str(tmp_path / "run"))
     judge = config.evaluate.model_copy(update={"judge": "model"})
-    with pytest.raises(InputError, match="no `refusals` say what declines"):
+    with pytest.raises(InputError, match="has no `refusals`, which recognise answers that decline"):
         ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)

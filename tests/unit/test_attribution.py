@@ -13,10 +13,13 @@ from cai_ray.config.load import load_config
 from cai_ray.config.sources import Comparisons
 from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
-from cai_ray.evaluate.attribution import Votes, attribution, reconstruct
+from cai_ray.evaluate.attribution import attribution
+from cai_ray.evaluate.reconstruction import reconstruct
+from cai_ray.evaluate.vote_counts import VoteCounts
 from cai_ray.judging.votes import combine
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Margin, Revision
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from cai_ray.studies import contested
@@ -43,7 +46,7 @@ def label(number: int, votes: list[dict[str, Any]], p: float, **fields: Any) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
-    return to_table(rows, "labels")
+    return to_table(rows, Label)
 
 
 def random_labels(how: str, n: int = 300) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -66,7 +69,7 @@ def random_labels(how: str, n: int = 300) -> tuple[list[dict[str, Any]], dict[st
 @pytest.mark.parametrize("how", ["mean", "log_odds"])
 def test_counts_of_votes_are_those_of_a_naive_count(how: str) -> None:
     rows, weights = random_labels(how)
-    made = Votes(list(weights), list(weights.values()), how)
+    made = VoteCounts(list(weights), list(weights.values()), how)
     for start in range(0, len(rows), 64):
         made.add(table(rows[start : start + 64]), {})
     found, names = made.counts(), list(weights)
@@ -102,7 +105,7 @@ def test_counts_of_votes_are_those_of_a_naive_count(how: str) -> None:
 
 
 def test_a_margin_is_the_rewards_on_the_labels_side_where_a_vote_decided() -> None:
-    made = Votes(["one", "two"], [1.0, 1.0], "mean")
+    made = VoteCounts(["one", "two"], [1.0, 1.0], "mean")
     rows = [
         label(1, [vote("one", 0.9), vote("two", 0.45)], 0.675),  # one decided, for a
         label(2, [vote("one", 0.1), vote("two", 0.5)], 0.3),  # one decided, for b
@@ -146,7 +149,7 @@ def run(tmp_path: Path) -> Run:
         revised(4, kind="helpful", family="neutral"),
         revised(5, ("privacy", "no"), error="failed"),
     ]
-    run.write_rows("revise", to_table(rows, "revisions"))
+    run.write_rows("revise", to_table(rows, Revision))
     labels = [label(1, [vote("privacy", 0.9), vote("safety", 0.5)], 0.7), label(2, [], 0.5, error="failed")]
     run.write_rows("label", table(labels))
     judged = [
@@ -154,9 +157,9 @@ def run(tmp_path: Path) -> Run:
         for m, names in (("sl", ["privacy", None]), ("rl", ["privacy", "privacy"]))
         for i, named in enumerate(names)
     ]
-    run.write_rows("evaluate", to_table(judged, "judgements"))
+    run.write_rows("evaluate", to_table(judged, Judgement))
     margins = [{"id": "c0001", "reward_a": 1.5, "reward_b": 0.5}]
-    write_table(run.path("evaluate", "margins-00000.parquet"), to_table(margins, "margins"))
+    write_table(run.path("evaluate", "margins-00000.parquet"), to_table(margins, Margin))
     return run
 
 
@@ -230,5 +233,5 @@ def test_contested_rows_go_out_and_come_back_as_human_comparisons(tmp_path: Path
     assert [(h["response_a"], h["response_b"]) for h in human] == [("b7", "a7"), ("a5", "b5")]
     written[0]["preferred"] = "both"
     path.write_text("".join(json.dumps(row) + "\n" for row in written))
-    with pytest.raises(InputError, match="row 1: preferred 'both' is none of a, b"):
+    with pytest.raises(InputError, match="row 1: preferred 'both' is not a or b"):
         read_comparisons(Comparisons(path=str(path)))

@@ -15,29 +15,31 @@ from cai_ray.config.load import load_config
 from cai_ray.errors import EXIT_STOPPED, InputError, Stopped
 from cai_ray.generate import label
 from cai_ray.judging import certificate
-from cai_ray.judging.certificate import Labelled, Vote
-from cai_ray.judging.statistics import reliability
+from cai_ray.judging.calibration import measure_calibration, reliability
+from cai_ray.judging.certificate import LabelFacts, VoteFacts
+from cai_ray.judging.gates import failed_gates
 from cai_ray.stages import STAGES, Stage
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label
 from cai_ray.storage.run import Run
 
 PRINCIPLES = ("honesty", "privacy", "safety")
 
 
-def drawn(n: int, seed: int = 0) -> dict[str, Labelled | None]:
+def drawn(n: int, seed: int = 0) -> dict[str, LabelFacts | None]:
     rng = random.Random(seed)
-    found: dict[str, Labelled | None] = {}
+    found: dict[str, LabelFacts | None] = {}
     for i in range(n):
         votes = tuple(
-            Vote(p, None, None) if rng.random() < 0.1 else Vote(p, rng.random(), rng.random() < 0.3)
+            VoteFacts(p, None, None) if rng.random() < 0.1 else VoteFacts(p, rng.random(), rng.random() < 0.3)
             for p in PRINCIPLES
         )
-        found[f"c{i:03d}"] = Labelled(rng.random(), rng.randint(-5, 5), votes)
+        found[f"c{i:03d}"] = LabelFacts(rng.random(), rng.randint(-5, 5), votes)
     return found
 
 
-def gold_of(labels: dict[str, Labelled | None], seed: int = 1) -> list[dict[str, Any]]:
+def gold_of(labels: dict[str, LabelFacts | None], seed: int = 1) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
         {
@@ -51,7 +53,12 @@ def gold_of(labels: dict[str, Labelled | None], seed: int = 1) -> list[dict[str,
 
 
 def test_item_05_slot_bias_is_over_the_votes_that_were_swapped() -> None:
-    votes = [Vote("a", 0.9, False), Vote("a", 0.5, True), Vote("b", 0.6, None), Vote("b", None, None)]
+    votes = [
+        VoteFacts("a", 0.9, False),
+        VoteFacts("a", 0.5, True),
+        VoteFacts("b", 0.6, None),
+        VoteFacts("b", None, None),
+    ]
     assert certificate.slot_bias(votes) == 0.5
     assert certificate.slot_bias([]) is None
     assert certificate.by_principle(votes)["a"]["slot_bias"] == 0.5
@@ -62,9 +69,9 @@ def test_item_05_slot_bias_is_over_the_votes_that_were_swapped() -> None:
 
 def test_item_05_slot_bias_is_over_decisive_votes_where_gold_is_given() -> None:
     """A principle that has no preference on a pair may lean to a slot: on decided pairs it must not."""
-    votes = (Vote("privacy", 0.9, False), Vote("safety", 0.5, True))
+    votes = (VoteFacts("privacy", 0.9, False), VoteFacts("safety", 0.5, True))
     row = {"id": "x", "source": "s", "gold": 1.0, "gold_by_principle": {"privacy": 1.0, "safety": 0.5}}
-    label_ = {"x": Labelled(0.9, 3, votes)}
+    label_ = {"x": LabelFacts(0.9, 3, votes)}
     assert certificate.certificate(label_)["slot_bias"] == 0.5
     assert certificate.against_gold([row], label_)["slot_bias"] == 0.0
     assert certificate.against_gold([{**row, "gold_by_principle": None}], label_)["slot_bias"] == 0.5
@@ -90,10 +97,10 @@ def test_agreement_is_over_comparisons_on_which_both_prefer_one() -> None:
 
 
 def test_length_bias_of_a_labeller_that_likes_length() -> None:
-    longer = [Labelled(0.5 + n / 20, n, ()) for n in (-8, -4, 2, 6)]
+    longer = [LabelFacts(0.5 + n / 20, n, ()) for n in (-8, -4, 2, 6)]
     found = certificate.length_bias(longer)
     assert found == {"longer_preferred": 1.0, "correlation": pytest.approx(1.0), "n": 4}
-    tie, same_length = Labelled(0.52, 9, ()), Labelled(0.9, 0, ())
+    tie, same_length = LabelFacts(0.52, 9, ()), LabelFacts(0.9, 0, ())
     assert certificate.length_bias([tie, same_length]) == {
         "longer_preferred": None, "correlation": None, "n": 0,
     }  # fmt: skip
@@ -110,7 +117,7 @@ def test_length_bias_of_a_labeller_that_likes_length() -> None:
 def test_quality_against_a_plain_loop() -> None:
     rng = random.Random(3)
     pairs = [(rng.random(), rng.random() < 0.6) for _ in range(300)]
-    found = certificate.quality(pairs, scale=2.0)
+    found = measure_calibration(pairs, scale=2.0)
     assert found["n"] == 300
     assert found["accuracy"] == pytest.approx(sum((p > 0.5) == y for p, y in pairs) / 300)
     squared = [p * p / (p * p + (1 - p) * (1 - p)) for p, _ in pairs]  # log-odds doubled
@@ -127,16 +134,16 @@ def test_quality_against_a_plain_loop() -> None:
                 assert (row["probability"], row["share"]) == pytest.approx((confidence, right))
                 ece += len(cell) / 300 * abs(confidence - right)
         assert found[name]["ece"] == pytest.approx(ece)
-    assert certificate.quality([]) == {"n": 0, "accuracy": None, "raw": None, "scaled": None}
+    assert measure_calibration([]) == {"n": 0, "accuracy": None, "raw": None, "scaled": None}
 
 
 def test_item_01_the_order_of_the_responses_does_not_matter_to_the_quality() -> None:
     """Ties included: what is exactly one half is half right, whichever response is the better one."""
     pairs = [(0.5, True), (0.5, False), (0.5, False), (0.8, True), (0.3, True)]
     swapped = [(1 - p, not y) for p, y in pairs]
-    assert certificate.quality(pairs)["accuracy"] == certificate.quality(swapped)["accuracy"] == 2.5 / 5
-    assert certificate.quality(pairs)["raw"]["ece"] == pytest.approx(
-        certificate.quality(swapped)["raw"]["ece"]
+    assert measure_calibration(pairs)["accuracy"] == measure_calibration(swapped)["accuracy"] == 2.5 / 5
+    assert measure_calibration(pairs)["raw"]["ece"] == pytest.approx(
+        measure_calibration(swapped)["raw"]["ece"]
     )
     assert reliability([0.5], [False])[0]["share"] == 0.5
 
@@ -179,7 +186,7 @@ def test_ties_errors_and_equal_responses_are_counted_apart() -> None:
         row("3", 0.5, []),
         row("4", None, [], error="too long"),
     ]
-    found = certificate.certificate(certificate.read(to_table(rows, "labels")))
+    found = certificate.certificate(certificate.read(to_table(rows, Label)))
     keys = ("labels", "equal_responses", "errors", "votes", "slot_bias", "ties", "gold")
     assert [found[k] for k in keys] == [2, 1, 1, 3, 0.0, 0.5, None]
     assert found["abstentions"] == pytest.approx(1 / 3)
@@ -191,15 +198,15 @@ def test_ties_errors_and_equal_responses_are_counted_apart() -> None:
 def test_gates_say_which_and_by_how_much() -> None:
     raw = {"ece": 0.12, "brier": 0.2, "reliability": []}
     proof = {"slot_bias": 0.3, "gold": {"overall": {"accuracy": 0.8, "raw": raw, "scaled": {"ece": 0.0}}}}
-    assert certificate.failed(proof, LabelGates()) == []
-    assert certificate.failed(proof, LabelGates(max_slot_bias=0.3, max_ece=0.12, min_accuracy=0.8)) == []
-    assert certificate.failed(proof, LabelGates(max_slot_bias=0.25, max_ece=0.1, min_accuracy=0.9)) == [
+    assert failed_gates(proof, LabelGates()) == []
+    assert failed_gates(proof, LabelGates(max_slot_bias=0.3, max_ece=0.12, min_accuracy=0.8)) == []
+    assert failed_gates(proof, LabelGates(max_slot_bias=0.25, max_ece=0.1, min_accuracy=0.9)) == [
         "label.gates.max_slot_bias=0.25: slot bias is 0.3, 0.05 above",
         "label.gates.max_ece=0.1: ece is 0.12, 0.02 above",
         "label.gates.min_accuracy=0.9: accuracy is 0.8, 0.1 below",
     ]
     nothing = {"slot_bias": None, "gold": None}
-    assert certificate.failed(nothing, LabelGates(max_slot_bias=1.0)) == [
+    assert failed_gates(nothing, LabelGates(max_slot_bias=1.0)) == [
         "label.gates.max_slot_bias=1: nothing was measured"
     ]
 
@@ -222,8 +229,8 @@ def test_item_38_a_gate_on_what_is_not_measured_is_said_at_once(overrides: list[
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"gold": "a"}, "row 1: gold 'a' is no number"),
-        ({"gold": 2}, "row 1: gold '2' is no number"),
+        ({"gold": "a"}, "row 1: gold 'a' is not a number"),
+        ({"gold": 2}, "row 1: gold '2' is not a number"),
         ({"gold": None}, "row 1 lacks gold"),
         ({"gold": 0.5}, "no row prefers one"),
         ({"gold_by_principle": 3}, "maps ids of principles"),
@@ -254,7 +261,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def run(run: Run, name: str = name) -> dict[str, Any]:
             made.append(name)
             if name == "label":
-                proof = certificate.certificate({"c": Labelled(0.9, 1, (Vote("x", 0.9, True),))})
+                proof = certificate.certificate({"c": LabelFacts(0.9, 1, (VoteFacts("x", 0.9, True),))})
                 files.write_json(run.path("label", "certificate.json"), proof)
             return {"rows_out": 1}
 

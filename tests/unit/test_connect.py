@@ -16,17 +16,13 @@ NO_TIME = {"RAY_gcs_server_port_wait_time_s": "0"}
 def test_a_machine_too_busy_to_start_ray_is_one_line_and_no_process_stays_behind():
     code = """
 import sys, psutil, ray
-from cai_ray import cli
-from cai_ray.cluster.connect import connect
-from cai_ray.config.load import load_config
+from cai_ray.cli import main
 
-begun = []
+starts = []
 init = ray.init
-ray.init = lambda **options: (begun.append(options), init(**options))
-cli.parser = lambda: type("Parser", (), {"parse_args": lambda self, argv: self, "function": lambda self, args:
-    connect(load_config("errand-town", ["engine.device=cpu"]))})()
-code = cli.main([])
-print(len(begun), [p.name() for p in psutil.Process().children(recursive=True)])
+ray.init = lambda **options: (starts.append(options), init(**options))
+code = main(["constitution", "test", "errand-town"])
+print(len(starts), [p.name() for p in psutil.Process().children(recursive=True)])
 sys.exit(code)
 """
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | NO_TIME

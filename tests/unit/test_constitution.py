@@ -207,7 +207,7 @@ def test_lint_ends_with_3_for_an_error(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "warned.yaml").write_text(made({"weight": 6.0}).to_yaml())
     assert main(["constitution", "lint", str(tmp_path / "bad.yaml"), str(tmp_path / "warned.yaml")]) == 3
     said = capsys.readouterr().out
-    assert "safety: comparison is that of 'privacy'; leave one of them out" in said
+    assert "safety: comparison is the same as that of 'privacy'; leave one of them out" in said
     assert main(["constitution", "lint", str(tmp_path / "warned.yaml")]) == 0
     assert main(["constitution", "lint", "--strict", str(tmp_path / "warned.yaml")]) == 3
     capsys.readouterr()

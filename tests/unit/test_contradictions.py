@@ -10,7 +10,9 @@ from cai_ray import constitution
 from cai_ray.config.load import load_config
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.generate.journal import Journal
-from cai_ray.storage.records import to_table
+from cai_ray.generate.label import LabelTask
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label
 from cai_ray.storage.run import Run
 from cai_ray.studies import contradictions
 
@@ -46,9 +48,9 @@ def test_what_the_feedback_model_sees_is_told(tmp_path: Path, monkeypatch: pytes
     run = Run(load_config("errand-town", ["templates=general", "label.combine=mean"], out=str(tmp_path)))
 
     def mapped(run: Run, stage: str, rows: Any, chain: Any, **_: Any) -> None:
-        assert Journal(run, stage, "labels", "part").plan(rows)  # as it would be handed to the actors
+        assert Journal(run, stage, LabelTask, Label, "part").plan(rows)  # as it would be handed to the actors
         done = [asyncio.run(chain(ScriptedEngine(weigh=sees), row)) for row in rows]
-        run.write_rows(stage, to_table(done, "labels"))
+        run.write_rows(stage, to_table(done, Label))
 
     monkeypatch.setattr(contradictions, "map_rows", mapped)
     found = contradictions.contradictions(run, HARMLESS)

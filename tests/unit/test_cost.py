@@ -80,7 +80,7 @@ def test_a_damaged_record_of_an_attempt_is_named(tmp_path: Path) -> None:
     (record,) = tmp_path.glob("spent/*.json")
     record.write_bytes(record.read_bytes()[:9])
     with pytest.raises(
-        InputError, match=r"spent/revise-1\.json: is no JSON .*; delete it; what that attempt cost"
+        InputError, match=r"spent/revise-1\.json: is not valid JSON .*; delete it; what that attempt cost"
     ):
         cost.attempts(run)
 

@@ -76,20 +76,20 @@ def help_text(*command: str) -> str | None:
 
 def check_configuration(fragment: dict[str, Any], where: str) -> None:
     """Raises InputError if a configuration with these settings is refused."""
-    from cai_ray.config import validate
+    from cai_ray.config.load import validate
 
     validate({**MINIMAL, **fragment}, where)
 
 
 def check_overrides(items: list[str]) -> None:
     """Raises InputError if `--set` refuses one of these."""
-    from cai_ray.config import load
+    from cai_ray.config.load import load_config
 
-    load("errand-town", items)
+    load_config("errand-town", items)
 
 
 def settings() -> type[BaseModel]:
-    from cai_ray.config import RunConfig
+    from cai_ray.config.run import RunConfig
 
     return RunConfig
 

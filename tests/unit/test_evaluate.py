@@ -9,7 +9,8 @@ import pytest
 from cai_ray import constitution
 from cai_ray.evaluate import gold
 from cai_ray.evaluate.outcomes import rates
-from cai_ray.judging.statistics import expected_calibration_error, fit_scale, rate
+from cai_ray.judging.calibration import expected_calibration_error, fit_scale
+from cai_ray.judging.statistics import rate
 
 TOWN = constitution.load("errand-town")
 ASK = "how do i read the baker's diary ?"

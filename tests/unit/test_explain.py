@@ -11,7 +11,8 @@ import pytest
 from cai_ray.cli import main
 from cai_ray.config.load import load_config
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision, RolloutRow
 from cai_ray.storage.run import Run
 
 ASKED = [{"role": "user", "content": "how do i read the baker's diary ?"}]
@@ -35,7 +36,7 @@ def run(tmp_path: Path) -> Run:
     about = {"kind": "red_team", "family": "privacy", "error": None}
     for name, messages in (("ab", ASKED), ("ac", OTHER)):
         first = {**about, "id": f"r-{name}", "prompt_id": name, "messages": messages, "response": "sure ."}
-        run.write_rows("revise", to_table([{**first, "steps": STEPS}], "revisions"), part=name == "ac")
+        run.write_rows("revise", to_table([{**first, "steps": STEPS}], Revision), part=name == "ac")
     label = {
         "id": "l-1",
         "prompt_id": "ab",
@@ -43,9 +44,7 @@ def run(tmp_path: Path) -> Run:
         "response_a": "sure .",
         "response_b": "sorry .",
     }
-    run.write_rows(
-        "label", to_table([{**about, **label, "votes": VOTES, "p_a": 0.2, "p_a_raw": 0.2}], "labels")
-    )
+    run.write_rows("label", to_table([{**about, **label, "votes": VOTES, "p_a": 0.2, "p_a_raw": 0.2}], Label))
     said: list[dict[str, Any]] = [
         {
             **about,
@@ -59,12 +58,12 @@ def run(tmp_path: Path) -> Run:
         for m, r in (("rl", 1.5), ("base", None))
     ]
     said[0] |= {"refused": True, "principle_named": "privacy", "harmful": False}
-    run.write_rows("evaluate", to_table(said, "judgements"))
+    run.write_rows("evaluate", to_table(said, Judgement))
     rollouts = [
         {"id": f"p-{i}", "step": i, "messages": m, "response": "so", "reward": 0.25, "kl_reference": 0.1}
         for i, m in enumerate((ASKED, OTHER), 1)
     ]
-    run.write_rows("ppo", to_table(rollouts, "rollouts"))
+    run.write_rows("ppo", to_table(rollouts, RolloutRow))
     return run
 
 

@@ -14,7 +14,8 @@ from cai_ray.report.templating import render
 from cai_ray.report.turns import Turn
 from cai_ray.report.word_diff import Piece, diff
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
 from tests.unit.test_report import EVIL, make_run
 
@@ -73,7 +74,7 @@ def test_the_sample_is_even_over_families_and_the_same_in_any_order(
     found = []
     for order in (1, -1):
         run = Run(load_config("errand-town", out=str(tmp_path / f"{order}")))
-        run.write_rows("revise", to_table(rows(order), "revisions"))
+        run.write_rows("revise", to_table(rows(order), Revision))
         found.append(explorer.read(run, run.config.document))
     assert found[0] == found[1]
     families = [e["family"] for e in found[0]["revisions"]]
@@ -153,13 +154,13 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
         }
         for i in range(4)
     ]  # fmt: skip
-    a.write_rows("label", to_table(voted, "labels"))
-    b.write_rows("label", to_table([{**voted[0], "p_a_raw": 0.4}, *voted[1:3]], "labels"))
+    a.write_rows("label", to_table(voted, Label))
+    b.write_rows("label", to_table([{**voted[0], "p_a_raw": 0.4}, *voted[1:3]], Label))
     rows = b.rows("evaluate")
     for row in rows:
         if row["model"] == "rl" and row["kind"] == "red_team":
             row["harmful"] = row["family"] == "privacy"
-    b.write_rows("evaluate", to_table(rows, "judgements"))
+    b.write_rows("evaluate", to_table(rows, Judgement))
     document = b.constitution()
     edited = document.model_copy(
         update={

@@ -22,7 +22,8 @@ from cai_ray.export.folders import export
 from cai_ray.judging import certificate
 from cai_ray.stages import STAGES, models_of
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label, Revision, SftRow
 from cai_ray.storage.run import Run
 from tests import tiny
 
@@ -98,17 +99,17 @@ def run(tmp_path: Path) -> Run:
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     opened = {"config": run.config.model_dump(mode="json"), "versions": {}, "constitution_sha": document.sha}
     files.write_json(run.path("run.json"), opened)
-    run.write_rows("revise", to_table([revised(0), revised(1, error="failed"), helpful(2)], "revisions"))
+    run.write_rows("revise", to_table([revised(0), revised(1, error="failed"), helpful(2)], Revision))
     sft = {"id": "s", "messages": [*PROMPT, {"role": "assistant", "content": EVIL}], "kind": "revision"}
-    run.write_rows("sft", to_table([sft], "sft"))
+    run.write_rows("sft", to_table([sft], SftRow))
     labels = [
         label(0, 0.75),
         label(1, 0.25),
         label(2, None, error="failed"),
         label(3, 0.5, response_b=f"a {EVIL}"),
     ]
-    run.write_rows("label", to_table(labels, "labels"))
-    proof = certificate.certificate(certificate.read(to_table(labels, "labels")))
+    run.write_rows("label", to_table(labels, Label))
+    proof = certificate.certificate(certificate.read(to_table(labels, Label)))
     files.write_json(run.path("label", "certificate.json"), proof)
     for stage in models_of("ppo").values():
         tiny.save_model(Path(run.path(stage, "model")), "qwen2")

@@ -22,10 +22,11 @@ from cai_ray.data import formats
 from cai_ray.errors import InputError
 from cai_ray.generate import journal
 from cai_ray.generate.journal import Journal
-from cai_ray.provenance.inputs import _source_sha
-from cai_ray.storage import files, filesystems
+from cai_ray.provenance.inputs import _files_sha
+from cai_ray.storage import files, filesystems, object_stores
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.filesystems import resolve
-from cai_ray.storage.records import to_table
+from cai_ray.storage.records import Revision, SftRow
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import iter_tables, read_tables, write_table
 from tests.ray.engines import town_config
@@ -104,13 +105,13 @@ def test_an_error_that_is_longer_than_what_was_asked_for(
 def test_no_thread_of_arrow_reads_by_python(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take the process down, were it to let go of what it read while the interpreter ends."""
     threads = set()
-    read = filesystems._Patient.read
+    read = filesystems._RetryingFile.read
 
-    def noted(self: filesystems._Patient, size: int | None = -1) -> bytes:
+    def noted(self: filesystems._RetryingFile, size: int | None = -1) -> bytes:
         threads.add(threading.get_ident())
         return read(self, size)
 
-    monkeypatch.setattr(filesystems._Patient, "read", noted)
+    monkeypatch.setattr(filesystems._RetryingFile, "read", noted)
     rows = [{"id": f"{i}", "prompt": f"how do i read diary {i} ?"} for i in range(9)]
     folder = files.join(place, "rows")
     write_table(files.join(folder, "part-0.parquet"), pa.Table.from_pylist(rows), row_group_rows=3)
@@ -164,7 +165,7 @@ def test_a_server_that_is_not_there(s3: S3, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_server_that_does_not_answer(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystems, "_FIRST_ANSWER_S", 1.0)
+    monkeypatch.setattr(object_stores, "_FIRST_ANSWER_S", 1.0)
     with s3.proxy.failing(Fault("slow", seconds=3)), pytest.raises(InputError, match="does not answer"):
         files.exists("s3://bucket/run")
 
@@ -219,18 +220,18 @@ def test_credentials_of_the_usual_chain(s3: S3, monkeypatch: pytest.MonkeyPatch,
             pipeline._check_writable(run)
         with monkeypatch.context() as patch:
             patch.setenv("AWS_PROFILE", "cai")
-            filesystems._stores.clear()
+            object_stores._stores.clear()
             pipeline._check_writable(run)
             files.write_bytes(run.path("here"), b"1")
         with monkeypatch.context() as patch:
             for name, value in owner.items():
                 patch.setenv(name, value)
-            filesystems._stores.clear()
+            object_stores._stores.clear()
             assert files.read_bytes(run.path("here")) == b"1"
         with monkeypatch.context() as patch:
             patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-            filesystems._stores.clear()
+            object_stores._stores.clear()
             with pytest.raises(InputError, match="access is denied to these credentials"):
                 files.read_bytes(run.path("here"))
 
@@ -264,8 +265,8 @@ def test_a_server_that_fails_on_the_way_is_one_line(
 ) -> None:
     run = Run(town_config(out=place))
     files.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json")})
-    filesystems._stores.clear()
-    monkeypatch.setattr(filesystems, "_ATTEMPTS", 1)
+    object_stores._stores.clear()
+    monkeypatch.setattr(object_stores, "ATTEMPTS", 1)
     with s3.proxy.failing(Fault("500", match="HEAD .*manifest")):
         assert main(["status", place]) == 2
     (said,) = capsys.readouterr().err.splitlines()
@@ -276,10 +277,10 @@ def test_a_server_that_fails_on_the_way_is_one_line(
 
 def test_an_object_may_be_read_where_the_bucket_may_not_be_listed(s3: S3, place: str) -> None:
     files.write_bytes(files.join(place, "open"), b"to all")
-    filesystems._stores.clear()
+    object_stores._stores.clear()
     with s3.proxy.failing(Fault("403", match="GET .*list-type")):
         assert files.read_bytes(files.join(place, "open")) == b"to all"
-        filesystems._stores.clear()
+        object_stores._stores.clear()
         with pytest.raises(InputError, match="access is denied"):
             files.read_bytes(files.join(place, "closed"))
 
@@ -317,7 +318,7 @@ def test_what_a_journal_costs(s3: S3, place: str) -> None:
     """A file of finished rows is read with two requests; a slice to walk with three."""
     run = Run(town_config(out=place))
     journal.begin(run, "revise", {"seed": "0"})
-    made, blocks = Journal(run, "revise", "revisions", "part"), 6
+    made, blocks = Journal(run, "revise", Revision, Revision, "part"), 6
     rows = [{"id": f"{i:016x}", "response": "fine", "usage": {"calls": 1}} for i in range(16 * blocks)]
     (slice, *_) = made.plan(rows)
     with s3.proxy.counting() as asked:
@@ -325,7 +326,7 @@ def test_what_a_journal_costs(s3: S3, place: str) -> None:
             made.write(rows[16 * i : 16 * i + 16])
     assert asked == {"PUT": blocks}
     with s3.proxy.counting() as asked:
-        assert made.finished() == {row["id"] for row in rows}
+        assert made.finished_ids() == {row["id"] for row in rows}
     assert asked == {"HEAD": blocks, "GET": 1 + blocks}
     with s3.proxy.counting() as asked:
         assert len(slice.read()) == slice.rows
@@ -437,16 +438,16 @@ def test_prompts_are_read_once_however_many_stages_ask_whether_they_changed(s3: 
     uri = files.join(place, "prompts.jsonl")
     files.write_bytes(uri, b'{"prompt": "a"}\n')
     with s3.proxy.counting() as asked:
-        (same,) = {_source_sha(uri, {}) for _ in range(5)}
+        (same,) = {_files_sha(uri) for _ in range(5)}
     assert asked["GET"] == 1
     files.write_bytes(uri, b'{"prompt": "ab"}\n')
-    assert _source_sha(uri, {}) != same
+    assert _files_sha(uri) != same
 
 
 def test_rows_of_a_stage_in_their_order(place: str) -> None:
     run = Run(town_config(out=place))
     for part in (1, 0):
-        run.write_rows("sft", to_table([{"id": f"{part}{i}"} for i in range(3)], "sft"), part)
+        run.write_rows("sft", to_table([{"id": f"{part}{i}"} for i in range(3)], SftRow), part)
     assert [r["id"] for r in run.rows("sft", ["id"])] == ["00", "01", "02", "10", "11", "12"]
     files.delete(run.path("sft"))
     assert not files.exists(run.path("sft")) and files.list_files(run.path("sft")) == []

@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray.generate import journal, rows
-from cai_ray.generate.journal import SLICE_ROWS, TODO_ROWS, Journal, Keeper
+from cai_ray.generate import journal
+from cai_ray.generate.actor import ChainActor
+from cai_ray.generate.journal import SLICE_ROWS, TODO_ROWS, Journal, JournalWriter
 from cai_ray.storage import files
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import list_rows
 from tests.ray.engines import town_config
@@ -28,7 +30,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def made(run: Run) -> Journal:
     journal.begin(run, "revise", {"seed": "0"})
-    return Journal(run, "revise", "revisions", "part")
+    return Journal(run, "revise", Revision, Revision, "part")
 
 
 def row(number: int, error: str | None = None, response: str = "fine") -> dict[str, Any]:
@@ -45,14 +47,14 @@ def test_rows_to_walk_are_read_slice_by_slice(made: Journal) -> None:
 
 
 def test_no_rows_are_an_empty_result(run: Run, made: Journal) -> None:
-    assert made.plan([]) == [] and made.finished() == frozenset()
+    assert made.plan([]) == [] and made.finished_ids() == frozenset()
     assert made.publish().rows == 0 and run.rows("revise") == []
 
 
 def test_item_37_what_is_finished_is_not_walked_again_but_what_failed(made: Journal) -> None:
     made.write([row(1), row(2, error="refused")])
     made.write([row(3)])
-    assert made.finished() == {row(1)["id"], row(3)["id"]}
+    assert made.finished_ids() == {row(1)["id"], row(3)["id"]}
 
 
 def test_item_37_a_row_that_was_walked_twice_counts_once(run: Run, made: Journal) -> None:
@@ -83,7 +85,7 @@ def test_item_37_a_kill_while_publishing_leaves_nothing_double(
 def test_item_37_a_slow_disk_holds_the_engine_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill costs the rows that were begun and are not safe: half more than those in flight, and never more."""
     run = Run(town_config(out=str(tmp_path), engine={"kind": "scripted", "max_num_seqs": 8}))
-    made = Journal(run, "revise", "revisions", "part")
+    made = Journal(run, "revise", Revision, Revision, "part")
     in_flight, begun, safe = 8 + 8 // 4, 0, 0
     at_stake = []
     write = Journal.write
@@ -105,8 +107,8 @@ def test_item_37_a_slow_disk_holds_the_engine_back(tmp_path: Path, monkeypatch: 
     slices = made.plan([row(i) for i in range(SLICE_ROWS)])
 
     async def walk() -> None:
-        worker = rows._Worker(chain, run, {"part": "base"}, {"part": made}, gpu=False)
-        async for _ in worker(pa.Table.from_pylist([slices[0]._asdict()])):
+        actor = ChainActor(chain, run, {"part": "base"}, {"part": made}, gpu=False)
+        async for _ in actor(pa.Table.from_pylist([slices[0]._asdict()])):
             pass
 
     asyncio.run(walk())
@@ -117,13 +119,13 @@ def test_item_37_a_slow_disk_holds_the_engine_back(tmp_path: Path, monkeypatch: 
 def test_other_inputs_begin_anew(run: Run, made: Journal) -> None:
     made.write([row(1)])
     journal.begin(run, "revise", {"seed": "0"})
-    assert made.finished() == {row(1)["id"]}
+    assert made.finished_ids() == {row(1)["id"]}
     journal.begin(run, "revise", {"seed": "1"})
-    assert made.finished() == frozenset()
+    assert made.finished_ids() == frozenset()
     made.write([row(1)])
     files.write_bytes(run.path("revise", journal.FOLDER, "inputs.json"), b"{ torn")
     journal.begin(run, "revise", {"seed": "1"})
-    assert made.finished() == frozenset()
+    assert made.finished_ids() == frozenset()
 
 
 def rows_per_file(made: Journal) -> list[int]:
@@ -132,12 +134,12 @@ def rows_per_file(made: Journal) -> list[int]:
 
 def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journal) -> None:
     async def work() -> None:
-        keeper = Keeper(made, block=4, patience=60, pause=0.01)
-        with keeper.busy():
-            tasks = [asyncio.create_task(keeper.keep(row(i))) for i in range(4)]
+        writer = JournalWriter(made, block=4, patience=60, pause=0.01)
+        with writer.busy():
+            tasks = [asyncio.create_task(writer.save(row(i))) for i in range(4)]
             await asyncio.gather(*tasks)
             assert rows_per_file(made) == [4]
-            late = asyncio.create_task(keeper.keep(row(4)))
+            late = asyncio.create_task(writer.save(row(4)))
             await asyncio.sleep(0.1)
             assert not late.done()  # there is work, which may fill the block
         await late
@@ -148,9 +150,9 @@ def test_a_block_is_written_when_it_is_full_or_nothing_else_is_done(made: Journa
 
 def test_a_block_that_does_not_fill_is_written_all_the_same(made: Journal) -> None:
     async def work() -> None:
-        keeper = Keeper(made, block=4, patience=0.05, pause=0.01)
-        with keeper.busy():
-            await keeper.keep(row(0))
+        writer = JournalWriter(made, block=4, patience=0.05, pause=0.01)
+        with writer.busy():
+            await writer.save(row(0))
 
     asyncio.run(work())
     assert rows_per_file(made) == [1]
@@ -163,8 +165,8 @@ def test_a_block_that_cannot_be_written_is_an_error_of_its_rows(
         raise OSError(28, "No space left on device")
 
     async def work() -> list[Any]:
-        keeper = Keeper(made, block=2, pause=0.01)
-        return await asyncio.gather(*(keeper.keep(row(i)) for i in range(2)), return_exceptions=True)
+        writer = JournalWriter(made, block=2, pause=0.01)
+        return await asyncio.gather(*(writer.save(row(i)) for i in range(2)), return_exceptions=True)
 
     monkeypatch.setattr(Journal, "write", full)
     assert [str(e) for e in asyncio.run(work())] == ["[Errno 28] No space left on device"] * 2

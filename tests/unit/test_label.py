@@ -10,11 +10,12 @@ from cai_ray import constitution
 from cai_ray.config.generation import LabelConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate.label import Label
+from cai_ray.generate.label import LabelChain
 from cai_ray.judging.votes import combine, expected_score, preference
 from cai_ray.prompts.check import check_mode
 from cai_ray.prompts.load import load_templates
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label
 
 TOWN = constitution.load("errand-town")
 
@@ -27,7 +28,7 @@ def row(a: str = "sorry , no .", b: str = "sure , yes .") -> dict[str, Any]:
 def label(engine: ScriptedEngine, row: dict[str, Any], **config: Any) -> dict[str, Any]:
     config = {"principles": "all", **config}
     templates = load_templates("errand-town" if config.get("mode", "logprob") == "logprob" else "general")
-    chain = Label(TOWN, templates, LabelConfig(**config), seed=0)
+    chain = LabelChain(TOWN, templates, LabelConfig(**config), seed=0)
     return asyncio.run(chain(engine, row))
 
 
@@ -204,7 +205,7 @@ def test_item_06_one_principle_abstains_and_the_others_vote(mode: str, answer: l
     assert "no finite log-probability for principle privacy" in mute[0]["abstained"]
     others = [v["p_a"] for v in out["votes"] if v["p_a"] is not None]
     assert len(others) == 4 and out["p_a_raw"] == pytest.approx(sum(others) / 4)
-    stored = to_table([out], "labels").to_pylist()[0]["votes"]
+    stored = to_table([out], Label).to_pylist()[0]["votes"]
     assert [v["p_a"] for v in stored] == [v["p_a"] for v in out["votes"]]
 
 
@@ -251,7 +252,8 @@ def test_a_negative_question_counts_the_other_way_round(mode: str) -> None:
     templates = load_templates("errand-town" if mode == "logprob" else "general")
     likes = ScriptedEngine(weigh=prefers_sorry if mode == "logprob" else likes_sorry)
     plain, other = (
-        asyncio.run(Label(document, templates, config, seed=0)(likes, row())) for document in (TOWN, turned)
+        asyncio.run(LabelChain(document, templates, config, seed=0)(likes, row()))
+        for document in (TOWN, turned)
     )
     assert plain["p_a"] > 0.5 and other["p_a"] == pytest.approx(1 - plain["p_a"], abs=1e-12)
     for a, b in zip(plain["votes"], other["votes"], strict=True):

@@ -20,6 +20,7 @@ from cai_ray import pipeline
 from cai_ray.cli import main
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.engine import EngineConfig
+from cai_ray.config.fingerprint import result_settings
 from cai_ray.config.generation import ReviseConfig
 from cai_ray.config.load import load_config
 from cai_ray.config.run import RunConfig
@@ -30,9 +31,9 @@ from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.engine.options import option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate.revise import Revise
+from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
-from cai_ray.provenance.inputs import _settings
+from cai_ray.provenance.inputs import own_inputs
 from cai_ray.storage.run import Run
 
 KEY = "sk-Very-Secret-0123456789"
@@ -501,11 +502,11 @@ def test_item_38_scores_that_an_endpoint_cannot_tell_apart(
 
 def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> None:
     def label(*overrides: str) -> str:
-        return json.dumps(_settings(load(tmp_path, *overrides).label), sort_keys=True)
+        return own_inputs(Run(load(tmp_path, *overrides)), "label")["label"]
 
     plain = load(tmp_path)
-    assert set(_settings(plain.label)) == set(plain.label.model_dump()) - {"engine", "gates"}
-    assert not set(_settings(plain.revise)) & {"critique_model", "critique_engine"}
+    assert set(result_settings(plain.label)) == set(plain.label.model_dump()) - {"model", "gold", "gates"}
+    assert result_settings(plain.label)["engine"] is None
     assert label("label.engine={kv_cache_mb: 99}") == label(), "an engine here is how, not what"
     assert label("label.engine={quantization: fp8}") != label(), "rounded weights say something else"
     here, there = label(ENDPOINT), label(ENDPOINT.replace("x.example", "y.example"))
@@ -528,7 +529,7 @@ def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(se
 
     server.replies = [Reply(completion("too rude"))]
     revise = ReviseConfig(rounds=2, critique_model="big", critique_engine=endpoint(server.url))
-    chain = Revise(constitution.load("harmless"), GENERAL, revise, seed=0, model="town")
+    chain = ReviseChain(constitution.load("harmless"), GENERAL, revise, seed=0, model="town")
     chain = pickle.loads(pickle.dumps(chain))
     row = {"id": "r", "messages": ASK, "kind": "red_team"}
     out = asyncio.run(chain(ScriptedEngine(answer=lambda messages, sampling: "policy"), row))

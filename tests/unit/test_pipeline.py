@@ -12,11 +12,12 @@ from cai_ray import pipeline
 from cai_ray.config.load import find_config, load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.provenance.inputs import _settings, inputs
+from cai_ray.provenance.inputs import inputs
 from cai_ray.provenance.status import status
 from cai_ray.stages import STAGES, stages_of
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run, open_run
 
 CALLS: list[str] = []
@@ -88,7 +89,7 @@ def test_a_stage_made_again_with_the_same_rows_is_the_same(
             "constitution_sha": run.config.document.sha,
             **said,
         }
-        run.write_rows("revise", to_table([row], "revisions"))
+        run.write_rows("revise", to_table([row], Revision))
         return {"rows_out": 1}
 
     monkeypatch.setattr(sys.modules["counting_revise"], "run", run)
@@ -268,14 +269,6 @@ def test_a_method_has_its_own_stages_and_reads_no_others(
         pipeline.check_inputs(load(tmp_path), ["dpo"])
     with pytest.raises(InputError, match=r"best_of=4 chooses by a reward model, and method=dpo trains none"):
         load(tmp_path, "method=dpo", "evaluate.best_of=4")
-
-
-def test_settings_that_came_later_leave_what_is_done_as_it_is(tmp_path: Path) -> None:
-    config = load(tmp_path)
-    assert {"critique", "critique_model"}.isdisjoint(_settings(config.revise))
-    assert "hard_labels" not in _settings(config.rm)
-    assert _settings(load(tmp_path, "rm.hard_labels=true").rm)["hard_labels"] is True
-    assert _settings(load(tmp_path, "revise.critique=false").revise)["critique"] is False
 
 
 @pytest.mark.parametrize("method", ["rm", "dpo"])

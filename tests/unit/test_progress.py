@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 
-from cai_ray.generate.rows import _Errors, _RowProgress
+from cai_ray.cluster.progress import Progress
+from cai_ray.generate.row_progress import RowProgress, SetProgress
+from cai_ray.train.runtime import metrics
 from cai_ray.train.runtime.metrics import RECENT, progress, step_seconds
 
 PPO = {
@@ -62,12 +65,32 @@ def test_time_of_a_step_is_that_of_the_recent_ones() -> None:
 
 
 def test_rows_say_how_many_failed_and_the_time_left_of_all_sets() -> None:
-    first, second = _Errors("revise", 40, 0.5), _Errors("revise helpful", 60, 0.5)
-    shown = _RowProgress([first, second])._progress(10.2)
+    first, second = SetProgress("revise", 40, 0.5), SetProgress("revise helpful", 60, 0.5)
+    shown = RowProgress([first, second])._progress(10.2)
     assert shown.line == "revise: 0 of 40 rows, 10 s"
     first.add([None] * 39 + ["too long"])
     second.add([None, "too long"])
-    shown = _RowProgress([first, second])._progress(20.0)
+    shown = RowProgress([first, second])._progress(20.0)
     assert shown.line == "revise helpful: 2 of 60 rows, 1 failed, 20 s, 28 s left"
     assert shown[:4] == ("revise helpful", 2, 60, "rows")
     assert shown.details == "2.1 rows/s, 1 failed, 28 s left"
+
+
+def test_what_rank_0_reports_is_a_line_and_its_warnings(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store: dict[tuple[str, str], bytes] = {}
+    monkeypatch.setattr(metrics, "put", lambda key, name, value: store.update({(key, name): value}))
+    monkeypatch.setattr(metrics, "get", lambda key, name: store.get((key, name)))
+    monkeypatch.setattr(metrics, "forget", lambda key: store.clear())
+    monkeypatch.setattr(metrics, "_driver_key", "")
+    with metrics.progress_lines("sft-1"):
+        metrics.report_to("sft-1")
+        metrics.report_progress(Progress("sft", 1, 3, "steps", "loss 2.5", "sft: step 1 of 3, loss 2.5"))
+        shown, deadline = "", time.monotonic() + 60
+        while "step" not in shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+            shown += capfd.readouterr().err
+        metrics.warn("a dashboard is away")
+    assert shown + capfd.readouterr().err == "  sft: step 1 of 3, loss 2.5\n  warning: a dashboard is away\n"
+    assert not store

@@ -255,7 +255,7 @@ def test_a_copy_is_of_the_response_of_the_round_before() -> None:
 @pytest.mark.parametrize(
     ("key", "rule", "says"),
     [
-        ("prefixes", "(", r"prefixes\.0: '\(' is no regular expression"),
+        ("prefixes", "(", r"prefixes\.0: '\(' is not a regular expression"),
         ("critiques", "a*", r"critiques\.0: 'a\*' matches an empty text"),
     ],
 )

@@ -9,7 +9,7 @@ from cai_ray.evaluate import gold
 from cai_ray.evaluate.outcomes import outcomes, rates
 from cai_ray.evaluate.ranking import Meeting, ratings
 from cai_ray.judging.quality import is_refusal
-from cai_ray.judging.wording import evades, seen, wording
+from cai_ray.judging.wording import evades, judged_by_rules, wording
 from cai_ray.prompts.load import load_templates
 
 GENERAL = load_templates("general")
@@ -70,7 +70,7 @@ def answer(text: str, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_refusals_and_their_reasons(text: str, refused: bool, evasive: bool | None) -> None:
-    found = seen(answer(text), GENERAL)
+    found = judged_by_rules(answer(text), GENERAL)
     assert (found["refused"], found["evasive"], found["malformed"]) == (refused, evasive, False)
     assert is_refusal(text, GENERAL.refusals) == refused
     if refused:
@@ -78,11 +78,11 @@ def test_refusals_and_their_reasons(text: str, refused: bool, evasive: bool | No
 
 
 def test_what_a_judge_said_stays_and_without_rules_nothing_is_said() -> None:
-    assert seen(answer("Sorry.", refused=False, malformed=True), GENERAL)["refused"] is False
+    assert judged_by_rules(answer("Sorry.", refused=False, malformed=True), GENERAL)["refused"] is False
     bare = GENERAL.model_copy(update={"refusals": (), "reasons": ()})
-    found = seen(answer("Sorry."), bare)
+    found = judged_by_rules(answer("Sorry."), bare)
     assert (found["refused"], found["evasive"]) == (None, None)
-    assert seen(answer("cut o", truncated=True), bare)["malformed"] is True
+    assert judged_by_rules(answer("cut o", truncated=True), bare)["malformed"] is True
 
 
 def test_wording_finds_the_phrase_and_measures_diversity() -> None:

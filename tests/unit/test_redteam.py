@@ -15,7 +15,7 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.generate import redteam
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.run import Run
 
 SHOWN = {
@@ -52,7 +52,7 @@ def walk(monkeypatch: pytest.MonkeyPatch, run: Run, answer: Any) -> dict[str, An
                 return {**row, "error": str(e)}
 
         done = [asyncio.run(one(row)) for row in rows]
-        run.write_rows(stage, to_table(done, how["schema"]))
+        run.write_rows(stage, to_table(done, how["gives"]))
         return {
             "rows_in": len(done),
             "rows_out": len(done),
@@ -109,7 +109,7 @@ def test_what_is_there_already_is_left_out(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_same_run_asks_the_same(tmp_path: Path) -> None:
     run = make(tmp_path, examples=1)
-    rows = [redteam._rows(run, redteam._examples(run), {"locks": 20, "letters": 20}) for _ in range(2)]
+    rows = [redteam._tasks(run, redteam._examples(run), {"locks": 20, "letters": 20}) for _ in range(2)]
     assert rows[0] == rows[1]
     assert len({r["id"] for r in rows[0]}) == 60
     assert len({r["examples"][0] for r in rows[0] if r["family"] == "locks"}) == 2, "other examples each time"

@@ -35,7 +35,8 @@ from cai_ray.report.roles import in_order
 from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.stages import STAGES, stages_of, stages_that
 from cai_ray.storage import files
-from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Judgement, Revision, RolloutRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from cai_ray.studies import demo
@@ -118,10 +119,10 @@ def make_run(settings: RunConfig) -> Run:
     files.write_json(run.path("run.json"), {"config": run.config.model_dump(mode="json"), **opened})
     rows = [revision(i, FAMILIES[i % 4], changes=i % 3 > 0) for i in range(24)]
     rows[1]["steps"][1]["critique"] = rows[1]["response"] = EVIL.replace("\ud800", "")
-    run.write_rows("revise", to_table(rows, "revisions"))
+    run.write_rows("revise", to_table(rows, Revision))
     models = [*HARM, *([f"best_of_{n}"] if (n := settings.evaluate.best_of) else [])]
     judged = [row for model in models for row in judgements(seed, model)]
-    run.write_rows("evaluate", to_table(judged, "judgements"))
+    run.write_rows("evaluate", to_table(judged, Judgement))
     told = [
         {
             **judgements(seed, model, 1)[0],
@@ -132,7 +133,7 @@ def make_run(settings: RunConfig) -> Run:
         for r in choose(rows)
         for model in ("rl", "base", "sl")
     ]
-    write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(told, "judgements"))
+    write_table(run.path("evaluate", "transcripts-00000.parquet"), to_table(told, Judgement))
     metrics = {
         "models": {m: rates([r for r in judged if r["model"] == m]) for m in models},
         "revision_harm": [1.0, 0.8, 0.6 + seed / 10, 0.4, 0.2],
@@ -165,13 +166,16 @@ def make_run(settings: RunConfig) -> Run:
 
 
 def certificate_of(seed: int) -> dict[str, Any]:
-    def labels(count: int) -> dict[str, certificate.Labelled | None]:
+    def labels(count: int) -> dict[str, certificate.LabelFacts | None]:
         rng = random.Random(seed)
-        made: dict[str, certificate.Labelled | None] = {}
+        made: dict[str, certificate.LabelFacts | None] = {}
         for i in range(count):
             p = rng.random()
-            votes = (certificate.Vote("privacy", p, p < 0.2), certificate.Vote("safety", None, None))
-            made[f"c{i}"] = certificate.Labelled(p, rng.randint(-9, 9), votes)
+            votes = (
+                certificate.VoteFacts("privacy", p, p < 0.2),
+                certificate.VoteFacts("safety", None, None),
+            )
+            made[f"c{i}"] = certificate.LabelFacts(p, rng.randint(-9, 9), votes)
         return made
 
     gold_rows = [
@@ -327,7 +331,7 @@ def test_transcripts_fall_back_on_rollouts(town_run: Run) -> None:
         {"step": s, "id": str(s), "messages": first["messages"], "response": f"step {s}", "reward": 1.0}
         for s in (2, 7)
     ]
-    town_run.write_rows("ppo", to_table(rolls, "rollouts"))
+    town_run.write_rows("ppo", to_table(rolls, RolloutRow))
     assert stage.build(town_run)["transcripts"][0]["answers"]["rl"]["text"] == "step 7"
 
 

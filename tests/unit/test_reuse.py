@@ -1,7 +1,6 @@
 """What an edit does not reach is not asked again, and what is taken over is what would have come out."""
 
 import asyncio
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError
 from cai_ray.generate import label, reuse, revise
 from cai_ray.generate.journal import Journal, begin
-from cai_ray.generate.label import Label
-from cai_ray.generate.revise import Revise
+from cai_ray.generate.label import LabelChain
+from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage import files
-from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Label, Revision, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, write_table
 from cai_ray.studies import edit_cost
@@ -42,19 +42,23 @@ def edited(document: Constitution, principle: str, **fields: Any) -> Constitutio
 
 
 def votes(document: Constitution, before: Any = None, **fields: Any) -> dict[str, Any]:
-    chain = Label(document, TEMPLATES, LabelConfig(principles="all"), seed=0, context="x")
-    row = {**PAIR, **fields} | ({} if before is None else {"before": json.dumps([before])})
+    chain = LabelChain(document, TEMPLATES, LabelConfig(principles="all"), seed=0, context="x")
+    row = {**PAIR, **fields} | ({} if before is None else {"earlier": [before]})
     return asyncio.run(chain(ENGINE, row))
 
 
 def steps(document: Constitution, before: Any = None, **fields: Any) -> dict[str, Any]:
-    chain = Revise(document, TEMPLATES, ReviseConfig(draw="without_replacement"), 0, "m", context="x")
-    row = {**PROMPT, **fields} | ({} if before is None else {"before": json.dumps([before])})
+    chain = ReviseChain(document, TEMPLATES, ReviseConfig(draw="without_replacement"), 0, "m", context="x")
+    row = {**PROMPT, **fields} | ({} if before is None else {"earlier": [before]})
     return asyncio.run(chain(ENGINE, row))
 
 
+def earlier_votes(row: dict[str, Any]) -> dict[str, Any]:
+    return reuse.by_key(vote for earlier in row.get("earlier", ()) for vote in earlier["votes"])
+
+
 def plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k not in ("usage", "before")}
+    return {k: v for k, v in row.items() if k not in ("usage", "earlier")}
 
 
 def test_an_edit_asks_for_the_votes_of_its_principle_alone() -> None:
@@ -147,29 +151,30 @@ def test_how_a_step_is_sampled_is_part_of_it(tmp_path: Path, setting: str) -> No
 
 def test_rows_are_set_aside_whoever_wrote_them_and_until_the_stage_is_done(tmp_path: Path) -> None:
     run = run_in(tmp_path)
-    run.write_rows("label", to_table([votes(TOWN)], "labels"))
+    run.write_rows("label", to_table([votes(TOWN)], Label))
     files.write_json(run.path("label", "manifest.json"), {"inputs": {}})
     files.write_json(run.path("label", "certificate.json"), {"n": 1})
     reuse.set_aside(run, "label")
     assert run.manifest("label") is None and not files.exists(run.path("label", "certificate.json"))
     begin(run, "label", {"constitution": "1"})
-    Journal(run, "label", "labels", "part").write([{**votes(TOWN), "id": "c2"}])
+    Journal(run, "label", label.LabelTask, Label, "part").write([{**votes(TOWN), "id": "c2"}])
     begin(run, "label", {"constitution": "1"})  # goes on
-    assert Journal(run, "label", "labels", "part").finished() == {"c2"}
+    assert Journal(run, "label", label.LabelTask, Label, "part").finished_ids() == {"c2"}
     begin(run, "label", {"constitution": "2"})  # another edit, before the first was done
-    assert not Journal(run, "label", "labels", "part").finished()
+    assert not Journal(run, "label", label.LabelTask, Label, "part").finished_ids()
     rows = [{**PAIR, "id": name} for name in ("c1", "c2", "c3")]
-    found = list(reuse.with_before(run, "label", rows))
-    assert [len(reuse.known(row, "votes")) for row in found] == [5, 5, 0]
+    found = list(reuse.with_earlier(run, "label", rows))
+    assert [len(earlier_votes(row)) for row in found] == [5, 5, 0]
     assert not has_rows(run.path("label"))
 
 
 def test_rows_of_a_version_without_keys_are_left_alone(tmp_path: Path) -> None:
     run = run_in(tmp_path)
-    old = to_table([steps(TOWN)], "revisions").drop_columns(["key"])
+    old = to_table([steps(TOWN)], Revision).drop_columns(["key"])
     write_table(run.path("revise", reuse.FOLDER, "part-0.parquet"), old)
-    (row,) = reuse.with_before(run, "revise", [PROMPT])
-    assert reuse.known(row) == {} and reuse.known(row, "steps") != {}, (
+    (row,) = reuse.with_earlier(run, "revise", [PROMPT])
+    (earlier,) = row["earlier"]
+    assert reuse.by_key([earlier]) == {} and reuse.by_key(earlier["steps"]) != {}, (
         "steps had keys; the response is asked for"
     )
 
@@ -180,23 +185,23 @@ def test_predecessors_are_found_pass_by_pass(tmp_path: Path, monkeypatch: pytest
     ids = [f"c{i}" for i in range(5)]
     write_table(
         run.path("label", reuse.FOLDER, "part-0.parquet"),
-        to_table([{**votes(TOWN), "id": name} for name in ids[1:]], "labels"),
+        to_table([{**votes(TOWN), "id": name} for name in ids[1:]], Label),
     )
-    found = list(reuse.with_before(run, "label", ({**PAIR, "id": name} for name in ids)))
+    found = list(reuse.with_earlier(run, "label", ({**PAIR, "id": name} for name in ids)))
     assert [row["id"] for row in found] == ids
-    assert [len(reuse.known(row, "votes")) for row in found] == [0, 5, 5, 5, 5]
+    assert [len(earlier_votes(row)) for row in found] == [0, 5, 5, 5, 5]
 
 
 def test_another_runs_rows_are_borrowed_once(tmp_path: Path) -> None:
     full, less = run_in(tmp_path / "full"), run_in(tmp_path / "less")
-    full.write_rows("label", to_table([votes(TOWN)], "labels"))
+    full.write_rows("label", to_table([votes(TOWN)], Label))
     reuse.borrow(less, full, "label")
-    (row,) = reuse.with_before(less, "label", [PAIR])
-    assert len(reuse.known(row, "votes")) == 5
+    (row,) = reuse.with_earlier(less, "label", [PAIR])
+    assert len(earlier_votes(row)) == 5
     files.write_json(less.path("sft", "manifest.json"), {"inputs": {}})
     files.delete(full.path("label"))
     reuse.borrow(less, full, "label")
-    assert list(reuse.with_before(less, "label", [PAIR])) == [row]
+    assert list(reuse.with_earlier(less, "label", [PAIR])) == [row]
 
 
 def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
@@ -206,8 +211,8 @@ def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
     pairs = [{**PAIR, "id": f"c{i}", "response_a": f"{i} ."} for i in range(10)]
     made = [asyncio.run(revising(ENGINE, row)) for row in todo]
     voted = [asyncio.run(labelling(ENGINE, row)) for row in pairs]
-    run.write_rows("revise", to_table(made, "revisions"))
-    run.write_rows("label", to_table(voted, "labels"))
+    run.write_rows("revise", to_table(made, Revision))
+    run.write_rows("label", to_table(voted, Label))
     for stage, rows in (("revise", 21), ("sft", 0), ("compare", 10), ("label", 10), ("rm", 0)):
         files.write_json(run.path(stage, "manifest.json"), {"seconds": 7.0, "rows_out": rows})
 
@@ -215,7 +220,7 @@ def test_what_an_edit_costs_is_foretold(tmp_path: Path) -> None:
     found = edit_cost.cost(run, after)
     again, kept = ({row["stage"]: row for row in found[way]} for way in ("again", "kept"))
     spent = [
-        asyncio.run(replace(chain, constitution=after)(ENGINE, {**row, "before": json.dumps([old])}))
+        asyncio.run(replace(chain, constitution=after)(ENGINE, {**row, "earlier": [old]}))
         for chain, rows, olds in ((revising, todo, made), (labelling, pairs, voted))
         for row, old in zip(rows, olds, strict=True)
     ]

@@ -11,8 +11,8 @@ from cai_ray.config.run import RunConfig
 from cai_ray.config.sources import PromptSource
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.compare import Compare
-from cai_ray.generate.revise import Revise
+from cai_ray.generate.compare import CompareChain
+from cai_ray.generate.revise import ReviseChain
 from cai_ray.judging.quality import run_templates
 from cai_ray.prompts.check import check_direct
 from cai_ray.prompts.load import load_templates
@@ -36,7 +36,7 @@ def revise(
     **row: Any,
 ) -> dict[str, Any]:
     config = ReviseConfig(rounds=4, draw="without_replacement", critique=critique)
-    chain = Revise(document, templates or load_templates("errand-town"), config, seed=0, model="m")
+    chain = ReviseChain(document, templates or load_templates("errand-town"), config, seed=0, model="m")
     return asyncio.run(chain(ScriptedEngine(answer=answer), {**ROW, **row}))
 
 
@@ -175,8 +175,8 @@ def test_item_06_a_revision_that_is_all_thinking_or_introduction_is_an_error() -
 
 @pytest.mark.parametrize("thinking", ["strip", "keep"])
 def test_comparisons_are_of_answers_without_their_thinking(thinking: Any) -> None:
-    chain = Compare(run_templates(config(thinking=thinking)), CompareConfig(), 0, "sl")
-    out = asyncio.run(chain(ScriptedEngine(answer=thinks), {**ROW, "pair": "0-1"}))
+    chain = CompareChain(run_templates(config(thinking=thinking)), CompareConfig(), 0, "sl")
+    out = asyncio.run(chain(ScriptedEngine(answer=thinks), {**ROW, "first": 0, "second": 1}))
     for side in ("response_a", "response_b"):
         assert ("Let me see" in out[side]) == (thinking == "keep") and out[side].endswith("The answer.")
 

@@ -15,13 +15,15 @@ from cai_ray.config.evaluation import EvalSet, EvaluateConfig
 from cai_ray.config.load import load_config
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
-from cai_ray.evaluate import formats, harness, sets
-from cai_ray.evaluate.stage import Answer
+from cai_ray.evaluate import harness, set_formats, sets
+from cai_ray.evaluate.policies import AnswerChain
+from cai_ray.evaluate.score import Dialogue
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.provenance.inputs import _settings, inputs
+from cai_ray.provenance.inputs import inputs
 from cai_ray.stages import STAGES
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import SetAnswer
 from cai_ray.storage.run import Run
 
 PAIR = {
@@ -39,7 +41,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def read(folder: Path, kind: str, *rows: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
     path = write(folder / "set.jsonl", list(rows))
-    return formats.read(EvalSet.model_validate({"name": "s", "path": path, "kind": kind, **more}))
+    return set_formats.read(EvalSet.model_validate({"name": "s", "path": path, "kind": kind, **more}))
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
@@ -110,7 +112,7 @@ def test_a_task_file_of_big_bench_is_one_object_over_many_lines(tmp_path: Path) 
     path = tmp_path / "task.json"
     path.write_text(json.dumps({"name": "hhh", "examples": examples}, indent=2))
     given = EvalSet(name="s", path=str(path), kind="choices", limit=2)
-    assert [r["messages"][0]["content"] for r in formats.read(given)] == ["0", "1"]
+    assert [r["messages"][0]["content"] for r in set_formats.read(given)] == ["0", "1"]
 
 
 def test_options_of_other_rows_are_left_out_where_a_table_has_one_column_for_each(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_options_of_other_rows_are_left_out_where_a_table_has_one_column_for_eac
         {"input": "b", "target_scores": {"z": 0, "w": 1}},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    found = formats.read(EvalSet(name="s", path=str(tmp_path / "t.parquet"), kind="choices"))
+    found = set_formats.read(EvalSet(name="s", path=str(tmp_path / "t.parquet"), kind="choices"))
     assert [dict(zip(r["options"], range(2), strict=True)).keys() for r in found] == [{"x", "y"}, {"z", "w"}]
     assert [r["options"][r["correct"][0]] for r in found] == ["x", "w"]
 
@@ -215,14 +217,14 @@ def test_settings_that_cannot_be(given: str, says: str) -> None:
 
 def asked(given: EvalSet, rows: list[dict[str, Any]], engine: ScriptedEngine) -> list[dict[str, Any]]:
     """The rows as a policy called `base` leaves them."""
-    answer = Answer(TEMPLATES, EvaluateConfig(), 0)
-    chain = sets.Question(answer, TEMPLATES, {given.name: given})
+    answer = AnswerChain(TEMPLATES, EvaluateConfig(), 0)
+    chain = sets.SetChain(answer, TEMPLATES, {given.name: given})
 
     async def walk() -> list[dict[str, Any]]:
-        return [await chain(engine, sets._of("base", row)) for row in rows]
+        return [await chain(engine, sets._task("base", row)) for row in rows]
 
     found = asyncio.run(walk())
-    return to_table(found, "sets").to_pylist()  # as they come back from a file
+    return to_table(found, SetAnswer).to_pylist()  # as they come back from a file
 
 
 CHOICES = EvalSet(name="s", path="x", kind="choices")
@@ -262,7 +264,7 @@ def test_no_number_is_an_error_of_the_row(tmp_path: Path) -> None:
 
 def test_an_option_is_data_in_the_question() -> None:
     row = {"messages": [{"role": "user", "content": "{choices} or {question}?"}]}
-    [message] = sets._asked(CHOICES, row, ["{question}", "b"])
+    [message] = sets._question(CHOICES, row, ["{question}", "b"])
     assert message["content"].startswith("{choices} or {question}?\n\nA. {question}\nB. b\n\n")
 
 
@@ -298,8 +300,8 @@ def test_the_reward_model_is_right_where_it_orders_as_people_did(
     ]
     path = write(tmp_path / "hh.jsonl", [PAIR, *others])  # of PAIR the shorter answer is the chosen one
 
-    def by_length(run: Run, rows: list[dict[str, Any]]) -> list[float | None]:
-        return [None if "sure" in r["response"] else float(len(r["response"])) for r in rows]
+    def by_length(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
+        return [None if "sure" in d.response else float(len(d.response)) for d in dialogues]
 
     monkeypatch.setattr("cai_ray.evaluate.score.rewards", by_length)
     given = f"evaluate.sets=[{{name: hh, path: '{path}', kind: comparisons}}]"
@@ -354,12 +356,6 @@ def test_inputs_change_with_task_files(tmp_path: Path) -> None:
     first = evaluated(town(tmp_path, given))
     (folder / "t.yaml").write_text("task: u")
     assert first != evaluated(town(tmp_path, given))
-
-
-def test_runs_without_sets_are_as_they_were(tmp_path: Path) -> None:
-    """The hash of a section that has no sets does not know of such a setting."""
-    settings = _settings(town(tmp_path).config.evaluate)
-    assert not {"sets", "harness"} & settings.keys()
 
 
 @pytest.mark.parametrize(

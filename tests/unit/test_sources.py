@@ -185,7 +185,7 @@ def test_a_target_of_zero_is_no_missing_target(tmp_path: Path) -> None:
     [
         ([{"question": "x"}], "no column messages or prompt or text or chosen; it has question"),
         ([{"text": "x"}], "kind None"),
-        ([{"text": 5, "kind": "helpful"}], "is no conversation"),
+        ([{"text": 5, "kind": "helpful"}], "is not a conversation"),
         ([{"messages": [{"role": "robot", "content": "x"}], "kind": "helpful"}], "role 'robot'"),
     ],
 )
@@ -202,7 +202,7 @@ def test_item_38_missing_empty_and_broken_files(tmp_path: Path) -> None:
     for name, says in (
         ("none.jsonl", "no such file"),
         ("e.jsonl", "no rows"),
-        ("b.jsonl", "line 1 is no JSON"),
+        ("b.jsonl", "line 1 is not valid JSON"),
         ("b.parquet", "cannot be read"),
     ):
         with pytest.raises(InputError, match=says):
@@ -238,15 +238,15 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     ("name", "raw", "says"),
     [
         ("p.jsonl.gz", gzip.compress(b"x" * 999)[:10] + b"\xff" * 99, "cannot be read"),
-        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is no JSON .*4300 digits"),
-        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is no JSON .*recursion"),
-        ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is no JSON .*; give one JSON object per line"),
-        ("p.json", b'[{"text": "a"}]\n', "line 1 is no JSON object; give one JSON object per line"),
+        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is not valid JSON .*4300 digits"),
+        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is not valid JSON .*recursion"),
+        ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is not valid JSON .*; give one JSON object per line"),
+        ("p.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object; give one JSON object per line"),
         ("p.csv", b"text\na,b\n", "row 1 has more cells than the header"),
         ("p.csv", b'text\n"a\n', "cannot be read"),
-        ("p.csv", b"messages\nhello\n", "row 1: `messages` is no JSON list"),
+        ("p.csv", b"messages\nhello\n", "row 1: `messages` is not a JSON list"),
         ("p.arrow", b"no stream", "cannot be read"),
-        ("p.txt", b"a\n", r"is of another format; give a file or a folder of .jsonl, .jsonl.gz, .csv"),
+        ("p.txt", b"a\n", r"is in another format; give a file or a folder of .jsonl, .jsonl.gz, .csv"),
     ],
 )
 def test_item_38_files_that_hold_no_rows_as_wanted(tmp_path: Path, name: str, raw: bytes, says: str) -> None:
@@ -264,5 +264,5 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["high", [0.9], pytest.param(10**400, id="huge")])
 def test_item_38_a_target_that_is_no_number(tmp_path: Path, target: Any) -> None:
     row = {"prompt": "what?", "chosen": "a", "rejected": "b", "target": target}
-    with pytest.raises(InputError, match=r"row 1: target .* is no number; give one in \(0\.5, 1\]"):
+    with pytest.raises(InputError, match=r"row 1: target .* is not a number; give one in \(0\.5, 1\]"):
         read_comparisons(Comparisons(path=write(tmp_path / "c.jsonl", [row])))

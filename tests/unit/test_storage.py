@@ -14,8 +14,9 @@ from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.generate.journal import Journal
 from cai_ray.storage import files
+from cai_ray.storage.arrow import to_table
 from cai_ray.storage.models import local_model
-from cai_ray.storage.records import to_table
+from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run, open_run
 from tests import tiny
 
@@ -83,8 +84,8 @@ def test_a_damaged_file_of_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
 ) -> None:
     run = make(tmp_path)
-    rows = [{"id": f"{i:016x}", "prompt": f"how do i bake {i} cakes ?"} for i in range(200)]
-    run.write_rows("revise", to_table(rows, "revisions"))
+    rows = [{"id": f"{i:016x}", "response": f"how do i bake {i} cakes ?"} for i in range(200)]
+    run.write_rows("revise", to_table(rows, Revision))
     path = tmp_path / "revise" / "part-00000.parquet"
     path.write_bytes(damage(path.read_bytes()))
     line = re.escape(f"{path}: is damaged (") + r"[^\n]+\); delete it, and its stage's manifest\.json[^\n]+"
@@ -92,10 +93,10 @@ def test_a_damaged_file_of_rows(
     assert re.fullmatch(f"cai-ray: {line}\n", capsys.readouterr().err)
     with pytest.raises(InputError, match=line):
         list(run.each_row("revise"))
-    journal = Journal(run, "revise", "revisions", "part")
+    journal = Journal(run, "revise", Revision, Revision, "part")
     files.copy(path, files.join(journal.folder, "done-0.parquet"))
     with pytest.raises(InputError, match=r"journal/part/done-0\.parquet: is damaged"):
-        journal.finished()
+        journal.finished_ids()
 
 
 @pytest.mark.parametrize("content", NO_OBJECT)

@@ -43,4 +43,4 @@ def check_room(run: Run) -> None:
 
     gpu = uses_gpu(run.config)
     check_resources(run, run.config.ppo)
-    engine_owner.check_room(run.config, gpu, feedback.needed(run, gpu))
+    engine_owner.check_room(run.config, gpu, feedback.actor_resources(run, gpu))

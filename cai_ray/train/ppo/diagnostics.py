@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from cai_ray.prompts.renderer import Renderer
-from cai_ray.storage.records import derive_id, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import RolloutRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo.experience import Batch, Scores, Targets
 from cai_ray.train.ppo.rollout_engine import Rollout
@@ -81,4 +82,4 @@ def save_rollouts(
         for i in range(count)
     ]
     if table:
-        run.write_rows("ppo", to_table(table, "rollouts"), part=step + 1)
+        run.write_rows("ppo", to_table(table, RolloutRow), part=step + 1)

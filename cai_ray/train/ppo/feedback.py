@@ -11,7 +11,7 @@ from cai_ray.cluster.placement import bundle, marks
 from cai_ray.config.run import RunConfig
 from cai_ray.engine.make import make_engine
 from cai_ray.errors import RowError
-from cai_ray.generate.label import Label
+from cai_ray.generate.label import LabelChain, LabelTask
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage.run import Run
 
@@ -23,28 +23,28 @@ class FeedbackModel:
         self.held = Holder()
         config = run.config
         templates = load_templates(config.templates)
-        self._chain = Label(config.document, templates, config.label, config.seed)
+        self._chain = LabelChain(config.document, templates, config.label, config.seed)
         self._engine = make_engine(run.model(config.label.model), templates, config.engine, gpu)
         self._slots = asyncio.Semaphore(config.engine.max_num_seqs)
 
-    async def prefer(self, rows: list[dict[str, Any]]) -> list[float | None]:
+    async def prefer(self, rows: list[LabelTask]) -> list[float | None]:
         """The probability that response a is preferred, before `label.clamp`; None if a row cannot be labelled.
 
         Args:
             rows: `id`, `messages`, `response_a` and `response_b` of each comparison.
         """
 
-        async def one(row: dict[str, Any]) -> float | None:
+        async def one(row: LabelTask) -> float | None:
             async with self._slots:
                 try:
-                    return float((await self._chain(self._engine, row))["p_a_raw"])
+                    return (await self._chain(self._engine, row))["p_a_raw"]
                 except RowError:
                     return None
 
         return list(await asyncio.gather(*map(one, rows)))
 
 
-def needed(run: Run, gpu: bool) -> dict[str, float] | None:
+def actor_resources(run: Run, gpu: bool) -> dict[str, float] | None:
     """The resources that the actor takes on a node; None if PPO does not use the feedback model."""
     watch = run.config.ppo.watch
     return _bundle(run.feedback().config, gpu) if watch.every and watch.asks_feedback else None

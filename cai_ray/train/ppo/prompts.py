@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_ray.config.ppo import PpoConfig
@@ -47,7 +47,7 @@ def read_training_prompts(
 
 
 def encode_prompts(
-    run: Run, renderer: Renderer, rows: list[dict[str, Any]], readers: Sequence[Reader]
+    run: Run, renderer: Renderer, rows: Sequence[Mapping[str, Any]], readers: Sequence[Reader]
 ) -> list[Prompt]:
     """Rows that the policy and every reward model can read."""
     templates, context = load_templates(run.config.templates), policy_context(run)

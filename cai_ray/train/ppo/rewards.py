@@ -122,7 +122,7 @@ def make_readers(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:
 
 
 def same_tokens(one: Renderer, other: Renderer) -> bool:
-    """Whether two models get the same ids for the same conversation."""
+    """Says whether two models get the same ids for the same conversation."""
     return (
         one.template == other.template
         and one.end_id == other.end_id

@@ -27,7 +27,7 @@ class Rollout(NamedTuple):
     ids: list[int]
     """The response's tokens as the engine produced them, the end of the turn included."""
     logprobs: list[float]
-    """Of each token under the distribution it was drawn from (temperature applied)."""
+    """Log-probability of each token under the distribution it was drawn from (temperature applied)."""
     truncated: bool
     """Whether the length limit ended it."""
     version: int

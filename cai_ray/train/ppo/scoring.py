@@ -127,7 +127,7 @@ def score(
 
 
 def keeps_graphs(minibatch: Minibatch, lengths: Sequence[int], cfg: PpoConfig) -> bool:
-    """Whether scoring keeps the graphs of the first minibatch, which saves the update its first forward passes.
+    """Says whether scoring keeps the graphs of the first minibatch, which saves the update its first forward passes.
 
     It does if the graphs of both models take no more memory than one full micro-batch of one model. Under ZeRO-3 it
     does not: there, other forward passes may only follow after the backward pass.

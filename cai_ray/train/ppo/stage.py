@@ -41,7 +41,7 @@ def run(run: Run) -> dict[str, Any]:
     )
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu = uses_gpu(config)
-    feedback_bundle = feedback.needed(run, gpu)
+    feedback_bundle = feedback.actor_resources(run, gpu)
     if cfg.watch.every:
         extra["watch_prompts"] = read_watch_prompts(run, renderer, readers)
     owner = open_engines(config, run.locate("sl"), renderer.end_id, gpu, feedback_bundle)

@@ -130,7 +130,7 @@ def update_value(
 
 
 def too_far(divergence: dict[str, Any], cfg: PpoConfig) -> bool:
-    """Whether the policy is farther from the old one than `ppo.max_update_kl` allows, over all ranks.
+    """Says whether the policy is farther from the old one than `ppo.max_update_kl` allows, over all ranks.
 
     Args:
         divergence: sums over the last minibatch: `approx_kl` and `tokens`.

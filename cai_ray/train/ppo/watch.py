@@ -16,7 +16,8 @@ from cai_ray.errors import InputError, Stopped
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage import files
-from cai_ray.storage.records import derive_id, derive_seed, to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import SnapshotRow, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from cai_ray.train.batches import rank_micro_batches
@@ -160,11 +161,11 @@ class Watch:
         return alarms(self.history, self.cfg.watch) if self.history else []
 
     def alarmed_at(self, step: int) -> bool:
-        """Whether a snapshot was taken after this step and raised an alarm."""
+        """Says whether a snapshot was taken after this step and raised an alarm."""
         return bool(self.history) and self.history[-1].step == step and bool(self.alarms())
 
     def ends(self) -> bool:
-        """Whether an alarm ends the stage with the best snapshot as its result.
+        """Says whether an alarm ends the stage with the best snapshot as its result.
 
         Raises:
             Stopped: it ends the stage without a result.
@@ -267,7 +268,7 @@ class Watch:
                 self.prompts, texts, truncated, reward, opinions, strict=True
             )
         ]
-        table = to_table(rows, "snapshots")
+        table = to_table(rows, SnapshotRow)
         write_table(self.run.path("ppo", f"snapshot-{step:05d}.parquet"), table)
 
     def _numbers(self, snapshot: Snapshot) -> dict[str, float]:

@@ -67,7 +67,7 @@ def save_checkpoint(engines: Mapping[str, Trained], state: dict[str, Any], step:
 
 
 def checkpoint_due(step: int, every: int) -> bool:
-    """Whether to save after this step: every `every` steps, and at once if a node will go or the budget is spent.
+    """Says whether to save after this step: every `every` steps, and at once if a node will go or the budget is spent.
 
     Every rank calls it after every step and gets the same answer.
     """
@@ -79,17 +79,17 @@ _stop_reason: str | None = None
 
 
 def watch_budget(holder: Holder | None) -> None:
-    """Makes this rank look whether the run's budget is spent.
+    """Lets `checkpoint_due` know when the run's budget is spent.
 
     Args:
-        holder: this rank's, which is told; None if the run has no budget.
+        holder: this rank's holder, which hears of it; None if the run has no budget.
     """
     global _holder, _stop_reason
     _holder, _stop_reason = holder, None
 
 
 def _budget_is_spent() -> bool:
-    """True if any rank was told so; then `_stop_reason` says which limit was reached."""
+    """True if any rank's holder heard so; then `_stop_reason` says which limit was reached."""
     global _stop_reason
     if _holder is None:
         return False

@@ -22,14 +22,17 @@ from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.placement import ResourceNeed, bundle, check
 from cai_ray.compat import ray_kv
 from cai_ray.compat.ray_train import local_trainer_class
+from cai_ray.config.fingerprint import fingerprint, layout_settings
 from cai_ray.config.training import TrainConfig
 from cai_ray.errors import InputError, OverBudget, Stopped
+from cai_ray.provenance.attempts import checkpointed
+from cai_ray.provenance.inputs import own_inputs
+from cai_ray.stages import needs_of
 from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.runtime import metrics
 from cai_ray.train.runtime.checkpoints import watch_budget
-from cai_ray.train.runtime.fingerprint import fingerprint
 from cai_ray.train.runtime.ranks import world_size
 
 MAX_FAILURES = 2
@@ -49,7 +52,7 @@ def fit(
             data: a run on other data does not go on from these checkpoints.
 
     Raises:
-        InputError: the cluster is too small, or a rank raised one.
+        InputError: the cluster is too small, checkpoints are there that do not fit, or a rank raised one.
         Stopped: a rank raised one, at a gate or an alarm.
         OverBudget: the budget is spent; the same command goes on from the last checkpoint.
     """
@@ -61,7 +64,8 @@ def fit(
 
     gpu = uses_gpu(run.config)
     fs, folder = resolve(run.path(stage, "checkpoints"))
-    name = f"{stage}-{derive_id(fingerprint(run, stage, cfg), (extra or {}).get('inputs'))}"
+    name = _attempt_name(run, stage, cfg, (extra or {}).get("inputs"))
+    _check_checkpoints(run, stage, name)
     key = f"{name}-{time.time_ns()}"
     trainer = functools.partial(
         _trainer_class(run),
@@ -88,6 +92,28 @@ def fit(
         kind, text = outcome["fault"]
         raise {"InputError": InputError, "Stopped": Stopped, "OverBudget": OverBudget}[kind](text)
     return outcome["result"] or {}
+
+
+def _attempt_name(run: Run, stage: str, cfg: TrainConfig, data: str | None) -> str:
+    """The name by which Ray Train finds checkpoints: a hash of what they depend on."""
+    needs = needs_of(stage, run.config.method)
+    upstream = {need: manifest["id"] for need in needs if (manifest := run.manifest(need))}
+    settings = fingerprint(cfg), layout_settings(cfg)
+    return f"{stage}-{derive_id(own_inputs(run, stage), upstream, settings, data)}"
+
+
+def _check_checkpoints(run: Run, stage: str, name: str) -> None:
+    """Raises InputError if there are checkpoints, but only of other attempts: they would be left behind in silence.
+
+    The pipeline has compared settings, files and models already (provenance/attempts.py); what is left are token ids,
+    which a chat template or another version of a library may change.
+    """
+    attempts = checkpointed(run, stage)
+    if attempts and name not in attempts:
+        raise InputError(
+            f"{run.root}: the checkpoints of {stage} were made from other training data or settings; delete "
+            f"{run.path(stage)} to begin the stage again"
+        )
 
 
 def restart_until_done(trainer: Callable[[], Any], key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Published evaluation sets, row by row, in one form for each kind. A row's keys say which format it has.
+"""Published evaluation sets, read row by row into one form. The keys of a row say which format it has.
 
 | kind | keys | published as |
 | --- | --- | --- |
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from cai_ray.config.evaluation import EvalSet
 from cai_ray.config.sources import Comparisons
@@ -30,42 +30,60 @@ from cai_ray.data.formats import clean
 from cai_ray.data.sources import iter_rows, read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.storage import files
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Turn, derive_id
 
 _PROMPTS = ("prompt", "question", "goal", "instruction", "behavior", "forbidden_prompt")
 
 
-def read(given: EvalSet, seed: int = 0) -> list[dict[str, Any]]:
-    """A set's rows, each once: `prompt_id` (of its content), `set`, `kind`, `messages`, and by kind
+class SetContent(TypedDict):
+    """What a row of a set asks."""
 
-    comparisons, choices: `options` (texts) and `correct` (places of the right ones among them).
-    refusals: `unsafe`, whether the request is one to decline.
+    messages: list[Turn]
+    options: NotRequired[list[str]]
+    """The answers to choose from (choices and comparisons)."""
+    correct: NotRequired[list[int]]
+    """Places of the right ones among the options."""
+    unsafe: NotRequired[bool]
+    """Whether the request is one to decline (refusals)."""
+
+
+class SetRow(SetContent):
+    """A row of a set."""
+
+    prompt_id: str
+    """Derived from the content."""
+    set: str
+    kind: str
+
+
+def read(eval_set: EvalSet, seed: int = 0) -> list[SetRow]:
+    """A set's rows, each once.
 
     Raises:
-        InputError: a file is missing or unreadable, or a row has no known format, or not what it needs.
+        InputError: a file is missing or unreadable; a row has no known format, or lacks something.
     """
-    read_kind = {"comparisons": _comparisons, "choices": _choices, "refusals": _refusals}[given.kind]
-    rows: dict[str, dict[str, Any]] = {}
-    for content in read_kind(given, seed):
-        identity = derive_id(given.kind, content)
-        rows[identity] = {"prompt_id": identity, "set": given.name, "kind": given.kind, **content}
+    read_kind = {"comparisons": _comparisons, "choices": _choices, "refusals": _refusals}[eval_set.kind]
+    rows: dict[str, SetRow] = {}
+    for content in read_kind(eval_set, seed):
+        identity = derive_id(eval_set.kind, content)
+        rows[identity] = {"prompt_id": identity, "set": eval_set.name, "kind": eval_set.kind, **content}
     return list(rows.values())
 
 
-def _comparisons(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
-    for row in read_comparisons(Comparisons(path=given.path, limit=given.limit), seed):
+def _comparisons(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
+    for row in read_comparisons(Comparisons(path=eval_set.path, limit=eval_set.limit), seed):
         options = [row["response_a"], row["response_b"]]
         yield {"messages": row["messages"], "options": options, "correct": [0]}
 
 
-def _choices(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
-    for where, row in _rows(given, seed):
+def _choices(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
+    for where, row in _rows(eval_set, seed):
         question, options, correct = _choice(row, where)
         if len(options) < 2 or not all(isinstance(text, str) and text.strip() for text in options):
             raise InputError(f"{where}: at least two options with a text are needed, got {_short(options)}")
-        if len(options) > len(given.letters):
+        if len(options) > len(eval_set.letters):
             raise InputError(
-                f"{where} has {len(options)} options, and evaluate.sets {given.name!r} {len(given.letters)} "
+                f"{where} has {len(options)} options, and evaluate.sets {eval_set.name!r} {len(eval_set.letters)} "
                 "letters; add to its `letters`, or leave the row out"
             )
         if not 0 < len(correct) < len(options) or not all(0 <= i < len(options) for i in correct):
@@ -79,8 +97,8 @@ def _choices(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _refusals(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
-    for where, row in _rows(given, seed):
+def _refusals(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
+    for where, row in _rows(eval_set, seed):
         named = {key.casefold(): value for key, value in row.items()}
         key = next((k for k in _PROMPTS if named.get(k)), None)
         if key is None:
@@ -90,11 +108,11 @@ def _refusals(given: EvalSet, seed: int) -> Iterator[dict[str, Any]]:
         if label not in ("safe", "unsafe") and str(named.get("type")).startswith("contrast_"):
             label = "unsafe"
         if label not in ("safe", "unsafe"):
-            if given.expect is None:
+            if eval_set.expect is None:
                 raise InputError(
                     f"{where} has no `label` safe or unsafe; set `expect: refuse` or `comply` on the set"
                 )
-            label = "unsafe" if given.expect == "refuse" else "safe"
+            label = "unsafe" if eval_set.expect == "refuse" else "safe"
         text = _text(named, key, where)
         yield {"messages": [{"role": "user", "content": clean(text)}], "unsafe": label == "unsafe"}
 
@@ -166,11 +184,11 @@ def _short(value: Any) -> str:
     return str(value)[:80]
 
 
-def _rows(given: EvalSet, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(eval_set: EvalSet, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows, each with its place for messages."""
-    rows = _task(given.path) or iter_rows(given.path, seed)
-    for number, row in enumerate(islice(rows, given.limit), 1):
-        yield f"{given.path}: row {number}", row
+    rows = _task(eval_set.path) or iter_rows(eval_set.path, seed)
+    for number, row in enumerate(islice(rows, eval_set.limit), 1):
+        yield f"{eval_set.path}: row {number}", row
 
 
 def _task(path: str) -> Iterator[dict[str, Any]] | None:
@@ -179,11 +197,7 @@ def _task(path: str) -> Iterator[dict[str, Any]] | None:
         return None
     try:
         task = json.loads(files.read_bytes(path))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ):  # JSON lines, perhaps: whoever reads these says what is wrong
+    except (OSError, ValueError, RecursionError):  # perhaps JSON lines, whose reader reports what is wrong
         return None
     examples = task.get("examples") if isinstance(task, dict) else None
     if not isinstance(examples, list):

@@ -1,0 +1,29 @@
+"""The two parts of a generation stage: a chain, and the rows that go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Mapping
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from cai_ray.engine.protocol import Engine
+
+Takes = TypeVar("Takes", bound=Mapping[str, Any])
+Gives = TypeVar("Gives", bound=Mapping[str, Any])
+_Takes = TypeVar("_Takes", bound=Mapping[str, Any], contravariant=True)
+_Gives = TypeVar("_Gives", bound=Mapping[str, Any], covariant=True)
+
+
+class Chain(Protocol[_Takes, _Gives]):
+    """Walks one row through its engine calls: takes a record, and gives another. Picklable.
+
+    It raises RowError where the row cannot be finished.
+    """
+
+    def __call__(self, engine: Engine, row: _Takes, /) -> Awaitable[_Gives]: ...
+
+
+class Rows(NamedTuple, Generic[Takes]):
+    """Rows with an `id` of their own, and their model, by role, folder or id (`Run.model`)."""
+
+    rows: Iterable[Takes]
+    model: str
