@@ -88,7 +88,7 @@ def _content(run: Run, named: Content, base: Callable[[], str]) -> str:
         return _files_sha(value)
     engine: EngineConfig | None = getattr(named.section, "engine", None)
     if engine and engine.kind == "openai":  # an endpoint knows it by its name alone
-        return run.feedback().locate(value)
+        return run.config.model if value == "base" else value
     if value == "base":
         return base()
     return value if value in ROLES or value == LABELS else model_sha(run.model(value))
