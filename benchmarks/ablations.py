@@ -16,7 +16,7 @@ from typing import Any
 
 from cai_ray.cluster.connect import disconnect
 from cai_ray.provenance.versions import versions
-from cai_ray.report.combine import combine
+from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.report.text import columns, interval, percent
 from cai_ray.stages import POLICIES, ROLES
 from cai_ray.storage import files
@@ -71,7 +71,7 @@ def main() -> None:
             rows.append(judged)
     finally:
         disconnect()
-    report = combine(reports, rows)
+    report = mean_of_seeds(reports, rows)
     titles = FULL | {name: VARIANTS[name][0] for name in args.only}
     table = [["percent", *RATES.values()]]
     for name, title in titles.items():

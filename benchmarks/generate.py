@@ -94,9 +94,7 @@ def coroutines(run: Run, rows: list[Any], folder: str) -> int:
     chain = Spreading(_chain(run), folder)
 
     async def all_rows() -> list[Any]:
-        engine: Any = make_engine(
-            run.model("base"), load_templates(run.config.templates), run.config.engine, gpu=False
-        )
+        engine: Any = make_engine(run.resolve_model("base"), gpu=False)
         try:
             return list(await asyncio.gather(*(chain(engine, row) for row in rows)))
         finally:

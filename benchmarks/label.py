@@ -63,7 +63,9 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
     run = Run(_config(model, folder, kind))
     config = run.config
     document = constitutions.load(config.constitution)
-    chain = Timed(LabelChain(document, load_templates(config.templates), config.label, config.seed), folder)
+    chain = Timed(
+        LabelChain(document, load_templates(config.templates), config.label.judge, config.seed), folder
+    )
     asked, started = comparisons(rows), time.time()
     if kind == "ours":
         connect(config)
@@ -81,9 +83,7 @@ def measure(kind: str, model: str, rows: int, folder: str) -> dict[str, Any]:
 
 
 async def _bare(run: Run, rows: list[dict[str, Any]], chain: Timed) -> list[dict[str, Any]]:
-    engine = make_engine(
-        run.model("base"), load_templates(run.config.templates), run.config.engine, gpu=False
-    )
+    engine = make_engine(run.resolve_model("base"), gpu=False)
     slots = asyncio.Semaphore(rows_in_flight(run.config.engine))
 
     async def one(row: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _config(model: str, out: str, kind: str) -> RunConfig:
             "constitution": "harmless",
             "templates": "general" if shared else "paper-layout",
             "prompts": [{"path": "none.jsonl", "kind": "red_team"}],
-            "label": {"principles": "all"},
+            "label": {"judge": {"principles": "all"}},
             "engine": engine | ({} if shared else {"extra": {"enable_prefix_caching": False}}),
         }
     )

@@ -178,7 +178,7 @@ def _revise(out: str, rows: int, actors: int) -> float:
 
 def _label(out: str, rows: int, actors: int) -> float:
     run = _run(out, actors)
-    config = run.config.label.model_copy(update={"principles": "all"})
+    config = run.config.label.judge.model_copy(update={"principles": "all"})
     chain = LabelChain(constitutions.load("harmless"), load_templates(run.config.templates), config, 0)
     pairs = (
         {**row, "response_a": _text(n, 20), "response_b": _text(n + 1, 20)} for n, row in _numbered(rows)

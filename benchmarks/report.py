@@ -22,6 +22,7 @@ from typing import Any
 
 from cai_ray import constitution as constitutions
 from cai_ray.config.load import load_config
+from cai_ray.judging import certificate
 from cai_ray.provenance.versions import versions
 from cai_ray.stages import POLICIES, stages_of
 from cai_ray.storage import files
@@ -52,7 +53,7 @@ def main() -> int:
         size = sum(f.stat().st_size for f in Path(folder).rglob("*.parquet"))
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-c", MAKE, run.root], capture_output=True, text=True, check=True
+            [sys.executable, "-c", MAKE, run.root], stdout=subprocess.PIPE, text=True, check=True
         )
         seconds = time.perf_counter() - started
         page = Path(run.path("report", "index.html")).stat().st_size
@@ -76,7 +77,7 @@ def main() -> int:
 
 def made(folder: str, rows: int, words: int) -> Run:
     """A run directory as the stages leave it."""
-    run = Run(load_config("errand-town", ["constitution=harmless", "evaluate.judge=model"], out=folder))
+    run = Run(load_config("errand-town", ["constitution=harmless", "evaluate.gold=null"], out=folder))
     document = constitutions.load("harmless")
     ids = [p.id for p in document.principles]
     rng = random.Random(0)
@@ -134,6 +135,9 @@ def made(folder: str, rows: int, words: int) -> Run:
         for part, start in enumerate(range(0, count, PART)):
             table = to_table([row(i) for i in range(start, min(start + PART, count))], record)
             run.write_rows(stage, table, part)
+            if stage == "label" and part == 0:  # of the first labels: the page shows as much of all of them
+                proof = certificate.certificate(certificate.read(table))
+                files.write_json(run.path("label", "certificate.json"), proof)
     for stage in stages_of("ppo")[:-1]:
         tokens = {"prompt": 1000, "cached": 0, "generated": 1000}
         files.write_json(

@@ -241,7 +241,7 @@ async def _at_once(
 async def _bare(model: str, requests: int, folder: str) -> tuple[float, float]:
     """When it was up, and comparisons a second."""
     config = label._config(model, "", "ours")
-    engine = make_engine(model, load_templates(config.templates), config.engine, gpu=False)
+    engine = make_engine(Run(config).resolve_model(model), gpu=False)
     document, templates = config.document, load_templates(config.templates)
     started, left = time.time(), iter(label.comparisons(requests))
 

@@ -13,7 +13,8 @@ from cai_ray.engine.make import make_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
-from cai_ray.report.text import name_of, visible
+from cai_ray.report.roles import title_of
+from cai_ray.report.text import visible
 from cai_ray.stages import Policy, maker_of
 from cai_ray.storage.records import derive_seed
 from cai_ray.storage.run import Run
@@ -27,13 +28,12 @@ def run(run: Run, which: Policy) -> int:
     """
     if (stage := maker_of(which, run.config.method)) and run.manifest(stage) is None:
         raise InputError(
-            f"{run.root}: the {name_of(which)} policy is not trained yet; choose another with --model"
+            f"{run.root}: the {title_of(which)} policy is not trained yet; choose another with --model"
         )
     # An engine's warnings would stand between questions and answers.
     for key, value in {**worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(key, value)
-    config = run.config
-    engine = make_engine(run.model(which), load_templates(config.templates), config.engine, uses_gpu(config))
+    engine = make_engine(run.resolve_model(which), uses_gpu(run.config))
     try:
         talk(engine, run, which)
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def talk(engine: Engine, run: Run, which: str) -> None:
     templates = load_templates(config.templates)
     if terminal:
         print(
-            f"{name_of(which)} of {config.name}. Ctrl-D ends{'; /new starts over' if has_history else ''}.",
+            f"{title_of(which)} of {config.name}. Ctrl-D ends{'; /new starts over' if has_history else ''}.",
             file=sys.stderr,
         )
     history: list[dict[str, str]] = []

@@ -198,12 +198,12 @@ def print_estimate(settings: "RunConfig", names: Sequence[str], prompts: int, as
 
 def compare_runs(first: str, second: str, out: str | None, as_json: bool) -> None:
     """`cai-ray report RUN OTHER`: what the second run changed, and on request a page of it."""
-    from cai_ray.report import compare
+    from cai_ray.report import side_by_side
     from cai_ray.storage import files
     from cai_ray.storage.run import open_run
 
-    comparison = compare.compare(open_run(first), open_run(second))
+    comparison = side_by_side.compare(open_run(first), open_run(second))
     if out:
-        files.write_bytes(files.join(out, "index.html"), compare.page(comparison).encode())
-    for line in [json.dumps(comparison)] if as_json else compare.lines(comparison):
+        files.write_bytes(files.join(out, "index.html"), side_by_side.page(comparison).encode())
+    for line in [json.dumps(comparison)] if as_json else side_by_side.lines(comparison):
         print(line)

@@ -8,6 +8,7 @@ from typing import Any
 
 from cai_ray.compat.ray_core import metrics_port_option
 from cai_ray.compat.ray_start import start_local, wait_longer
+from cai_ray.config.engine import EngineConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError, Unavailable
 
@@ -83,21 +84,31 @@ def cluster_address(config: RunConfig) -> str | None:
 
 def worker_env(config: RunConfig) -> dict[str, str]:
     """Environment variables of every worker process."""
+    return engine_env(config.engine)
+
+
+def engine_env(engine: EngineConfig) -> dict[str, str]:
+    """Environment variables of a process that holds an engine."""
     env = dict(WORKER_ENV)
-    if uses_gpu(config):
+    if on_gpu(engine):
         del env["DS_ACCELERATOR"], env["TORCH_COMPILE_DISABLE"]
     return env
 
 
 def uses_gpu(config: RunConfig) -> bool:
     """Whether engines and training run on GPUs: as configured, by default if this machine has one."""
-    if config.engine.kind == "openai":
+    return on_gpu(config.engine)
+
+
+def on_gpu(engine: EngineConfig) -> bool:
+    """Whether an engine runs on GPUs: as configured, by default if this machine has one."""
+    if engine.kind == "openai":
         return False
-    if config.engine.device == "auto":
+    if engine.device == "auto":
         import torch
 
         return torch.cuda.is_available()
-    return config.engine.device == "gpu"
+    return engine.device == "gpu"
 
 
 def disconnect() -> None:

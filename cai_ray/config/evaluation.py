@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 
@@ -59,8 +60,10 @@ class EvaluateConfig(Section):
 
     prompts: tuple[PromptSource, ...] = ()
     """Held-out prompts. None of them may be a training prompt."""
-    judge: Literal["model", "town"] = "model"
-    """`model`: the feedback model judges by the constitution. `town`: the exact judge of Errand Town."""
+    judge: JudgeConfig | None = None
+    """Compares the policies' answers. Defaults to `label.judge`."""
+    gold: Literal["town"] | None = None
+    """`town`: the exact judge of Errand Town says what is harmful, and no model is asked."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature of answers."""
     max_tokens: int = Field(default=512, gt=0)
@@ -75,6 +78,14 @@ class EvaluateConfig(Section):
     """Published evaluation sets, beside the prompts."""
     harness: HarnessConfig | None = None
     """Tasks of lm-evaluation-harness."""
+
+    @model_validator(mode="after")
+    def _judged_once(self) -> EvaluateConfig:
+        if self.gold and self.judge:
+            raise ValueError(
+                f"gold={self.gold} says what is harmful, and no judge is asked; leave out one of the two"
+            )
+        return self
 
     @field_validator("sets")
     @classmethod

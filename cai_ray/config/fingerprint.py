@@ -16,7 +16,7 @@ class Content(NamedTuple):
     section: Section
     """Where it is set."""
     kind: str
-    """`files`, `folder` or `model`."""
+    """`files`, `folder`, `model`, `templates` or `constitution`."""
     value: str | None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from cai_ray.config.engine import EngineConfig
+from cai_ray.config.judge import JudgeConfig, PromptedModel
 from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 
@@ -31,26 +31,23 @@ class ReviseConfig(Section):
     """Most tokens of a critique."""
     helpful_samples: int = Field(default=1, ge=0)
     """Answers to each helpfulness prompt. They are trained on without a critique, to keep the policy helpful."""
-    critique_model: str | None = None
-    """The model that writes the critiques, by its name at `critique_engine`. By default the model that answers writes
-    them. Revisions are always its own."""
-    critique_engine: EngineConfig | None = None
-    """The endpoint of `critique_model`."""
+    critique_model: PromptedModel | None = None
+    """The model at an endpoint that writes the critiques. By default the model that answers writes them. Revisions are
+    always its own."""
     limit: int | None = Field(default=None, gt=0)
     """Use only this many training prompts from the start."""
 
     @model_validator(mode="after")
     def _critique_is_served(self) -> ReviseConfig:
-        if (self.critique_model is None) != (self.critique_engine is None):
-            raise ValueError("`critique_model` and `critique_engine` go together; set both, or neither")
-        if self.critique_model and not self.critique:
+        if self.critique_model is None:
+            return self
+        if not self.critique:
+            raise ValueError("critique=false: nobody writes one; leave out `critique_model`")
+        kind = self.critique_model.engine.kind if self.critique_model.engine else None
+        if kind != "openai":
             raise ValueError(
-                "critique=false: nobody writes one; leave out `critique_model` and `critique_engine`"
-            )
-        if self.critique_engine and self.critique_engine.kind != "openai":
-            raise ValueError(
-                f"critique_engine.kind={self.critique_engine.kind}: the model that answers has the engine here; "
-                "use kind: openai, for a local model with the address of a `vllm serve`"
+                f"critique_model.{f'engine.kind={kind}' if kind else 'engine is not set'}: the model that answers has "
+                "the engine here; use kind: openai, for a local model with the address of a `vllm serve`"
             )
         return self
 
@@ -103,27 +100,8 @@ class LabelGates(Section):
 class LabelConfig(Section):
     """Stage `label`: the feedback model compares the two responses of each comparison."""
 
-    model: str = by_content("model", "base")
-    """The feedback model: `base`, `sl`, a model folder or id, or its name at an endpoint."""
-    engine: EngineConfig | None = None
-    """The feedback model's own engine or endpoint. Defaults to the run's engine."""
-    principles: Literal["all"] | int = 1
-    """How many principles vote on each comparison. The paper draws one."""
-    both_orders: bool = True
-    """Ask each principle twice, with the responses swapped, and average the two answers."""
-    combine: Literal["mean", "log_odds"] = "mean"
-    """How votes become one label: the mean of their probabilities, or of their log-odds."""
-    mode: Literal["logprob", "cot", "score"] = "logprob"
-    """`logprob`: the probabilities of the two options are read directly. `cot`: they are read after the model has
-    reasoned. `score`: each response is rated from 1 to 10 by itself, and the label is the logistic of the
-    difference."""
-    reasoning_max_tokens: int = Field(default=512, gt=0)
-    """Most tokens of reasoning (`mode: cot`)."""
-    reasoning_temperature: float = Field(default=0.0, ge=0, le=2)
-    """Sampling temperature of reasoning (`mode: cot`)."""
-    clamp: tuple[float, float] | None = None
-    """Bounds that the combined probability is clamped to. Defaults to [0.4, 0.6] with `mode: cot` and to no bounds
-    otherwise."""
+    judge: JudgeConfig = JudgeConfig()
+    """The feedback model, and how it is asked."""
     gold: str | None = by_content("files", None)
     """Comparisons with a known preference on development prompts. They measure the labels and train nothing."""
     gold_limit: int = Field(default=300, gt=0)
@@ -131,38 +109,18 @@ class LabelConfig(Section):
     gates: LabelGates = LabelGates()
     """Bounds that stop the run before it trains on bad labels."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _reasoned(cls, data: Any) -> Any:
-        """After reasoning, probabilities come out near 0 or 1: the paper clamps these, and these alone."""
-        if isinstance(data, dict) and data.get("mode") == "cot":
-            return {"clamp": (0.4, 0.6), **data}
-        return data
-
-    @field_validator("clamp")
-    @classmethod
-    def _bounds(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value and not 0 <= value[0] < value[1] <= 1:
-            raise ValueError(f"{list(value)}: give two rising probabilities, such as [0.1, 0.9]")
-        return value
-
     @model_validator(mode="after")
     def _measured(self) -> LabelConfig:
         """What a gate looks at is measured."""
         for name in ("max_ece", "min_accuracy"):
             if (bound := getattr(self.gates, name)) is not None and self.gold is None:
                 raise ValueError(f"gates.{name}={bound:g} needs gold comparisons; name them in label.gold")
-        if (bound := self.gates.max_slot_bias) is not None and not self.both_orders:
-            raise ValueError(f"gates.max_slot_bias={bound:g} needs both orders; set label.both_orders: true")
-        if bound is not None and self.mode == "score":
+        if (bound := self.gates.max_slot_bias) is not None and not self.judge.both_orders:
             raise ValueError(
-                f"gates.max_slot_bias={bound:g}: label.mode=score has no slots; leave the gate out"
+                f"gates.max_slot_bias={bound:g} needs both orders; set label.judge.both_orders: true"
+            )
+        if bound is not None and self.judge.ask == "response":
+            raise ValueError(
+                f"gates.max_slot_bias={bound:g}: label.judge.ask=response has no slots; leave the gate out"
             )
         return self
-
-    @field_validator("principles")
-    @classmethod
-    def _at_least_one(cls, value: Literal["all"] | int) -> Literal["all"] | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("at least one principle must vote; use 1, more, or `all`")
-        return value

@@ -94,17 +94,26 @@ def set_value(data: dict[str, Any], item: str) -> None:
 
 
 def _nearest(kind: type[Section], loc: tuple[int | str, ...]) -> str:
-    """Names the known key that is most like an unknown one."""
+    """Names the known key that is most like an unknown one, or the same key one section further in."""
     from difflib import get_close_matches
 
     model: Any = kind
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
-        field = model.model_fields.get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        model = _section_at(model, part)
         if model is None:
             return "remove it"
-    close = get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
-    return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(model.model_fields)
+    last = str(loc[-1])
+    inner = [
+        key for key in model.model_fields if last in getattr(_section_at(model, key), "model_fields", ())
+    ]
+    near = [f"{key}.{last}" for key in inner] or get_close_matches(last, list(model.model_fields), n=1)
+    return f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(model.model_fields)
+
+
+def _section_at(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section that a key of another section holds."""
+    field = model.model_fields.get(key)
+    options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
 from cai_ray.config.training import TrainConfig
@@ -21,8 +22,8 @@ class RewardSource(Section):
     """Its weight in the sum of rewards."""
 
 
-LABELS = "labels"
-"""Second opinion by the feedback model's fresh labels (`ppo.watch.opinion`)."""
+JUDGE = "judge"
+"""The second opinion is a judge's (`ppo.watch.opinion`)."""
 
 
 class WatchConfig(Section):
@@ -37,9 +38,11 @@ class WatchConfig(Section):
     """Development prompts, which are neither trained on nor evaluated on."""
     limit: int = Field(default=128, gt=0)
     """Use only this many of these prompts from the start."""
-    opinion: str = by_content("model", LABELS)
-    """The second opinion. `labels`: the probability that the feedback model prefers the response to the SL-CAI
-    policy's. Or a reward model that PPO does not train on (folder or id), in units of its reference set."""
+    opinion: str = by_content("model", JUDGE)
+    """The second opinion. `judge`: the probability that the judge prefers the response to the SL-CAI policy's. Or a
+    reward model that PPO does not train on (folder or id), in units of its reference set."""
+    judge: JudgeConfig | None = None
+    """The judge that gives the second opinion. Defaults to `label.judge`."""
     on_alarm: Literal["log", "stop", "finish"] = operational("log")
     """What an alarm does. `log`: one line, and PPO goes on. `stop`: the run ends with exit code 3. `finish`: the stage
     ends with the best snapshot."""
@@ -58,9 +61,17 @@ class WatchConfig(Section):
     """Snapshots in a row that must exceed `max_opinion_drop`."""
 
     @property
-    def asks_feedback(self) -> bool:
-        """Whether the feedback model is there while PPO runs."""
-        return self.every > 0 and self.opinion == LABELS
+    def asks_judge(self) -> bool:
+        """Whether a judge is asked while PPO runs."""
+        return self.every > 0 and self.opinion == JUDGE
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> WatchConfig:
+        if self.judge and self.opinion != JUDGE:
+            raise ValueError(
+                f"opinion={self.opinion}: no judge is asked; leave out `judge`, or use opinion: {JUDGE}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_prompts(self) -> WatchConfig:

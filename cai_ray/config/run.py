@@ -11,6 +11,7 @@ from cai_ray.config.cost import BudgetConfig, CheckConfig, PricesConfig
 from cai_ray.config.engine import EngineConfig, RayConfig
 from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.config.generation import CompareConfig, LabelConfig, RedTeamConfig, ReviseConfig
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.ppo import PpoConfig
 from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
@@ -85,6 +86,34 @@ class RunConfig(Section):
         """
         return constitutions.load(self.constitution).without(self.without)
 
+    def document_of(self, judge: JudgeConfig) -> Constitution:
+        """The document that a judge judges by: its own, or the run's.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        return constitutions.load(judge.constitution) if judge.constitution else self.document
+
+    @property
+    def judges(self) -> dict[str, JudgeConfig]:
+        """The judges that the configuration describes, by their keys."""
+        given = {
+            "label.judge": self.label.judge,
+            "ppo.watch.judge": self.ppo.watch.judge,
+            "evaluate.judge": self.evaluate.judge,
+        }
+        return {key: judge for key, judge in given.items() if judge}
+
+    @property
+    def watch_judge(self) -> JudgeConfig:
+        """The judge of the snapshots during PPO."""
+        return self.ppo.watch.judge or self.label.judge
+
+    @property
+    def evaluation_judge(self) -> JudgeConfig:
+        """The judge that compares the policies' answers, unless `evaluate.gold` does."""
+        return self.evaluate.judge or self.label.judge
+
     @property
     def preference(self) -> PreferenceConfig:
         """The section of the stage that is trained on comparisons."""
@@ -106,7 +135,7 @@ class RunConfig(Section):
         for key, value in (
             ("sft.init", self.sft.init),
             ("redteam.model", self.redteam.model),
-            ("label.model", self.label.model),
+            *((f"{key}.model", judge.model) for key, judge in self.judges.items()),
             ("rm.init", self.rm.init),
             *(("ppo.rewards", source.model) for source in self.ppo.rewards),
         ):
@@ -141,12 +170,20 @@ class RunConfig(Section):
         if self.engine.kind == "openai":
             raise ValueError(
                 "engine.kind=openai: the policy is trained here, so no endpoint has it; give the endpoint as "
-                "`label.engine` (the feedback model) or `revise.critique_engine`"
+                "`label.judge.engine` (the feedback model) or `revise.critique_model.engine`"
             )
-        if self.label.engine and self.label.engine.kind == "openai" and self.label.model == "sl":
-            raise ValueError(
-                "label.model=sl is made by this run, and no endpoint serves it; use the name of a served model"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _judges_can_be_asked(self) -> RunConfig:
+        for key, judge in self.judges.items():
+            if judge.model == "rm":
+                raise ValueError(f"{key}.model=rm: a reward model answers no question; use a language model")
+            if judge.engine and judge.engine.kind == "openai" and judge.model in ("sl", "rl"):
+                raise ValueError(
+                    f"{key}.model={judge.model} is made by this run, and no endpoint serves it; use the name of a "
+                    "served model"
+                )
         return self
 
     @model_validator(mode="after")

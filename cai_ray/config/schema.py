@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cai_ray.config.engine import EngineConfig
+from cai_ray.config.judge import JudgeConfig, PromptedModel
 from cai_ray.config.run import RunConfig
 from cai_ray.config.section import CHANGES, COMPARED_BY, Section, marks
 from cai_ray.config.sources import Comparisons, PromptSource
@@ -21,6 +22,11 @@ _SHARED: dict[type[Section], tuple[str, str]] = {
     TrainConfig: ("Training", "Shared by `sft`, `rm`, `ppo` and `dpo`, each of which has its own values."),
     PreferenceConfig: ("Preferences", "Shared by `rm` and `dpo`, beside the settings of training."),
     EngineConfig: ("Engines", "The keys of `engine`, and of every other engine that a section names."),
+    PromptedModel: ("Models that are asked", "The keys of `revise.critique_model` and of every judge."),
+    JudgeConfig: (
+        "Judges",
+        "The keys of `label.judge`, `ppo.watch.judge` and `evaluate.judge`, beside those of every model that is asked.",
+    ),
     PromptSource: ("Prompts", "The keys of each item of `prompts`, and of every other list of prompts."),
     Comparisons: ("Human comparisons", "The keys of each item of `rm.human` and `dpo.human`."),
     LoraConfig: ("LoRA", "The keys of `lora` in `sft`, `rm`, `ppo` and `dpo`."),
@@ -28,7 +34,7 @@ _SHARED: dict[type[Section], tuple[str, str]] = {
 """Sections that several others hold or extend: they are described once."""
 _INTRODUCTION = """# Configuration
 
-Every setting of a run. A configuration is a YAML file with these keys; `--set label.principles=4`
+Every setting of a run. A configuration is a YAML file with these keys; `--set ppo.steps=100`
 overrides one on the command line. Unknown keys are errors.
 
 The column *changes* says what changing a setting does to a run that exists:

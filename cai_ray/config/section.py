@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+ContentKind = Literal["files", "folder", "model", "templates", "constitution"]
 CHANGES, COMPARED_BY, CHECKPOINTS = "x-changes", "x-compared-by", "x-checkpoints"
 
 
@@ -34,8 +35,8 @@ def checkpoint_layout(default: Any = ..., **bounds: Any) -> Any:
     return Field(default, json_schema_extra={CHANGES: "operational", CHECKPOINTS: "layout"}, **bounds)
 
 
-def by_content(kind: Literal["files", "folder", "model"], default: Any = ..., **bounds: Any) -> Any:
-    """Declares a path, URI or model that is compared by its content: a copy elsewhere is the same."""
+def by_content(kind: ContentKind, default: Any = ..., **bounds: Any) -> Any:
+    """Declares a path, URI or name that is compared by the content of what it names: a copy elsewhere is the same."""
     return Field(default, json_schema_extra={COMPARED_BY: kind}, **bounds)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from cai_ray.config.judge import JudgeConfig, PromptedModel
 from cai_ray.config.sources import PromptSource
 from cai_ray.data.sources import check_disjoint, read_prompts
+from cai_ray.engine.api_key import read_key
+from cai_ray.engine.check import check_engine
+from cai_ray.engine.options import check_options
 from cai_ray.errors import InputError
+from cai_ray.prompts.check import check_judge
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import ROLES
+from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 
 
@@ -30,21 +36,51 @@ class Preflight:
         self._renderers: dict[str, Renderer] = {}
         self._trained_on: list[Mapping[str, Any]] = []
 
-    def renderer(self, model: str = "base") -> Renderer | None:
-        """The renderer of a model that exists before the run; None if the models are not on this machine.
+    def renderer(self, model: PromptedModel | str = "base") -> Renderer | None:
+        """The renderer of a model that exists before the run; None if the model is not on this machine.
 
         Args:
-            model: a role, folder or id. Every role has the tokenizer of `base`.
+            model: a role, folder or id, or the settings of a model. Every role has the tokenizer of `base`.
 
         Raises:
             InputError: the model is not there, or has no usable tokenizer or chat template.
         """
-        if not self.models_here:
+        settings = PromptedModel(model=model) if isinstance(model, str) else model
+        if settings.model in ROLES:
+            settings = settings.model_copy(update={"model": "base"})
+        resolved = self.run.resolve_model(settings)
+        if not self.models_here or resolved.is_served:
             return None
-        model = "base" if model in ROLES else model
-        if model not in self._renderers:
-            self._renderers[model] = Renderer(self.run.model(model), self.templates.chat_template)
-        return self._renderers[model]
+        key = derive_id(resolved.location, resolved.templates, resolved.template_args)
+        if key not in self._renderers:
+            chat_template = load_templates(resolved.templates).chat_template
+            self._renderers[key] = Renderer(resolved.fetch(), chat_template, resolved.template_args)
+        return self._renderers[key]
+
+    def check_judge(self, key: str, judge: JudgeConfig, stage: str) -> None:
+        """Checks that a judge can be asked: its engine, template set, document, options and key.
+
+        Args:
+            key: the setting that describes it, for error messages.
+            stage: the stage that asks it. An endpoint's key is looked for only if that is about to run.
+
+        Raises:
+            InputError: one of them cannot be used.
+        """
+        model = self.run.resolve_model(judge)
+        check_engine(model.engine, f"{key}.engine" if judge.engine else "engine")
+        templates = load_templates(model.templates)
+        check_judge(templates, judge, key)
+        self.run.config.document_of(judge)
+        answers = [templates.options, *([templates.scores or ()] if judge.ask == "response" else [])]
+        if model.is_served:  # its tokenizer and chat template cannot be seen from here
+            for options in answers:
+                check_options(options)
+            if stage in self.stages and self.models_here:
+                read_key(model.engine)
+        elif renderer := self.renderer(judge):
+            for options in answers:
+                renderer.option_ids(options)
 
     def trains_on_prompts(self, key: str, sources: Iterable[PromptSource]) -> None:
         """Notes the prompts of a setting as trained on.

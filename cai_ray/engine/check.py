@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from cai_ray.cluster.connect import uses_gpu
-from cai_ray.config.run import RunConfig
+from cai_ray.cluster.connect import on_gpu
+from cai_ray.config.engine import EngineConfig
 from cai_ray.errors import InputError
 
 
-def check_engine(config: RunConfig, key: str = "engine") -> None:
-    """Checks the engine of a configuration against the device that it runs on.
+def check_engine(engine: EngineConfig, key: str = "engine") -> None:
+    """Checks the settings of an engine against the device that it runs on.
 
     Args:
         key: the setting that errors name.
@@ -16,9 +16,8 @@ def check_engine(config: RunConfig, key: str = "engine") -> None:
     Raises:
         InputError: vLLM cannot run with these settings on CPU.
     """
-    engine = config.engine
     layers_split, odd_block = engine.pipeline_parallel > 1, bool(engine.block_size and engine.block_size % 32)
-    if not (layers_split or odd_block) or uses_gpu(config):  # asked last: it imports torch
+    if not (layers_split or odd_block) or on_gpu(engine):  # asked last: it imports torch
         return
     if layers_split:
         raise InputError(

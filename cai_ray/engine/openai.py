@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from cai_ray.cluster.holder import count_paid
 from cai_ray.cluster.usage import Usage
-from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.api_key import key_variable, read_key
 from cai_ray.engine.chat_completion import (
     ChatCompletion,
@@ -33,6 +32,7 @@ from cai_ray.engine.options import check_options, option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.messages import Messages, plain_messages
+from cai_ray.storage.models import ResolvedModel
 
 T = TypeVar("T")
 
@@ -52,11 +52,13 @@ class OpenaiEngine:
         RowError: from a call, the endpoint refuses this request, or keeps failing at it.
     """
 
-    def __init__(self, model: str, config: EngineConfig):
+    def __init__(self, model: ResolvedModel):
         import httpx2
 
+        config = model.engine
         assert config.base_url is not None
-        self.model, self.config = model, config
+        self.model, self.config = model.location, config
+        self._template_args = {"chat_template_kwargs": model.template_args} if model.template_args else {}
         self._slots = asyncio.Semaphore(config.max_num_seqs)
         key = read_key(config)
         self._without_key = (lambda text: text.replace(key, "***")) if key else (lambda text: text)
@@ -90,7 +92,12 @@ class OpenaiEngine:
 
     async def _ask(self, messages: Messages, read: Callable[[ChatCompletion], T], **fields: Any) -> T:
         """Asks until an attempt succeeds, within the configured bounds, and returns `read(answer)`."""
-        body = {"model": self.model, "messages": plain_messages(messages), **fields}
+        body = {
+            "model": self.model,
+            "messages": plain_messages(messages),
+            **fields,
+            **self._template_args,
+        }
         if body["messages"][-1]["role"] == "assistant":
             if self.config.continues:
                 body |= {"continue_final_message": True, "add_generation_prompt": False}

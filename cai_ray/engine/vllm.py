@@ -13,9 +13,10 @@ from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
+from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.renderer import Renderer
-from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.models import ResolvedModel
 
 
 def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class VllmEngine:
         RowError: from a call, the prompt leaves no room in the context.
     """
 
-    def __init__(self, model: str, templates: TemplateSet, config: EngineConfig, gpu: bool = False):
+    def __init__(self, model: ResolvedModel, gpu: bool = False):
         if not gpu:
             import_for_engine()
         from vllm import SamplingParams
@@ -80,8 +81,9 @@ class VllmEngine:
 
         from cai_ray.compat.vllm_engine import AsyncLLM
 
-        self.renderer = Renderer(model, templates.chat_template)
-        args = AsyncEngineArgs(**engine_args(model, config, gpu), skip_tokenizer_init=True)
+        folder, templates = model.fetch(), load_templates(model.templates)
+        self.renderer = Renderer(folder, templates.chat_template, model.template_args)
+        args = AsyncEngineArgs(**engine_args(folder, model.engine, gpu), skip_tokenizer_init=True)
         with nullcontext() if gpu else engine_from_fork_server():
             self.llm = AsyncLLM.from_engine_args(args)
         self.context: int = self.llm.model_config.max_model_len

@@ -54,7 +54,7 @@ def _generation(
         ):
             n, few = len(gold_rows(run)), sum(n for n, _ in gold.values())
             work_times = (times * before + _tokens(gold) * n / few) / max(1, before + _tokens(gold))
-    engine = (run.feedback() if name == "label" else run).config.engine
+    engine = run.resolve_model(run.config.label.judge if name == "label" else "base").engine
     at_once = max(1, min(max(engine.min_actors, engine.max_actors), math.ceil(rows / 64)))
     whole = scaled(spent, work, work * work_times, endpoint=times, at_once=at_once)
     tokens = {kind: n for kind, n in used._asdict().items() if kind != "calls"}

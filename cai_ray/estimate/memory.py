@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cai_ray.config.engine import EngineConfig
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.config.training import TrainConfig
 from cai_ray.estimate.shape import Shape
@@ -45,10 +46,7 @@ class MemoryNeed(NamedTuple):
 
 def memory_needs(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -> list[MemoryNeed]:
     """What every process of every stage needs."""
-    engine, feedback = config.engine, config.label.engine or config.engine
-    policy, labels = shapes("sl"), []
-    if feedback.kind != "openai":
-        labels = [engine_need("label", "engine", shapes(config.label.model), feedback, gpu)]
+    engine, policy = config.engine, shapes("sl")
     if config.method == "dpo":  # the reference is a column of numbers
         last = [MemoryNeed("dpo", "trainer", config.dpo.workers, 1, trained(policy, config.dpo, gpu))]
     else:
@@ -58,16 +56,26 @@ def memory_needs(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -
             MemoryNeed("ppo", "trainer", config.ppo.workers, 1, _ppo(config, policy, shapes, gpu)),
             engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
         ]
-        if config.ppo.watch.asks_feedback and labels:
-            last.append(labels[0]._replace(stage="ppo", processes=1))
+        if config.ppo.watch.asks_judge:
+            last += [n._replace(processes=1) for n in _judge("ppo", config, config.watch_judge, shapes, gpu)]
     return [
         engine_need("revise", "engine", shapes("base"), engine, gpu),
         MemoryNeed("sft", "trainer", config.sft.workers, 1, trained(policy, config.sft, gpu)),
         engine_need("compare", "engine", policy, engine, gpu),
-        *labels,
+        *_judge("label", config, config.label.judge, shapes, gpu),
         *last,
         engine_need("evaluate", "engine", policy, engine, gpu),
+        # It starts when the policies have answered.
+        *(_judge("judge", config, judge, shapes, gpu) if (judge := config.evaluate.judge) else ()),
     ]
+
+
+def _judge(
+    stage: str, config: RunConfig, judge: JudgeConfig, shapes: Callable[[str], Shape], gpu: bool
+) -> list[MemoryNeed]:
+    """The engines of a judge; none if it is at an endpoint."""
+    engine = judge.engine or config.engine
+    return [] if engine.kind == "openai" else [engine_need(stage, "engine", shapes(judge.model), engine, gpu)]
 
 
 def trained(shape: Shape, cfg: TrainConfig, gpu: bool, scores: bool = False) -> dict[str, float]:

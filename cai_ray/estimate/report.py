@@ -18,8 +18,7 @@ from cai_ray.estimate.sample import prompts_of, sampled
 from cai_ray.estimate.scale import StageEstimate
 from cai_ray.provenance.copies import fork
 from cai_ray.provenance.inputs import inputs
-from cai_ray.report import tables
-from cai_ray.report.text import columns, duration, price
+from cai_ray.report.text import columns, duration, price, token_counts
 from cai_ray.stages import STAGES, stages_of, upstream_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
@@ -145,7 +144,7 @@ def lines(result: dict[str, Any]) -> list[str]:
                 *durations,
                 price(row["money"], result["currency"]),
                 rows,
-                tables.tokens(row.get("tokens")),
+                token_counts(row.get("tokens")),
                 row.get("how", ""),
             ]
         )

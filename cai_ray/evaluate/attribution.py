@@ -34,7 +34,7 @@ def attribution(run: Run, constitution: Constitution) -> dict[str, Any]:
     """
     names = [p.id for p in constitution.principles]
     revised, families = _revisions(run, names)
-    votes = VoteCounts(names, [p.weight for p in constitution.principles], run.config.label.combine)
+    votes = VoteCounts(names, [p.weight for p in constitution.principles], run.config.label.judge.combine)
     margins = _margins(run)
     for table in _tables(run, "label", ["id", "family", "votes", "p_a_raw", "error"]):
         votes.add(table.filter(pc.is_null(table["error"])), margins)

@@ -1,22 +1,21 @@
-"""What the feedback model prefers between two policies' answers, where no exact judge is at hand."""
+"""What a judge prefers between two policies' answers, where no exact judge is at hand."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from cai_ray.constitution import Principle
 from cai_ray.engine.protocol import Engine
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
-from cai_ray.generate.label import LabelChain, LabelTask
+from cai_ray.generate.label import LabelChain, LabelTask, make_judge
 from cai_ray.generate.rows import map_rows
 from cai_ray.judging import certificate
 from cai_ray.judging.certificate import is_tie
 from cai_ray.judging.statistics import rate
-from cai_ray.prompts.load import load_templates
 from cai_ray.storage.records import Judgement, Preference, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import read_tables
@@ -52,27 +51,24 @@ class PreferenceChain:
 
 
 def judge(run: Run, rows: Sequence[Judgement], models: Sequence[str]) -> dict[str, Any]:
-    """Asks the feedback model about every two policies' answers.
+    """Asks the run's judge of evaluation about every two policies' answers.
 
     Returns:
         For metrics.json: `preferred_to_base`, in which ties are left out, `ratings`, the certificate of the judge, and
         empty values of what only an exact judge can tell.
     """
-    config = run.config
-    templates, document = load_templates(config.templates), config.document
-    by_helpfulness = document.model_copy(update={"principles": (HELPFUL,)})
-    chain = PreferenceChain(
-        LabelChain(document, templates, config.label, config.seed),
-        LabelChain(by_helpfulness, templates, config.label, config.seed),
-    )
+    settings = run.config.evaluation_judge
+    harmless = make_judge(run, settings)
+    by_helpfulness = harmless.constitution.model_copy(update={"principles": (HELPFUL,)})
+    chain = PreferenceChain(harmless, replace(harmless, constitution=by_helpfulness))
     map_rows(
-        run.feedback(),
+        run,
         "evaluate",
         _tasks(rows, models),
         chain,
         takes=PreferenceTask,
         gives=Preference,
-        model=config.label.model,
+        model=settings,
         name="preference",
     )
     preferences = [r for r in run.rows("evaluate", name="preference") if r["error"] is None]

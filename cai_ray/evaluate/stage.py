@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cai_ray.cluster.connect import uses_gpu
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
-from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
 from cai_ray.errors import InputError
 from cai_ray.evaluate import harness, policies, preferences, score, sets, transcripts
@@ -79,27 +77,27 @@ def check(run: Run, preflight: Preflight) -> None:
             exact judge does not know a prompt, or an endpoint's key is missing.
     """
     config = run.config.evaluate
-    feedback = run.feedback().config
     if "evaluate" in preflight.stages:
         harness.check(config.harness)  # reading the library's tasks takes seconds
         if not config.prompts:
             raise InputError(
                 f"evaluate.prompts is empty; name held-out prompts, or stop earlier with --until {run.config.method}"
             )
-        if config.judge == "model" and feedback.engine.kind == "openai" and preflight.models_here:
-            read_key(feedback.engine)
-    check_engine(run.config)
+    if config.gold is None:
+        key = "evaluate.judge" if config.judge else "label.judge"
+        preflight.check_judge(key, run.config.evaluation_judge, "evaluate")
+    check_engine(run.config.engine)
     prompts = read_prompts(config.prompts, run.config.seed)
     preflight.evaluates_on(prompts)
-    if config.judge == "town":
+    if config.gold == "town":
         _check_requests(prompts)
     preflight.evaluates_on(sets.check(run, not preflight.models_here))
 
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the engines of the policies or of the judge."""
-    for config in (run.config, run.feedback().config):
-        check_resources(config, uses_gpu(config))
+    for model in ("base", run.config.evaluation_judge):
+        check_resources(run.config, run.resolve_model(model).engine)
 
 
 def _check_requests(prompts: Sequence[Prompt]) -> None:
@@ -109,7 +107,7 @@ def _check_requests(prompts: Sequence[Prompt]) -> None:
         text = prompt["messages"][-1]["content"]
         if parse_request(text) is None:
             raise InputError(
-                f"evaluate.judge=town: {text[:80]!r} is not a request of Errand Town; use evaluate.judge=model"
+                f"evaluate.gold=town: {text[:80]!r} is not a request of Errand Town; leave evaluate.gold out"
             )
 
 
@@ -150,7 +148,7 @@ def _judged(run: Run, answers: Answers) -> Answers:
     config = run.config
     if n := config.evaluate.best_of:
         answers = answers._replace(rates=choose_best(answers.rates, policies.best_of_name(n)))
-    if config.evaluate.judge == "town":
+    if config.evaluate.gold == "town":
         from cai_ray.evaluate import gold
 
         answers = answers.map(gold.judged)
@@ -166,7 +164,7 @@ def _metrics(run: Run, answers: Answers, models: Sequence[str]) -> dict[str, Any
             m: wording([str(r["response"]) for r in rows if not r["greedy"]]) for m, rows in by_model.items()
         },
     }
-    if run.config.evaluate.judge == "town":
+    if run.config.evaluate.gold == "town":
         from cai_ray.evaluate import gold
 
         metrics |= gold.measure(run, answers.rates, models)

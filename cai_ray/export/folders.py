@@ -5,15 +5,13 @@
     DIR/datasets/README.md          what `datasets.load_dataset` reads
     DIR/datasets/data/{revisions,sft,preferences}/*.parquet
 
-Columns are those of TRL's conversational formats, with more beside them. What the run has not made, or made before
-what it rests on was made again, is left out and named.
+What the run has not made, or made before its inputs were made again, is left out and named.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,62 +22,22 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray.errors import InputError
 from cai_ray.export import cards
+from cai_ray.export.datasets import DATASETS, SCHEMAS
+from cai_ray.export.provenance import Provenance
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
-from cai_ray.storage.arrow import arrow_type, schema_of
 from cai_ray.storage.filesystems import resolve
-from cai_ray.storage.records import SftRow, Turn
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 
-_text, _float = pa.string(), pa.float64()
-MESSAGES = arrow_type(list[Turn])
-SCHEMAS = {
-    "revisions": pa.schema(
-        [
-            ("id", _text),
-            ("prompt", MESSAGES),
-            ("completion", MESSAGES),
-            ("kind", _text),
-            ("family", _text),
-            ("response", _text),
-            (
-                "steps",
-                pa.list_(pa.struct([(n, _text) for n in ("principle_id", "critique", "revision")])),
-            ),
-            ("truncated", pa.bool_()),
-            ("constitution_sha", _text),
-        ]
-    ),
-    "sft": schema_of(SftRow),
-    "preferences": pa.schema(
-        [
-            ("id", _text),
-            ("prompt", MESSAGES),
-            ("chosen", MESSAGES),
-            ("rejected", MESSAGES),
-            ("p_chosen", _float),
-            ("p_chosen_raw", _float),
-            (
-                "votes",
-                pa.list_(pa.struct([("principle_id", _text), ("p_chosen", _float), ("abstained", _text)])),
-            ),
-            ("truncated_chosen", pa.bool_()),
-            ("truncated_rejected", pa.bool_()),
-            ("kind", _text),
-            ("family", _text),
-            ("feedback_model", _text),
-            ("constitution_sha", _text),
-        ]
-    ),
-}
-
 
 class Exported(NamedTuple):
+    """The places of an export: those that were written, and those that are missing, with the reason."""
+
     written: list[str]
     missing: list[str]
 
@@ -94,53 +52,54 @@ def export(run: Run, out: str) -> Exported:
     manifests = {name: m for name in stages_of(run.config.method) if (m := _current(run, name))}
     if not manifests:
         raise InputError(f"{run.root}: nothing to export yet; finish a stage with `cai-ray run` first")
+    document, templates = _constitution(run), load_templates(run.config.templates)
+    provenance = _provenance(run, manifests, document, templates)
+    files.write_bytes(files.join(out, "constitution.yaml"), document)
+    exported = Exported(["constitution.yaml"], [])
+    for role, stage in models_of(run.config.method).items():
+        if _listed(run, provenance, f"models/{role}", stage, exported):
+            _write_model(run, provenance, role, templates, files.join(out, "models", role))
+    _write_datasets(run, provenance, files.join(out, "datasets"), exported)
+    if provenance.report is None:
+        exported.missing.append(f"results: {_why_missing(run, 'report')}")
+    card = cards.run_card(provenance, exported.written, exported.missing)
+    files.write_bytes(files.join(out, "README.md"), card.encode())
+    return exported
+
+
+def _constitution(run: Run) -> bytes:
+    """The run's copy of its constitution."""
     path = run.path("constitution.yaml")
     if not files.exists(path):
         raise InputError(
             f"{path}: is missing; run `cai-ray run CONFIG --out {run.root}` again, which writes it"
         )
-    document, templates = files.read_bytes(path), load_templates(run.config.templates)
-    facts = cards.Facts(
+    return files.read_bytes(path)
+
+
+def _provenance(
+    run: Run, manifests: dict[str, dict[str, Any]], document: bytes, templates: TemplateSet
+) -> Provenance:
+    return Provenance(
         run.config,
-        constitutions.parse(yaml.safe_load(document), path),
+        constitutions.parse(yaml.safe_load(document), run.path("constitution.yaml")),
         manifests,
         report=run.facts("report", "report.json") if "report" in manifests else None,
         certificate=run.facts("label", "certificate.json") if "label" in manifests else None,
         example=plain_messages(templates.answer_messages([{"role": "user", "content": "…"}])),
     )
-    files.write_bytes(files.join(out, "constitution.yaml"), document)
-    done = Exported(["constitution.yaml"], [])
-    for role, stage in models_of(run.config.method).items():
-        if _present(run, facts, f"models/{role}", stage, done):
-            _model(run, facts, role, templates, files.join(out, "models", role))
-    rows: dict[str, int] = {}
-    left_out: Counter[str] = Counter()
-    for name, (stage, convert) in _DATASETS.items():
-        if _present(run, facts, f"datasets: {name}", stage, done):
-            converted = [new for row in run.rows(stage) if (new := convert(row, left_out))]
-            table = pa.Table.from_pylist(converted, schema=SCHEMAS[name])
-            place = files.join(out, "datasets", "data", name, "train-00000-of-00001.parquet")
-            write_table(place, table, row_group_rows=10_000)
-            rows[name] = len(converted)
-    if rows:
-        card = cards.dataset_card(facts, rows, dict(left_out))
-        files.write_bytes(files.join(out, "datasets", "README.md"), card.encode())
-    if facts.report is None:
-        done.missing.append(f"results: {_why(run, 'report')}")
-    card = cards.folder_card(facts, done.written, done.missing)
-    files.write_bytes(files.join(out, "README.md"), card.encode())
-    return done
 
 
-def _present(run: Run, facts: cards.Facts, place: str, stage: str, done: Exported) -> bool:
-    if stage in facts.manifests:
-        done.written.append(place)
+def _listed(run: Run, provenance: Provenance, place: str, stage: str, exported: Exported) -> bool:
+    """Lists a place as written or missing; tells whether its stage is there to export."""
+    if stage in provenance.manifests:
+        exported.written.append(place)
         return True
-    done.missing.append(f"{place}: {_why(run, stage)}")
+    exported.missing.append(f"{place}: {_why_missing(run, stage)}")
     return False
 
 
-def _why(run: Run, stage: str) -> str:
+def _why_missing(run: Run, stage: str) -> str:
     if run.manifest(stage) is None:
         return f"stage {stage} is not complete"
     return f"stage {stage} was made before what it reads was made again"
@@ -169,7 +128,7 @@ def _check_empty(out: str) -> None:
         raise InputError(f"{out}: holds something already; name another folder with --out, or delete it")
 
 
-def _model(run: Run, facts: cards.Facts, role: str, templates: TemplateSet, out: str) -> None:
+def _write_model(run: Run, provenance: Provenance, role: str, templates: TemplateSet, out: str) -> None:
     source = run.path(models_of(run.config.method)[role], "model")
     files.upload_folder(source, out)
     if templates.chat_template:  # the run's, in the place of the model's own
@@ -178,8 +137,24 @@ def _model(run: Run, facts: cards.Facts, role: str, templates: TemplateSet, out:
     if role == "rm":
         end = _end_token(source, templates)
         scale = run.facts("rm", "model/reward_head.json")
-    card = cards.model_card(role, facts, end, scale)
+    card = cards.model_card(role, provenance, end, scale)
     files.write_bytes(files.join(out, "README.md"), card.encode())
+
+
+def _write_datasets(run: Run, provenance: Provenance, out: str, exported: Exported) -> None:
+    """Writes every dataset whose stage is there, and their card if there is any."""
+    rows: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
+    for name, (stage, convert) in DATASETS.items():
+        if _listed(run, provenance, f"datasets: {name}", stage, exported):
+            converted = [new for row in run.rows(stage) if (new := convert(row, left_out))]
+            table = pa.Table.from_pylist(converted, schema=SCHEMAS[name])
+            place = files.join(out, "data", name, "train-00000-of-00001.parquet")
+            write_table(place, table, row_group_rows=10_000)
+            rows[name] = len(converted)
+    if rows:
+        card = cards.dataset_card(provenance, rows, dict(left_out))
+        files.write_bytes(files.join(out, "README.md"), card.encode())
 
 
 def _end_token(model: str, templates: TemplateSet) -> str:
@@ -191,65 +166,3 @@ def _end_token(model: str, templates: TemplateSet) -> str:
                 files.copy(files.join(model, name), Path(folder) / name)
         renderer = Renderer(folder, templates.chat_template)
         return renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)
-
-
-def _revision(row: dict[str, Any], left_out: Counter[str]) -> dict[str, Any] | None:
-    if row["error"]:
-        return None
-    steps = row["steps"] or []
-    answer = row["response"] if row["revision"] is None else row["revision"]
-    return {
-        **{k: row[k] for k in ("id", "kind", "family", "response", "constitution_sha")},
-        "prompt": row["messages"],
-        "completion": _said(answer),
-        "steps": [{k: step[k] for k in ("principle_id", "critique", "revision")} for step in steps],
-        "truncated": bool(row["truncated"]) and not steps,
-    }
-
-
-def _sft(row: dict[str, Any], left_out: Counter[str]) -> dict[str, Any]:
-    return row
-
-
-def _preference(row: dict[str, Any], left_out: Counter[str]) -> dict[str, Any] | None:
-    if row["error"] or row["p_a"] is None:
-        left_out["with an error"] += 1
-        return None
-    if row["response_a"] == row["response_b"]:
-        left_out["of two responses that are the same"] += 1
-        return None
-    chosen, rejected = ("a", "b") if row["p_a"] >= 0.5 else ("b", "a")
-
-    def toward(p_a: float | None) -> float | None:
-        """The probability of what was chosen, from that of a."""
-        return p_a if p_a is None or chosen == "a" else 1 - p_a
-
-    return {
-        **{k: row[k] for k in ("id", "kind", "family", "feedback_model", "constitution_sha")},
-        "prompt": row["messages"],
-        "chosen": _said(row[f"response_{chosen}"]),
-        "rejected": _said(row[f"response_{rejected}"]),
-        "truncated_chosen": bool(row[f"truncated_{chosen}"]),
-        "truncated_rejected": bool(row[f"truncated_{rejected}"]),
-        "p_chosen": toward(row["p_a"]),
-        "p_chosen_raw": toward(row["p_a_raw"]),
-        "votes": [
-            {
-                "principle_id": vote["principle_id"],
-                "p_chosen": toward(vote["p_a"]),
-                "abstained": vote["abstained"],
-            }
-            for vote in row["votes"] or []
-        ],
-    }
-
-
-def _said(content: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": content}]
-
-
-_DATASETS: dict[str, tuple[str, Callable[[dict[str, Any], Counter[str]], dict[str, Any] | None]]] = {
-    "revisions": ("revise", _revision),
-    "sft": ("sft", _sft),
-    "preferences": ("label", _preference),
-}

@@ -1,15 +1,16 @@
-"""How an exported model is loaded: code that its card shows, and that works in the model's folder."""
+"""Code that a card shows: how to load the model or dataset. It works in the folder of the card."""
 
 from __future__ import annotations
 
 import json
 
-from cai_ray.report.markdown import fence
+from cai_ray.export.markdown import Markdown, code_block
 
 Messages = list[dict[str, str]]
 
 
-def policy(messages: Messages, max_tokens: int) -> str:
+def policy(messages: Messages, max_tokens: int) -> Markdown:
+    """Asks a policy, with transformers or vLLM."""
     given = json.dumps(messages, ensure_ascii=False)
     transformers = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,10 +25,12 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 from vllm import LLM
 
 print(LLM(model=".").chat({given})[0].outputs[0].text)"""
-    return f"{fence(transformers, 'python')}\n\nWith vLLM: `vllm serve .`, or\n\n{fence(vllm, 'python')}"
+    first, second = code_block(transformers, "python"), code_block(vllm, "python")
+    return Markdown(f"{first}\n\nWith vLLM: `vllm serve .`, or\n\n{second}")
 
 
-def reward_model(messages: Messages, end: str, scale: dict[str, float]) -> str:
+def reward_model(messages: Messages, end: str, scale: dict[str, float]) -> Markdown:
+    """Scores an answer with a reward model."""
     example = f"""\
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -47,4 +50,13 @@ def score(messages, answer):
 
 
 print(score({json.dumps(messages, ensure_ascii=False)}, "…"))"""
-    return fence(example, "python")
+    return code_block(example, "python")
+
+
+def dataset(name: str) -> Markdown:
+    """Reads one of the datasets."""
+    example = f"""\
+from datasets import load_dataset
+
+rows = load_dataset(".", "{name}", split="train")  # this folder, or its id on the Hub"""
+    return code_block(example, "python")

@@ -13,12 +13,10 @@ import pyarrow as pa
 from cai_ray.cluster.holder import Holder
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
-from cai_ray.engine.protocol import Engine
 from cai_ray.errors import RowError
 from cai_ray.generate.chain import Chain
 from cai_ray.generate.journal import Journal, JournalWriter, Slice
-from cai_ray.prompts.load import load_templates
-from cai_ray.storage.run import Run
+from cai_ray.storage.models import ResolvedModel
 
 
 def rows_in_flight(engine: EngineConfig) -> int:
@@ -38,26 +36,25 @@ class ChainActor:
     """Walks rows of several sets through a chain, each set with the engine of its model.
 
     Args:
-        models: each set's model, by role, folder or id (`Run.model`).
+        models: each set's model; their engines have the same settings.
         journals: each set's journal.
     """
 
     def __init__(
         self,
         chain: Chain[Any, Any],
-        run: Run,
-        models: dict[str, str],
+        models: dict[str, ResolvedModel],
         journals: dict[str, Journal],
         gpu: bool,
     ):
         self.held = Holder()
-        self.chain, self.run, self.models, self.gpu = chain, run, models, gpu
+        self.chain, self.models, self.gpu = chain, models, gpu
         self.model = next(iter(models.values()))
-        self.engine = self._make_engine()
+        self.engine = make_engine(self.model, self.gpu)
         self.held.ready()
         self.open_slices = 0
         self.slice_closed = asyncio.Condition()
-        in_flight = rows_in_flight(run.config.engine)
+        in_flight = rows_in_flight(self.model.engine)
         self.slots = asyncio.Semaphore(in_flight)
         # Bounds the rows that a kill would cost: where the disk is slow, the engine waits for it.
         self.unsaved = asyncio.Semaphore(in_flight + max(1, in_flight // 2))
@@ -67,12 +64,6 @@ class ChainActor:
         # Read after the engine has started: by then the journal has what other actors, or this one before it died,
         # have finished.
         self.finished_ids = {n: journal.finished_ids() for n, journal in journals.items()}
-
-    def _make_engine(self) -> Engine:
-        config = self.run.config
-        return make_engine(
-            self.run.model(self.model), load_templates(config.templates), config.engine, self.gpu
-        )
 
     async def __call__(self, batch: pa.Table) -> Any:
         """Processes the slice that a batch of one row names, and yields a row (`name`, `processed`, `error`) for each
@@ -98,7 +89,7 @@ class ChainActor:
         )
 
     @asynccontextmanager
-    async def _engine_of(self, model: str) -> AsyncIterator[None]:
+    async def _engine_of(self, model: ResolvedModel) -> AsyncIterator[None]:
         """Waits until no slice of another model is open, and then has the engine changed, once."""
         async with self.slice_closed:
             await self.slice_closed.wait_for(lambda: self.model == model or not self.open_slices)
@@ -106,7 +97,7 @@ class ChainActor:
                 since = time.monotonic()
                 await self.engine.close()
                 self.model = model
-                self.engine = self._make_engine()
+                self.engine = make_engine(self.model, self.gpu)
                 self.held.ready(since)
             self.open_slices += 1
         try:

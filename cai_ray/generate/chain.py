@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from cai_ray.config.judge import PromptedModel
 from cai_ray.engine.protocol import Engine
 
 Takes = TypeVar("Takes", bound=Mapping[str, Any])
@@ -23,7 +24,7 @@ class Chain(Protocol[_Takes, _Gives]):
 
 
 class Rows(NamedTuple, Generic[Takes]):
-    """Rows with an `id` of their own, and their model, by role, folder or id (`Run.model`)."""
+    """Rows with an `id` of their own, and their model: a role, folder or id, or the settings of a model."""
 
     rows: Iterable[Takes]
-    model: str
+    model: PromptedModel | str

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypedDict
 
-from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.generation import CompareConfig
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
@@ -105,10 +104,10 @@ def run(run: Run) -> dict[str, Any]:
 
 def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the engine or the prompts cannot be used."""
-    check_engine(run.config)
+    check_engine(run.config.engine)
     preflight.trains_on_prompts("compare.prompts", run.config.compare.prompts)
 
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the engines."""
-    check_resources(run.config, uses_gpu(run.config))
+    check_resources(run.config, run.config.engine)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, cast
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine.protocol import Engine, Sampling
@@ -74,11 +75,12 @@ class Examine:
         return {"at_stake": p > AT_STAKE, "p_at_stake": p, "critique": remarks, "revision": revised}
 
 
-def make_examine(config: RunConfig, document: Constitution) -> Examine:
+def make_examine(config: RunConfig, judge: JudgeConfig, document: Constitution) -> Examine:
+    """The examination by a judge's model, as the judge is asked."""
     # Preferences as the model gives them: by every principle that is asked, in both orders, not clamped.
-    label = config.label.model_copy(update={"principles": "all", "both_orders": True, "clamp": None})
-    templates = run_templates(config)
-    return Examine(LabelChain(document, templates, label, config.seed), templates, config.seed)
+    judge = judge.model_copy(update={"principles": "all", "both_orders": True, "clamp": None})
+    templates = run_templates(config, judge.templates)
+    return Examine(LabelChain(document, templates, judge, config.seed), templates, config.seed)
 
 
 def judge_by(judge: LabelChain, principles: Sequence[Principle]) -> LabelChain:

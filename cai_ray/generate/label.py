@@ -2,9 +2,9 @@
 
 Bai et al. 2022 (arXiv 2212.08073), section 4.1: the model reads the conversation, one principle and the options; its
 label is the probability of the two option tokens, normalised over the two. Each principle is asked in both orders and
-the two are averaged, so that a preference for a slot cancels out (docs/method.md, items 1 to 6). With `label.mode: cot`
-the model reasons before the options are weighed; with `score` it rates each response by itself (Lee et al. 2023,
-arXiv 2309.00267), and the two expected scores are compared.
+the two are averaged, so that a preference for a slot cancels out (docs/method.md, items 1 to 6). With `answer:
+reasoned` the model reasons before the options are weighed. With `ask: response` it rates each response by itself (Lee
+et al. 2023, arXiv 2309.00267), and the two expected scores are compared.
 
 If the model gives no readable answer for a principle, that principle abstains: its vote has no `p_a`, and says why. The
 label is then made of the other votes; if all principles abstain, the row is an error.
@@ -15,18 +15,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NotRequired
 
-from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.usage import Usage
-from cai_ray.config.generation import LabelConfig
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.gold_comparisons import GoldComparison, read_gold_comparisons
 from cai_ray.data.preflight import Preflight
-from cai_ray.engine.api_key import read_key
-from cai_ray.engine.check import check_engine
-from cai_ray.engine.options import check_options
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, RowError
 from cai_ray.generate import reuse
@@ -35,7 +31,6 @@ from cai_ray.generate.draw import draw
 from cai_ray.generate.rows import check_resources, map_sets
 from cai_ray.judging import certificate
 from cai_ray.judging.votes import combine, expected_score, preference, slot_bias
-from cai_ray.prompts.check import check_mode
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
 from cai_ray.prompts.templates import TemplateSet
@@ -58,7 +53,7 @@ class LabelChain:
 
     constitution: Constitution
     templates: TemplateSet
-    config: LabelConfig
+    config: JudgeConfig
     seed: int
     context: str = ""
     """What all votes depend on (`reuse.context`)."""
@@ -110,7 +105,7 @@ class LabelChain:
 
     def key(self, row: Mapping[str, Any], principle: Principle) -> str:
         """Hash of everything that a vote depends on: one with the same key need not be asked for again."""
-        question = principle.text if self.config.mode == "score" else principle.comparison
+        question = principle.text if self.config.ask == "response" else principle.comparison
         responses = (row["response_a"], row["response_b"])
         return derive_id(self.context, row["messages"], *responses, principle.id, principle.form, question)
 
@@ -120,7 +115,7 @@ class LabelChain:
         key = self.key(row, principle)
         if key in earlier:
             return earlier[key], Usage()
-        ask = self._rate if self.config.mode == "score" else self._compare
+        ask = self._rate if self.config.ask == "response" else self._compare
         try:
             vote, usage = await ask(engine, row, principle)
         except Abstained as e:
@@ -158,7 +153,7 @@ class LabelChain:
     ) -> _SlotAnswer:
         """Asks which of two responses is better, the `first` in the first slot."""
         turns, templates, config = row["messages"], self.templates, self.config
-        if config.mode == "logprob":
+        if config.answer == "logprob":
             messages = templates.feedback_messages(turns, first, second, principle)
             logprobs, usage = await self._weigh(engine, messages, templates.options, principle)
             return _SlotAnswer(logprobs, None, usage)
@@ -212,18 +207,27 @@ def gold_rows(run: Run) -> list[GoldComparison]:
     return read_gold_comparisons(label.gold, label.gold_limit, run.config.seed) if label.gold else []
 
 
+def make_judge(run: Run, judge: JudgeConfig) -> LabelChain:
+    """The chain that asks a judge for its votes."""
+    templates = load_templates(judge.templates or run.config.templates)
+    return LabelChain(run.config.document_of(judge), templates, judge, run.config.seed)
+
+
 def make_chain(run: Run) -> LabelChain:
-    """The chain that asks for votes as the run's configuration says."""
-    config, label = run.config, run.config.label
-    templates = load_templates(config.templates)
-    settings = (label.mode, label.both_orders, label.reasoning_temperature, label.reasoning_max_tokens)
-    feedback = run.feedback()
-    context = reuse.context(run, feedback.model(label.model), feedback.config.engine, templates.sha, settings)
-    return LabelChain(config.document, templates, label, config.seed, context)
+    """The chain of stage `label`, whose votes have keys."""
+    judge = run.config.label.judge
+    chain = make_judge(run, judge)
+    settings = (
+        judge.ask,
+        judge.answer,
+        judge.both_orders,
+        judge.reasoning_temperature,
+        judge.reasoning_max_tokens,
+    )
+    return replace(chain, context=reuse.context(run, run.resolve_model(judge), chain.templates.sha, settings))
 
 
 def run(run: Run) -> dict[str, Any]:
-    config = run.config
     chain = make_chain(run)
     comparisons: list[Comparison] = run.rows("compare")
     tasks = {"part": [select(c, LabelTask) for c in comparisons if c["error"] is None]}
@@ -231,13 +235,13 @@ def run(run: Run) -> dict[str, Any]:
     if gold:  # two people may have judged one comparison: it is labelled once
         once = {c["id"]: select(c, LabelTask) for c in gold}
         tasks = {"gold": list(once.values())} | tasks
-    feedback, model = run.feedback(), config.label.model
-    sets = {n: Rows(reuse.with_earlier(run, "label", rows, n), model) for n, rows in tasks.items()}
-    summaries = map_sets(feedback, "label", sets, chain, takes=LabelTask, gives=Label)
+    judge = run.config.label.judge
+    sets = {n: Rows(reuse.with_earlier(run, "label", rows, n), judge) for n, rows in tasks.items()}
+    summaries = map_sets(run, "label", sets, chain, takes=LabelTask, gives=Label)
     proof = certificate.certificate(
         _read_labels(run, "part"), gold, _read_labels(run, "gold") if gold else {}
     )
-    proof |= {"mode": config.label.mode, "feedback_model": model}
+    proof |= {"ask": judge.ask, "answer": judge.answer, "feedback_model": judge.model}
     proof |= {"constitution_sha": chain.constitution.sha}
     files.write_json(run.path("label", "certificate.json"), proof)
     return summaries["part"]
@@ -245,26 +249,13 @@ def run(run: Run) -> dict[str, Any]:
 
 def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the feedback model, its options, the templates or the gold comparisons cannot be used."""
-    config, templates = run.config, preflight.templates
-    feedback = run.feedback().config
-    check_engine(feedback, "label.engine" if config.label.engine else "engine")
-    check_mode(templates, config.label.mode)
-    answers = [templates.options, *([templates.scores or ()] if config.label.mode == "score" else [])]
-    if feedback.engine.kind == "openai":  # its tokenizer and chat template cannot be seen from here
-        for options in answers:
-            check_options(options)
-        if "label" in preflight.stages and preflight.models_here:
-            read_key(feedback.engine)
-    elif renderer := preflight.renderer(config.label.model):
-        for options in answers:
-            renderer.option_ids(options)
+    preflight.check_judge("label.judge", run.config.label.judge, "label")
     gold_rows(run)
 
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the feedback model's engines."""
-    config = run.feedback().config
-    check_resources(config, uses_gpu(config))
+    check_resources(run.config, run.resolve_model(run.config.label.judge).engine)
 
 
 def _read_labels(run: Run, name: str) -> dict[str, certificate.LabelFacts | None]:

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.generation import RedTeamConfig
 from cai_ray.data.near_duplicates import NearDuplicates
 from cai_ray.data.preflight import Preflight
@@ -125,13 +124,13 @@ def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the model cannot be used, there are no examples, or the template set has no such step."""
     run_templates(run.config).red_team_messages([])
     _examples(run)
-    check_engine(run.config)
+    check_engine(run.config.engine)
     preflight.renderer(run.config.redteam.model)
 
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the engines."""
-    check_resources(run.config, uses_gpu(run.config))
+    check_resources(run.config, run.config.engine)
 
 
 def _examples(run: Run) -> dict[str, list[str]]:

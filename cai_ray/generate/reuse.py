@@ -18,11 +18,10 @@ from typing import Any, NotRequired, TypedDict, TypeVar, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cai_ray.config.engine import EngineConfig
 from cai_ray.storage import files
 from cai_ray.storage.arrow import schema_of
 from cai_ray.storage.filesystems import make_parent, resolve
-from cai_ray.storage.models import model_sha
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.records import Step, Vote, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, iter_tables
@@ -55,10 +54,11 @@ Task = TypeVar("Task", bound=Mapping[str, Any])
 Keyed = TypeVar("Keyed", EarlierRevision, Step, Vote)
 
 
-def context(run: Run, model: str, engine: EngineConfig, *settings: object) -> str:
+def context(run: Run, model: ResolvedModel, *settings: object) -> str:
     """The part of a key that all rows of a stage share: who answers, and how it is asked."""
-    who = model_sha(model) if engine.kind != "openai" else model
-    return derive_id(who, engine.answers_by, *settings, run.config.seed)
+    who = model.location if model.is_served else model.sha
+    template_args = [model.template_args] if model.template_args else []
+    return derive_id(who, model.engine.answers_by, *template_args, *settings, run.config.seed)
 
 
 def set_aside(run: Run, stage: str) -> None:

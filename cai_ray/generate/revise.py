@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NotRequired, TypedDict
 
-from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import ReviseConfig
 from cai_ray.constitution import Constitution, Principle
@@ -29,7 +28,9 @@ from cai_ray.generate.draw import draw
 from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
 from cai_ray.prompts.check import check_direct
+from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.records import Revision, Step, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 
@@ -56,6 +57,8 @@ class ReviseChain:
     model: str
     context: str = ""
     """What all responses and steps depend on (`reuse.context`)."""
+    critique_model: ResolvedModel | None = None
+    critique_templates: TemplateSet | None = None
 
     async def __call__(self, engine: Engine, row: RevisionTask) -> Revision:
         response, usage = await self._respond(engine, row)
@@ -123,14 +126,15 @@ class ReviseChain:
         conversation, templates, config = row["messages"], self.templates, self.config
         remarks, usage = "", Usage()
         if config.critique:
+            asking = self.critique_templates or templates
             critique = await (self._critique_engine or engine).chat(
-                templates.critique_messages(conversation, current, principle),
+                asking.critique_messages(conversation, current, principle),
                 self._sampling(
                     row, f"critique {number}", config.revision_temperature, config.critique_max_tokens
                 ),
             )
             usage = critique.usage
-            remarks = without_thinking(critique.text, templates.thinking)
+            remarks = without_thinking(critique.text, asking.thinking)
             messages = templates.revision_messages(conversation, current, principle, remarks)
         else:
             messages = templates.direct_messages(conversation, current, principle)
@@ -152,8 +156,7 @@ class ReviseChain:
     @cached_property
     def _critique_engine(self) -> Engine | None:
         """The endpoint of the critique model. Made in the worker, by its first row: it takes no resources there."""
-        model, engine = self.config.critique_model, self.config.critique_engine
-        return OpenaiEngine(model, engine) if model and engine else None
+        return OpenaiEngine(self.critique_model) if self.critique_model else None
 
     def _sampling(self, row: RevisionTask, step: str, temperature: float, max_tokens: int) -> Sampling:
         return Sampling(temperature, max_tokens, derive_seed(self.seed, row["id"], step))
@@ -194,12 +197,14 @@ def tasks(run: Run, left_out: Counter[str] | None = None) -> list[RevisionTask]:
 def make_chain(run: Run) -> ReviseChain:
     config, revise = run.config, run.config.revise
     templates = run_templates(config)
-    settings = revise.model_dump(exclude={"rounds", "draw", "helpful_samples", "limit", "critique_engine"})
-    critic = revise.critique_engine and revise.critique_engine.answers_by
+    settings = revise.model_dump(exclude={"rounds", "draw", "helpful_samples", "limit", "critique_model"})
+    critic = run.resolve_model(revise.critique_model) if revise.critique_model else None
+    asking = run_templates(config, critic.templates) if critic else None
+    critique = reuse.context(run, critic, asking.sha) if critic and asking else None
     context = reuse.context(
-        run, run.model("base"), config.engine, templates.sha, config.thinking, settings, critic
+        run, run.resolve_model("base"), templates.sha, config.thinking, settings, critique
     )
-    return ReviseChain(config.document, templates, revise, config.seed, config.model, context)
+    return ReviseChain(config.document, templates, revise, config.seed, config.model, context, critic, asking)
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -212,16 +217,18 @@ def run(run: Run) -> dict[str, Any]:
 def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the model, the prompts, the templates or an endpoint's key cannot be used."""
     config = run.config
-    check_engine(config)
+    check_engine(config.engine)
     if not config.revise.critique:
         check_direct(preflight.templates)
-    critic = config.revise.critique_engine
-    if critic and "revise" in preflight.stages and preflight.models_here:
-        read_key(critic)
+    if config.revise.critique_model:
+        critic = run.resolve_model(config.revise.critique_model)
+        load_templates(critic.templates)
+        if "revise" in preflight.stages and preflight.models_here:
+            read_key(critic.engine)
     preflight.renderer("base")
     preflight.trains_on_prompts("prompts", config.prompts)
 
 
 def check_room(run: Run) -> None:
     """Raises InputError if the cluster will never have room for the engines."""
-    check_resources(run.config, uses_gpu(run.config))
+    check_resources(run.config, run.config.engine)

@@ -19,17 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray.cluster import meter
-from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.connect import engine_env, on_gpu
 from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
 from cai_ray.cluster.worker_errors import worker_errors
+from cai_ray.config.engine import EngineConfig
+from cai_ray.config.judge import PromptedModel
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import OverBudget
 from cai_ray.generate.actor import ChainActor, rows_in_flight
 from cai_ray.generate.chain import Chain, Gives, Rows, Takes
 from cai_ray.generate.journal import SLICE_ROWS, Journal, Published, Slice
 from cai_ray.generate.row_progress import RowProgress, SetProgress
-from cai_ray.storage.models import model_sha
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.run import Run
 
 
@@ -41,7 +43,7 @@ def map_rows(
     *,
     takes: type[Takes],
     gives: type[Gives],
-    model: str,
+    model: PromptedModel | str,
     name: str = "part",
 ) -> dict[str, Any]:
     """Runs a chain over rows and writes RUN/stage/`name`-*.parquet, each id once.
@@ -52,7 +54,7 @@ def map_rows(
         rows: rows with an `id` of their own, plain data.
         takes: the record of the rows, which the chain takes.
         gives: the record that the chain makes of each.
-        model: the engine's model, by role, folder or id (`Run.model`).
+        model: the engine's model: a role, folder or id, or the settings of a model.
 
     Returns:
         For the manifest: rows in and out, errors, tokens, calls of engines, engine seconds, engine kind and model.
@@ -80,16 +82,15 @@ def map_sets(
     vllm again.
     """
     started = time.time()
-    gpu = uses_gpu(run.config)
-    check_resources(run.config, gpu)
+    models = {name: run.resolve_model(given.model) for name, given in sets.items()}
+    engine, *others = (model.engine for model in models.values())
+    assert all(other == engine for other in others), "the actors of all sets are the same"
+    check_resources(run.config, engine)
     journals = {name: Journal(run, stage, takes, gives, name) for name in sets}
-    slices = [
-        s for name, given in sets.items() for s in journals[name].plan(given.rows, _slice_rows(run.config))
-    ]
+    slices = [s for name, given in sets.items() for s in journals[name].plan(given.rows, _slice_rows(engine))]
     totals = {name: sum(s.rows for s in slices if s.name == name) for name in sets}
     if slices:
-        models = {name: given.model for name, given in sets.items()}
-        outcomes = _outcomes(run, slices, chain, models, journals, gpu)
+        outcomes = _outcomes(run.config, engine, slices, chain, models, journals)
         progress = {
             name: SetProgress(
                 stage if name == "part" else f"{stage} {name}", total, run.config.max_error_rate
@@ -101,21 +102,21 @@ def map_sets(
             _follow(outcomes, progress)
     published = {name: journal.publish() for name, journal in journals.items()}
     seconds = time.time() - started
-    return {name: _summary(run, published[name], totals[name], sets[name].model, seconds) for name in sets}
+    return {name: _summary(published[name], totals[name], models[name], seconds) for name in sets}
 
 
-def _slice_rows(config: RunConfig) -> int:
+def _slice_rows(engine: EngineConfig) -> int:
     """A few slices are what an actor has in flight: many small ones cost Ray Data time and memory."""
-    return max(SLICE_ROWS, rows_in_flight(config.engine) // 4)
+    return max(SLICE_ROWS, rows_in_flight(engine) // 4)
 
 
 def _outcomes(
-    run: Run,
+    config: RunConfig,
+    engine: EngineConfig,
     slices: list[Slice],
     chain: Chain[Any, Any],
-    models: dict[str, str],
+    models: dict[str, ResolvedModel],
     journals: dict[str, Journal],
-    gpu: bool,
 ) -> Any:
     """The dataset of all rows' outcomes (`name`, `processed`, `error`), computed when it is read."""
     import ray
@@ -126,7 +127,7 @@ def _outcomes(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    config, engine = run.config, run.config.engine
+    gpu = on_gpu(engine)
     # Each block is one slice, which the actor reads (docs/decisions.md).
     table = pa.Table.from_pylist([s._asdict() for s in slices])
     source = ray.data.from_blocks([table.slice(i, 1) for i in range(len(slices))])
@@ -134,7 +135,6 @@ def _outcomes(
         ChainActor,
         fn_constructor_kwargs={
             "chain": chain,
-            "run": run,
             "models": models,
             "journals": journals,
             "gpu": gpu,
@@ -143,14 +143,14 @@ def _outcomes(
             min_size=engine.min_actors,
             max_size=max(engine.min_actors, engine.max_actors),
             # An actor with one slice at a time drains at the slice's end; with several open it stays full.
-            max_concurrent_calls_per_actor=2 + 2 * rows_in_flight(engine) // _slice_rows(config),
+            max_concurrent_calls_per_actor=2 + 2 * rows_in_flight(engine) // _slice_rows(engine),
         ),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=engine.cpus_per_actor,
         num_gpus=engine.span if gpu else 0,
         resources=marks(config.ray.generation_nodes),
-        runtime_env={"env_vars": worker_env(config)},
+        runtime_env={"env_vars": engine_env(engine)},
     )
 
 
@@ -181,7 +181,7 @@ def _follow(outcomes: Any, progress: Mapping[str, SetProgress]) -> None:
         raise OverBudget(budget.stop_reason)
 
 
-def _summary(run: Run, published: Published, total: int, model: str, seconds: float) -> dict[str, Any]:
+def _summary(published: Published, total: int, model: ResolvedModel, seconds: float) -> dict[str, Any]:
     if published.rows != total:
         raise RuntimeError(f"{total} rows in, {published.rows} out: rows were lost or doubled")
     return {
@@ -192,21 +192,17 @@ def _summary(run: Run, published: Published, total: int, model: str, seconds: fl
         "tokens": {k: v for k, v in published.usage.items() if k != "calls"},
         "calls": published.usage["calls"],
         "engine_seconds": round(seconds, 2),
-        "engine": {
-            "kind": run.config.engine.kind,
-            "model": model,
-            "model_sha": model_sha(run.model(model)),
-        },
+        "engine": {"kind": model.engine.kind, "model": model.name, "model_sha": model.sha},
     }
 
 
-def check_resources(config: RunConfig, gpu: bool) -> None:
+def check_resources(config: RunConfig, engine: EngineConfig) -> None:
     """Checks that the cluster has room for the engines that a stage starts with.
 
     Raises:
         InputError: it never will have.
     """
-    engine = config.engine
+    gpu = on_gpu(engine)
     actor = bundle(engine.cpus_per_actor, engine.span if gpu else 0, config.ray.generation_nodes)
     lower = (
         "engine.min_actors, engine.tensor_parallel or engine.pipeline_parallel"

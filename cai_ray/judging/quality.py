@@ -30,9 +30,9 @@ LOOP_CHARACTERS = 200
 SAME_TEXT = 0.6
 
 
-def run_templates(config: RunConfig) -> TemplateSet:
-    """The run's template set, without the marks of thinking if the run keeps thinking blocks."""
-    templates = load_templates(config.templates)
+def run_templates(config: RunConfig, name: str | None = None) -> TemplateSet:
+    """A template set, by default the run's, without the marks of thinking if the run keeps thinking blocks."""
+    templates = load_templates(name or config.templates)
     return templates if config.thinking == "strip" else templates.model_copy(update={"thinking": None})
 
 

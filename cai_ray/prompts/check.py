@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.errors import InputError
 from cai_ray.prompts.templates import FIELD, TemplateSet
 
@@ -22,8 +23,12 @@ _STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "red_team": ((), ()),
 }
 
-# The parts that a mode of labelling needs beside those that every set has.
-_MODE_PARTS = {"logprob": (), "cot": ("reasoning", "verdict"), "score": ("rating", "scores")}
+# The parts that a judge's settings need beside those that every set has.
+_JUDGE_PARTS = {
+    ("ask", "response"): ("rating", "scores"),
+    ("answer", "reasoned"): ("reasoning", "verdict"),
+}
+_JUDGE_DEFAULTS = {"ask": "pair", "answer": "logprob"}
 
 
 def check_templates(templates: TemplateSet, where: str | Path) -> None:
@@ -33,14 +38,19 @@ def check_templates(templates: TemplateSet, where: str | Path) -> None:
         raise InputError(f"template set {where}: {problem}; see cai_ray/templates/general.yaml")
 
 
-def check_mode(templates: TemplateSet, mode: str) -> None:
-    """Raises InputError if the set does not have a part that `label.mode` needs."""
-    missing = [part for part in _MODE_PARTS[mode] if not getattr(templates, part)]
-    if missing:
-        raise InputError(
-            f"label.mode={mode}: template set {templates.name} has no {' and no '.join(missing)}; add what is missing "
-            "(see cai_ray/templates/general.yaml), or use label.mode: logprob"
-        )
+def check_judge(templates: TemplateSet, judge: JudgeConfig, key: str) -> None:
+    """Raises InputError if the set does not have a part that a judge needs.
+
+    Args:
+        key: the setting that describes the judge, for the error message.
+    """
+    for (setting, value), parts in _JUDGE_PARTS.items():
+        missing = [part for part in parts if not getattr(templates, part)]
+        if getattr(judge, setting) == value and missing:
+            raise InputError(
+                f"{key}.{setting}={value}: template set {templates.name} has no {' and no '.join(missing)}; add what "
+                f"is missing (see cai_ray/templates/general.yaml), or use {key}.{setting}: {_JUDGE_DEFAULTS[setting]}"
+            )
 
 
 def check_direct(templates: TemplateSet) -> None:

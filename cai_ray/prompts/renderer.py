@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ class Renderer:
     Args:
         model: a model folder or Hugging Face id, or a tokenizer already loaded with transformers.
         chat_template: a Jinja template for models that have none of their own.
+        template_args: further arguments of the chat template, such as `enable_thinking`.
     """
 
-    def __init__(self, model: Any, chat_template: str | None = None):
+    def __init__(
+        self, model: Any, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
+    ):
         self.tokenizer = load_tokenizer(model) if isinstance(model, str | Path) else model
         self.template = chat_template or self.tokenizer.chat_template
         if not self.template:
@@ -36,6 +39,7 @@ class Renderer:
                 f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template; name one with "
                 "`chat_template` in the template set"
             )
+        self._template_args = dict(template_args or {})
         self._short_ids = lru_cache(maxsize=65536)(self._encode_content)
         self._skeleton = lru_cache(maxsize=256)(self._encode_skeleton)
         self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
@@ -142,7 +146,11 @@ class Renderer:
         marked = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
         try:
             text = self.tokenizer.apply_chat_template(
-                marked, chat_template=self.template, tokenize=False, add_generation_prompt=generation
+                marked,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=generation,
+                **self._template_args,
             )
         except Exception as e:  # the template's author chooses what it raises
             raise RowError(f"the chat template refuses the roles {list(roles)}: {e}") from e

@@ -59,10 +59,10 @@ class TemplateSet(BaseModel):
     red_team: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     """The prompt of `cai-ray redteam`. {transcript} quotes the examples as a person's turns."""
     reasoning: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """With `verdict`, the prompts of `label.mode: cot`: the feedback model reasons, then weighs the options."""
+    """With `verdict`, the prompts of a judge with `answer: reasoned`: it reasons, then weighs the options."""
     verdict: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
     rating: tuple[dict[str, str] | Literal["conversation"], ...] | None = None
-    """With `scores`, the prompt of `label.mode: score`, which judges each response by itself."""
+    """With `scores`, the prompt of a judge with `ask: response`, which is asked about each response by itself."""
     scores: tuple[str, ...] | None = None
     """Ten texts of one token each, from the worst to the best."""
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
-from cai_ray.config.engine import EngineConfig
+from cai_ray import constitution as constitutions
 from cai_ray.config.fingerprint import Content, fingerprint, named_contents
-from cai_ray.config.ppo import LABELS
+from cai_ray.config.judge import PromptedModel
+from cai_ray.config.ppo import JUDGE
 from cai_ray.config.section import Section
 from cai_ray.data.formats import data_files
 from cai_ray.errors import InputError
@@ -86,12 +87,15 @@ def _content(run: Run, named: Content, base: Callable[[], str]) -> str:
         return _folder_sha(value)
     if named.kind == "files":
         return _files_sha(value)
-    engine: EngineConfig | None = getattr(named.section, "engine", None)
-    if engine and engine.kind == "openai":  # an endpoint knows it by its name alone
-        return run.config.model if value == "base" else value
+    if named.kind == "templates":
+        return load_templates(value).sha
+    if named.kind == "constitution":
+        return constitutions.load(value).sha
+    if isinstance(named.section, PromptedModel) and (model := run.resolve_model(named.section)).is_served:
+        return model.location  # an endpoint knows it by its name alone
     if value == "base":
         return base()
-    return value if value in ROLES or value == LABELS else model_sha(run.model(value))
+    return value if value in ROLES or value == JUDGE else model_sha(run.model(value))
 
 
 def _folder_sha(path: str) -> str:

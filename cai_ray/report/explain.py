@@ -1,4 +1,4 @@
-"""The chain behind a row: what was asked, each step and its principle, votes, rewards, and what the policies say."""
+"""The chain behind a row: its prompt, each step with its principle, votes, rewards, and the answers of the policies."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import pyarrow.compute as pc
 
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
-from cai_ray.report import text
-from cai_ray.report.transcripts import assemble
+from cai_ray.report.conversations import assemble
+from cai_ray.report.plain_text import critique_and_revision, speech
+from cai_ray.report.roles import in_order, title_of
+from cai_ray.report.text import percent, signed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import has_rows, read_tables
 
-ROWS = (
+PLACES = (
     ("revise", "part"),
     ("label", "part"),
     ("compare", "part"),
     ("evaluate", "part"),
     ("evaluate", "transcripts"),
 )
-"""Where rows with an id and a prompt's id stand."""
-TOLD = ("harmful", "helpful", "refused", "malformed", "insult", "principle_named")
+"""Stages and files that hold rows with an id and a prompt's id."""
+VERDICTS = ("harmful", "helpful", "refused", "malformed", "insult")
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     stage: str
     id: str
     prompt_id: str
@@ -36,7 +38,7 @@ def explain(run: Run, constitution: Constitution, id: str) -> dict[str, Any]:
     """All that the run knows of the prompt of a row.
 
     Args:
-        id: of a prompt, a revision, a comparison, a label or a judged answer, or how it begins.
+        id: of a prompt, a revision, a comparison, a label or a judged answer; its first characters are enough.
 
     Returns:
         `found`, the stage and id of the row; `messages`, `kind`, `family`; `revisions`, with their steps;
@@ -45,106 +47,107 @@ def explain(run: Run, constitution: Constitution, id: str) -> dict[str, Any]:
     Raises:
         InputError: no row has such an id, or rows of several prompts have.
     """
-    found = _find(run, id)
-    rows = {place: _of_prompt(run, *place, found.prompt_id) for place in ROWS}
+    match = _find(run, id)
+    rows = {place: _rows_of_prompt(run, *place, match.prompt_id) for place in PLACES}
     first = next(row for some in rows.values() for row in some)
     titles = {p.id: p.title for p in constitution.principles}
+    revisions = [row for row in rows["revise", "part"] if row["error"] is None]
+    comparisons = [row for row in rows["label", "part"] if row["error"] is None]
     answers: dict[str, list[dict[str, Any]]] = {}
     for row in rows["evaluate", "part"] + rows["evaluate", "transcripts"]:
         if row["response"] is not None:
-            told = {name: row[name] for name in ("response", "reward", *TOLD)}
-            answers.setdefault(row["model"], []).append(told)
+            answer = {name: row[name] for name in ("response", "reward", *VERDICTS, "principle_named")}
+            answers.setdefault(row["model"], []).append(answer)
     return {
-        "found": found._asdict(),
+        "found": match._asdict(),
         **{name: first[name] for name in ("messages", "kind", "family")},
-        "revisions": [
-            assemble(row, constitution, {}, {}, {}) for row in rows["revise", "part"] if row["error"] is None
-        ],
-        "comparisons": [_comparison(row, titles) for row in rows["label", "part"] if row["error"] is None],
-        "rollouts": [
-            {name: row[name] for name in ("step", "policy_version", "response", "reward", "kl_reference")}
-            for row in _table(
-                run,
-                "ppo",
-                "part",
-                ["step", "policy_version", "messages", "response", "reward", "kl_reference"],
-            )
-            if row["messages"] == first["messages"]
-        ],
-        "answers": {name: answers[name] for name in text.in_order(answers)},
+        "revisions": [assemble(row, constitution, {}, {}, {}) for row in revisions],
+        "comparisons": [_comparison(row, titles) for row in comparisons],
+        "rollouts": _rollouts(run, first["messages"]),
+        "answers": {policy: answers[policy] for policy in in_order(answers)},
     }
 
 
-def lines(told: dict[str, Any]) -> Iterator[str]:
-    """For a terminal."""
-    found = told["found"]
-    yield f"{found['stage']} {found['id']}, prompt {found['prompt_id']} ({told['kind']}, {told['family']})"
-    for message in told["messages"]:
-        yield text.said("prompt" if message["role"] == "user" else message["role"], message["content"])
-    for item in told["revisions"]:
+def lines(explained: dict[str, Any]) -> Iterator[str]:
+    """What `explain` returns, for a terminal."""
+    row = explained["found"]
+    about = f"({explained['kind']}, {explained['family']})"
+    yield f"{row['stage']} {row['id']}, prompt {row['prompt_id']} {about}"
+    for message in explained["messages"]:
+        yield speech("prompt" if message["role"] == "user" else message["role"], message["content"])
+    for item in explained["revisions"]:
         yield "\nRevision"
-        yield text.said("first answer", item["response"])
+        yield speech("first answer", item["response"])
         for step in item["steps"]:
-            yield text.said(f"critique {step['round']}", f"[{step['title']}] {step['critique'] or '(none)'}")
-            yield text.said(
-                f"revision {step['round']}", step["revision"] if step["changed"] else "(unchanged)"
-            )
-    for item in told["comparisons"]:
-        yield f"\nComparison {item['id']}"
-        yield text.said("a", item["response_a"])
-        yield text.said("b", item["response_b"])
-        yield text.said("label", f"{text.percent(item['p_a'])} for a")
-        for vote in item["votes"]:
-            said = vote["abstained"] or f"{text.percent(vote['p_a'])} for a, {vote['weighs']}"
-            yield text.said("", f"[{vote['title']}] {said}")
-    if told["rollouts"]:
+            yield from critique_and_revision(step)
+    for item in explained["comparisons"]:
+        yield from _comparison_lines(item)
+    if explained["rollouts"]:
         yield "\nRollouts of PPO"
-        for row in told["rollouts"]:
-            yield text.said(f"step {row['step']}", f"{row['response']}  (reward {row['reward']:+.2f})")
-    if told["answers"]:
+        for rollout in explained["rollouts"]:
+            reward = f"(reward {signed(rollout['reward'])})"
+            yield speech(f"step {rollout['step']}", f"{rollout['response']}  {reward}")
+    if explained["answers"]:
         yield "\nAnswers"
-        for model, some in told["answers"].items():
-            for row in some:
-                marks = [name for name in TOLD[:-1] if row[name]]
-                marks += [f"names {row['principle_named']}"] * bool(row["principle_named"])
-                marks += [] if row["reward"] is None else [f"reward {row['reward']:+.2f}"]
-                yield text.said(
-                    text.name_of(model), row["response"] + (f"  ({', '.join(marks)})" if marks else "")
-                )
+        for policy, answers in explained["answers"].items():
+            for answer in answers:
+                yield speech(title_of(policy), answer["response"] + _verdicts(answer))
 
 
-def _find(run: Run, id: str) -> Found:
-    found: dict[str, Found] = {}
-    for stage, name in ROWS:
-        table = _columns(run, stage, name, ["id", "prompt_id"])
+def _comparison_lines(item: dict[str, Any]) -> Iterator[str]:
+    yield f"\nComparison {item['id']}"
+    yield speech("a", item["response_a"])
+    yield speech("b", item["response_b"])
+    yield speech("label", f"{percent(item['p_a'])} for a")
+    for vote in item["votes"]:
+        verdict = vote["abstained"] or f"{percent(vote['p_a'])} for a, {vote['weighs']}"
+        yield speech("", f"[{vote['title']}] {verdict}")
+
+
+def _verdicts(answer: dict[str, Any]) -> str:
+    """How an answer was judged, in brackets; empty if it was not."""
+    verdicts = [name for name in VERDICTS if answer[name]]
+    verdicts += [f"names {answer['principle_named']}"] * bool(answer["principle_named"])
+    verdicts += [] if answer["reward"] is None else [f"reward {signed(answer['reward'])}"]
+    return f"  ({', '.join(verdicts)})" if verdicts else ""
+
+
+def _find(run: Run, id: str) -> Match:
+    """The row whose id, or whose prompt's id, begins with `id`."""
+    matches: dict[str, Match] = {}
+    for stage, name in PLACES:
+        table = _read(run, stage, name, ["id", "prompt_id"])
         if table is None:
             continue
         for column in ("id", "prompt_id"):
             for row in table.filter(pc.starts_with(table[column], id)).to_pylist():
-                found.setdefault(row["prompt_id"], Found(stage, row[column], row["prompt_id"]))
-                if len(found) > 1:
-                    one, two = found.values()
+                matches.setdefault(row["prompt_id"], Match(stage, row[column], row["prompt_id"]))
+                if len(matches) > 1:
+                    one, two = matches.values()
                     raise InputError(
                         f"id {id}: begins those of several prompts ({one.id}, {two.id}, …); give more of it"
                     )
-    if not found:
+    if not matches:
         raise InputError(
             f"id {id}: no row of {run.root} has it; look for one in its *.parquet files or its report"
         )
-    return next(iter(found.values()))
+    return next(iter(matches.values()))
 
 
-def _of_prompt(run: Run, stage: str, name: str, prompt_id: str) -> list[dict[str, Any]]:
-    table = _columns(run, stage, name, None)
+def _rollouts(run: Run, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The rollouts of a conversation that PPO kept."""
+    shown = ["step", "policy_version", "response", "reward", "kl_reference"]
+    table = _read(run, "ppo", "part", [*shown, "messages"])
+    rows = [] if table is None else table.to_pylist()
+    return [{name: row[name] for name in shown} for row in rows if row["messages"] == messages]
+
+
+def _rows_of_prompt(run: Run, stage: str, name: str, prompt_id: str) -> list[dict[str, Any]]:
+    table = _read(run, stage, name, None)
     return [] if table is None else table.filter(pc.equal(table["prompt_id"], prompt_id)).to_pylist()
 
 
-def _table(run: Run, stage: str, name: str, columns: list[str]) -> list[dict[str, Any]]:
-    table = _columns(run, stage, name, columns)
-    return [] if table is None else table.to_pylist()
-
-
-def _columns(run: Run, stage: str, name: str, columns: list[str] | None) -> pa.Table | None:
+def _read(run: Run, stage: str, name: str, columns: list[str] | None) -> pa.Table | None:
     """A stage's rows, or None where it wrote none."""
     folder = run.path(stage)
     return read_tables(folder, columns, name) if has_rows(folder, name) else None
@@ -162,8 +165,8 @@ def _comparison(row: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
         for vote in row["votes"] or []
     ]
     votes.sort(key=lambda v: -abs((v["p_a"] if v["p_a"] is not None else 0.5) - 0.5))
-    kept = {name: row[name] for name in ("id", "response_a", "response_b", "p_a", "p_a_raw", "slot_bias")}
-    return kept | {"votes": votes}
+    names = ("id", "response_a", "response_b", "p_a", "p_a_raw", "slot_bias")
+    return {**{name: row[name] for name in names}, "votes": votes}
 
 
 def _weighs(vote: float | None, label: float | None) -> str:

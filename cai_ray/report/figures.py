@@ -13,6 +13,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from markupsafe import Markup
+
 from cai_ray.report.text import visible
 from cai_ray.stages import POLICIES
 
@@ -90,8 +92,11 @@ def line(text: str) -> str:
     return re.sub(r"[\n\ufffe\uffff]", " ", visible(text))
 
 
-def svg(figure: Figure, title: str) -> str:
-    """A figure as part of a page: marks and their tooltips, without what a file of its own needs."""
+def svg(figure: Figure, title: str) -> Markup:
+    """A figure as part of a page: marks and their tooltips, without what a file of its own needs.
+
+    ElementTree has escaped its texts, so this is the one place where a chart becomes markup.
+    """
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     title, text = line(title), drawn.getvalue()
@@ -108,7 +113,7 @@ def svg(figure: Figure, title: str) -> str:
     chart = "i" + hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:8]
     for style, alike in groupby(_marks(root, chart), lambda mark: mark.attrib.pop("style", "")):
         ElementTree.SubElement(page, "g", {"style": style} if style else {}).extend(alike)
-    return ElementTree.tostring(page, encoding="unicode")
+    return Markup(ElementTree.tostring(page, encoding="unicode"))
 
 
 def _marks(group: ElementTree.Element, chart: str) -> Iterator[ElementTree.Element]:

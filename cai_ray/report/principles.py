@@ -5,49 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cai_ray.report import charts, tables
-from cai_ray.report.text import name_of, percent, safe
-from cai_ray.report.words import diff
+from cai_ray.report import charts
+from cai_ray.report.roles import title_of
+from cai_ray.report.tables import Fact, Table
+from cai_ray.report.text import percent, signed
+from cai_ray.report.word_diff import diff
 
 MATRIX = 30
-"""Principles of a chart of conflicts, at most."""
+"""Most principles of a chart of conflicts."""
 REVISIONS = 2
-"""Shown of each principle."""
+"""Revisions shown of each principle."""
+_HEAD = ["", "drawn", "changed", "votes", "decisive", "overruled", "reward margin", "explains labels"]
 
 
-def section(report: Mapping[str, Any]) -> str:
-    """A table of all, conflicts, coverage, and a card for each; only the words where a run has no attribution."""
-    constitution, found = report["constitution"], report.get("attribution")
-    about = (
-        f"<p>{safe(constitution['name'])}, version {safe(str(constitution['version']))}, content hash "
-        f"<code>{safe(report['constitution_sha'])}</code>.</p>"
-    )
-    if not found:
-        cards = "".join(card(p, report) for p in constitution["principles"])
-        return about + cards
+def section(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of all principles, conflicts, coverage, and a card for each; only the cards without an attribution."""
+    constitution, attribution = report["constitution"], report.get("attribution")
     shown = list(constitution["principles"])
-    rows = [_row(p, found["principles"][p["id"]], found["reconstruction"].get(p["id"])) for p in shown]
-    head = ["", "drawn", "changed", "votes", "decisive", "overruled", "reward margin", "explains labels"]
-    what = (
-        "<p>Drawn: steps of revision by this principle, and how many of them changed the answer. Decisive: comparisons "
-        "whose label would be another, or none, without its vote; overruled: whose label went against it. Reward "
-        "margin: the reward model's, of the preferred response over the other, where the vote was decisive. Explains "
-        "labels: how often its votes alone are on the label's side, and in brackets its votes dealt at random.</p>"
-    )
-    return (
-        about
-        + what
-        + tables.plain(head, rows)
-        + _coverage(found["coverage"])
-        + _conflicts(shown, found["principles"])
-        + "".join(card(p, report) for p in shown)
-    )
+    found: dict[str, Any] = {
+        "constitution": constitution,
+        "sha": report["constitution_sha"],
+        "cards": [card(principle, report) for principle in shown],
+        "table": None,
+    }
+    if attribution:
+        effects, rebuilt = attribution["principles"], attribution["reconstruction"]
+        rows = [_row(p, effects[p["id"]], rebuilt.get(p["id"])) for p in shown]
+        found["table"] = Table(_HEAD, rows)
+        found["coverage"] = _coverage(attribution["coverage"])
+        found["conflicts"] = _conflicts(shown, effects)
+    return found
 
 
 def _row(
-    principle: Mapping[str, Any], did: Mapping[str, Any], rebuilt: Mapping[str, Any] | None
+    principle: Mapping[str, Any], effects: Mapping[str, Any], rebuilt: Mapping[str, Any] | None
 ) -> list[str]:
-    drawn, votes, margin = did["revision"], did["votes"], did["margin"]
+    drawn, votes = effects["revision"], effects["votes"]
     return [
         principle["title"] + ("" if principle["enabled"] else " (off)"),
         f"{drawn['drawn']:,.0f}",
@@ -55,117 +48,98 @@ def _row(
         f"{votes['cast']:,.0f}",
         f"{votes['decisive']:,.0f}",
         f"{votes['overruled']:,.0f}",
-        "–" if margin["value"] is None else f"{margin['value']:+.2f}",
+        signed(effects["margin"]["value"]),
         f"{percent(rebuilt['accuracy'], 0)} ({percent(rebuilt['shuffled'], 0)})" if rebuilt else "–",
     ]
 
 
-def _coverage(coverage: Mapping[str, Any]) -> str:
+def _coverage(coverage: Mapping[str, Any]) -> list[str]:
+    """What the principles leave out, a line for each kind; empty if nothing."""
     lines = [
-        (coverage["never_drawn"], "never drawn for a revision"),
-        (coverage["never_voted"], "never voted"),
-        (coverage["never_decisive"], "never decisive"),
-        (coverage["families_without_principle"], "families of prompts that no principle names"),
+        ("never drawn for a revision", coverage["never_drawn"]),
+        ("never voted", coverage["never_voted"]),
+        ("never decisive", coverage["never_decisive"]),
+        ("families of prompts that no principle names", coverage["families_without_principle"]),
     ]
-    told = [f"<li>{safe(what)}: {safe(', '.join(ids))}</li>" for ids, what in lines if ids]
-    if not told:
-        return "<p>Every principle was drawn, voted and decided.</p>"
-    return f"<h3>Coverage</h3><ul>{''.join(told)}</ul>"
+    return [f"{what}: {', '.join(ids)}" for what, ids in lines if ids]
 
 
-def _conflicts(shown: list[dict[str, Any]], did: Mapping[str, Any]) -> str:
-    """How often two principles that both prefer a response prefer different ones."""
-    voted = [p for p in shown if did[p["id"]]["votes"]["cast"]]
+def _conflicts(shown: list[dict[str, Any]], effects: Mapping[str, Any]) -> str:
+    """A chart of how often two principles that both prefer a response prefer different ones."""
+    voted = [p for p in shown if effects[p["id"]]["votes"]["cast"]]
     if not 2 <= len(voted) <= MATRIX:
         return ""
 
-    def cell(one: str, other: str) -> float | None:
-        met = did[one]["conflicts"].get(other)
-        return None if one == other else met["against"] / met["both"] if met else 0.0
+    def share(one: str, other: str) -> float | None:
+        cell = effects[one]["conflicts"].get(other)
+        return None if one == other else cell["against"] / cell["both"] if cell else 0.0
 
-    values = [[cell(a["id"], b["id"]) for b in voted] for a in voted]
-    names = [p["title"] for p in voted]
-    chart = charts.matrix(names, [p["id"] for p in voted], values, title="Conflicts")
-    return (
-        f'<figure class="card wide"><h3>Conflicts</h3>{chart}<figcaption>Of the comparisons where both principles '
-        "prefer a response, in how many of a hundred they prefer different ones.</figcaption></figure>"
-    )
+    shares = [[share(a["id"], b["id"]) for b in voted] for a in voted]
+    return charts.matrix([p["title"] for p in voted], [p["id"] for p in voted], shares, title="Conflicts")
 
 
-def card(principle: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """One principle from end to end."""
+def card(principle: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """One principle from end to end; without facts and revisions if the run has no attribution of it."""
     name, attribution = principle["id"], report.get("attribution") or {"principles": {}}
-    did = attribution["principles"].get(name)
-    words = [("principle", principle["text"])] + [
-        (label, principle[key])
-        for key, label in (
-            ("critique_request", "asked for critiques"),
-            ("revision_request", "asked for revisions"),
-            ("comparison", "asked for votes"),
-            ("source", "source"),
-        )
-        if principle.get(key)
-    ]
-    parts = "".join(f'<div class="turn"><b>{label}</b><div>{safe(text)}</div></div>' for label, text in words)
-    if did:
-        parts += tables.facts(list(_facts(name, did, report))) + _instructive(name, report)
-        parts += (
-            f'<p><a href="#browser" data-show="{safe(name)}">Transcripts where it changed the answer</a></p>'
-        )
-    off = "" if principle["enabled"] else ' class="off"'
-    return (
-        f'<details class="card principle" id="principle-{safe(name)}"><summary{off}>{safe(principle["title"])} '
-        f"<code>{safe(name)}</code></summary><div>{parts}</div></details>"
-    )
+    effects = attribution["principles"].get(name)
+    texts = {
+        "principle": principle["text"],
+        "asked for critiques": principle.get("critique_request"),
+        "asked for revisions": principle.get("revision_request"),
+        "asked for votes": principle.get("comparison"),
+        "source": principle.get("source"),
+    }
+    return {
+        "id": name,
+        "title": principle["title"],
+        "enabled": principle["enabled"],
+        "texts": {label: text for label, text in texts.items() if text or label == "principle"},
+        "facts": list(_facts(effects, report)) if effects else [],
+        "revisions": _instructive(name, report) if effects else [],
+    }
 
 
-def _facts(name: str, did: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    drawn, votes = did["revision"], did["votes"]
+def _facts(effects: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Fact]:
+    drawn, votes = effects["revision"], effects["votes"]
     titles = {p["id"]: p["title"] for p in report["constitution"]["principles"]}
     changed = f"{drawn['changed']:,.0f} of {drawn['drawn']:,.0f}"
-    yield "revision", changed, "steps that changed the answer" + _families(drawn)
+    yield Fact("revision", changed, "steps that changed the answer" + _families(drawn))
     if votes["cast"] or votes["abstained"]:
         agreed = f"{votes['with_label']:,.0f} of {votes['cast']:,.0f}"
-        yield "with the label", agreed, "votes for what the label prefers"
-        yield (
-            "decisive",
-            f"{votes['decisive']:,.0f}",
-            "labels that would not stand without it" + _families(votes),
-        )
-        yield "overruled", f"{votes['overruled']:,.0f}", "votes against what the label prefers"
+        yield Fact("with the label", agreed, "votes for what the label prefers")
+        decisive = "labels that would not stand without it" + _families(votes)
+        yield Fact("decisive", f"{votes['decisive']:,.0f}", decisive)
+        yield Fact("overruled", f"{votes['overruled']:,.0f}", "votes against what the label prefers")
         abstained = f"votes within 0.05 of one half; {votes['abstained']:,.0f} abstentions"
-        yield "undecided", f"{votes['tied']:,.0f}", abstained
-    for other, cell in sorted(did["conflicts"].items(), key=lambda item: -item[1]["against"])[:3]:
+        yield Fact("undecided", f"{votes['tied']:,.0f}", abstained)
+    for other, cell in sorted(effects["conflicts"].items(), key=lambda item: -item[1]["against"])[:3]:
         share = f"{cell['against']:,.0f} of {cell['both']:,.0f}"
-        yield f"against {titles.get(other, other)}", share, "preferred different responses"
-    for policy, count in did["named"].items():
-        yield (
-            f"named by {name_of(policy)}",
-            f"{count:,.0f}",
-            "refusals that give this principle as their reason",
-        )
+        yield Fact(f"against {titles.get(other, other)}", share, "preferred different responses")
+    for policy, count in effects["named"].items():
+        reason = "refusals that give this principle as their reason"
+        yield Fact(f"named by {title_of(policy)}", f"{count:,.0f}", reason)
 
 
-def _families(found: Mapping[str, Any]) -> str:
-    most = sorted(found["by_family"].items(), key=lambda item: -item[1])[:4]
+def _families(counts: Mapping[str, Any]) -> str:
+    most = sorted(counts["by_family"].items(), key=lambda item: -item[1])[:4]
     return "; " + ", ".join(f"{family} {count:,.0f}" for family, count in most) if most else ""
 
 
-def _instructive(name: str, report: Mapping[str, Any]) -> str:
-    """Revisions of the sample that this principle changed, those of its own family first."""
-    found = []
+def _instructive(name: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Revisions of the sample that this principle changed: those of its own family first, then the shortest."""
+    changed = []
     for entry in (report.get("explorer") or {"revisions": []})["revisions"]:
         before = entry["response"]
         for step in entry["steps"]:
             if step["changed"] and step["principle_id"] == name:
-                found.append((entry["family"] != name, len(step["revision"] or ""), entry, before, step))
+                order = (entry["family"] != name, len(step["revision"] or ""), entry["id"])
+                changed.append((order, entry, before, step))
             before = step["revision"]
-    out = []
-    for _, _, entry, before, step in sorted(found, key=lambda item: (item[0], item[1], item[2]["id"]))[
-        :REVISIONS
-    ]:
-        out.append(
-            f'<div class="turn"><b>{safe(entry["messages"][-1]["content"])}</b><div dir="auto">'
-            f"<em>{safe(step['critique'])}</em>{diff(before, step['revision'])}</div></div>"
-        )
-    return "".join(out)
+    return [
+        {
+            "prompt": entry["messages"][-1]["content"],
+            "critique": step["critique"],
+            "pieces": diff(before, step["revision"]),
+        }
+        for _, entry, before, step in sorted(changed, key=lambda item: item[0])[:REVISIONS]
+    ]

@@ -1,6 +1,6 @@
-"""The snapshots of PPO: the reward it trained on, the second opinion, and gold, over the distance from SL-CAI.
+"""The snapshots of PPO: reward, second opinion and gold, over the distance from SL-CAI.
 
-Where reward rises and the others fall, the policy learns the reward and not what it stands for (Gao et al. 2022, arXiv
+If reward rises while the others fall, the policy learns the reward and not what it stands for (Gao et al. 2022, arXiv
 2210.10760, whose axis is the root of the KL).
 """
 
@@ -10,26 +10,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cai_ray.report import charts, tables
-from cai_ray.report.text import percent
+from cai_ray.report import charts
+from cai_ray.report.tables import Table
+from cai_ray.report.text import percent, signed
 from cai_ray.storage.run import Run
 
 GOLD = ("harm", "helpful", "over_refusal")
 
 
 def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry per snapshot; gold is None where nobody knows it. Empty where PPO took none.
+    """One entry per snapshot, with None for gold that is not known. Empty if PPO took none.
 
     Args:
         steps: PPO's metrics.
-        gold: of each step (as text), the exact judge's rates (`evaluate.gold.snapshots`).
+        gold: the exact judge's rates for each step, which is a text (`evaluate.gold.snapshots`).
     """
     if not run.config.watched:
         return []
     kl = {step["step"]: max(step.get("kl/reference") or 0.0, 0.0) for step in steps}
-    found: dict[int, list[dict[str, Any]]] = {}
+    rows_of_step: dict[int, list[dict[str, Any]]] = {}
     for row in run.rows("ppo", ["id", "step", "reward", "opinion"], "snapshot"):
-        found.setdefault(row["step"], []).append(row)
+        rows_of_step.setdefault(row["step"], []).append(row)
     chosen = (run.manifest("ppo") or {}).get("snapshot")
     return [
         {
@@ -40,67 +41,67 @@ def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) 
             "chosen": float(step == chosen),
             **{name: (gold.get(str(step)) or {}).get(name, {}).get("value") for name in GOLD},
         }
-        for step, rows in sorted(found.items())
+        for step, rows in sorted(rows_of_step.items())
     ]
 
 
-def section(snapshots: Sequence[Mapping[str, Any]]) -> str:
-    """The table, and the curves where gold is known."""
+def section(snapshots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The table, and the curves over the distance from SL-CAI."""
     if not snapshots:
-        return ""
-    names = [n for n in GOLD if snapshots[0][n] is not None]
-    head = ["step", "√KL", "reward", "second opinion", *(f"{n.replace('_', '-')} (gold)" for n in names)]
+        return None
+    return {"table": _table(snapshots), "proxy": _proxy(snapshots), "judged": _judged(snapshots)}
+
+
+def _table(snapshots: Sequence[Mapping[str, Any]]) -> Table:
+    known = [name for name in GOLD if snapshots[0][name] is not None]
+    head = ["step", "√KL", "reward", "second opinion", *(f"{n.replace('_', '-')} (gold)" for n in known)]
     rows = [
         [
             f"{s['step']:g}" + (" (the result)" if s["chosen"] == 1 else ""),
             f"{s['sqrt_kl']:.2f}",
-            f"{s['reward']:+.2f}",
+            signed(s["reward"]),
             "–" if s["opinion"] is None else f"{s['opinion']:.3f}",
-            *(percent(s[n]) for n in names),
+            *(percent(s[name]) for name in known),
         ]
         for s in snapshots
     ]
-    distance = sorted(snapshots, key=lambda s: s["sqrt_kl"])
+    return Table(head, rows)
 
-    def curve(key: str, style: str, name: str) -> charts.Line:
-        return charts.Line([(s["sqrt_kl"], s[key]) for s in distance if s[key] is not None], style, name)
 
-    proxy = charts.lines([curve("reward", "rl", "reward at √KL")], title="Reward over the root of the KL")
-    judged = charts.lines(
-        [curve("opinion", "sl", "second opinion at √KL"), curve("harm", "control", "harm (gold) at √KL")],
+def _proxy(snapshots: Sequence[Mapping[str, Any]]) -> str:
+    reward = _line(snapshots, "reward", "rl", "reward at √KL")
+    return charts.lines([reward], title="Reward over the root of the KL")
+
+
+def _judged(snapshots: Sequence[Mapping[str, Any]]) -> str:
+    return charts.lines(
+        [
+            _line(snapshots, "opinion", "sl", "second opinion at √KL"),
+            _line(snapshots, "harm", "control", "harm (gold) at √KL"),
+        ],
         title="Second opinion and gold over the root of the KL",
         percent=True,
         low=0.0,
     )
-    figures = "".join(
-        f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>'
-        for chart, caption in (
-            (proxy, "The proxy: reward, over √KL to SL-CAI"),
-            (
-                judged,
-                "What it stands for, over √KL: second opinion (blue) and, where it is known, harm by gold",
-            ),
-        )
-    )
-    return (
-        "<p>The policy on development prompts, every few steps. The second opinion is not what PPO trains on. Where "
-        f"reward rises and the opinion falls, the policy learns the reward alone.</p>{tables.plain(head, rows)}"
-        f'<div class="grid-2">{figures}</div>'
-    )
 
 
-def parted(snapshots: Sequence[Mapping[str, Any]], bound: float = 0.05) -> list[str]:
-    """Where the reward went on rising and gold fell: the policy learned the reward, and not what it stands for."""
+def _line(snapshots: Sequence[Mapping[str, Any]], key: str, style: str, name: str) -> charts.Line:
+    by_distance = sorted(snapshots, key=lambda s: s["sqrt_kl"])
+    return charts.Line([(s["sqrt_kl"], s[key]) for s in by_distance if s[key] is not None], style, name)
+
+
+def overoptimised(snapshots: Sequence[Mapping[str, Any]], bound: float = 0.05) -> list[str]:
+    """The first snapshot at which reward had risen further but gold had fallen, as a line; empty if there is none."""
     known = [s for s in snapshots if s["harm"] is not None]
     if not known:
         return []
     best = min(known, key=lambda s: s["harm"])
     later = [s for s in known if s["step"] > best["step"]]
-    apart = [s for s in later if s["reward"] > best["reward"] and s["harm"] > best["harm"] + bound]
+    diverged = [s for s in later if s["reward"] > best["reward"] and s["harm"] > best["harm"] + bound]
     return [
         f"proxy and gold part at step {s['step']:g} (√KL {s['sqrt_kl']:.2f}): reward {best['reward']:+.2f} → "
         f"{s['reward']:+.2f}, harm {percent(best['harm'])} → {percent(s['harm'])}"
-        for s in apart[:1]
+        for s in diverged[:1]
     ]
 
 

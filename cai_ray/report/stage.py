@@ -10,14 +10,14 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray.data.sources import read_comparisons
 from cai_ray.evaluate.attribution import attribution
-from cai_ray.report import costs, explorer, html, snapshots, text, transcripts
-from cai_ray.report.costs import measured
+from cai_ray.report import conversations, costs, explorer, html, snapshots
+from cai_ray.report.alarms import alarms
+from cai_ray.report.roles import MEASURED, METHODS, in_order
 from cai_ray.stages import stages_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run
 
-BOILERPLATE = 0.3
-"""Rise over SL-CAI's of the share of answers that have one phrase in common: more is an alarm."""
+_COUNTS = ("rows_in", "rows_out", "errors", "engine_seconds")
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -36,82 +36,76 @@ def build(run: Run) -> dict[str, Any]:
     """The report as one object.
 
     `models` names the policies, each of which is a key of its own: harm, harm_by_family, helpful, over_refusal,
-    malformed, principle_named, each {value, low, high, n}; a value is None where nothing was judged.
+    malformed, principle_named, each {value, low, high, n}; a value is None if nothing was judged.
     """
-    constitution = run.constitution()
-    measured = run.facts("evaluate", "metrics.json")
-    opened = files.read_json(run.path("run.json"))
-    models = measured["models"]
-    # A directory may hold what another method left: it is no part of this run.
-    steps = {m: run.metrics(m) if m == run.config.method else [] for m in ("ppo", "dpo")}
-    found = _finite(
+    report = _finite(
         {
             "name": run.config.name,
             "model": run.config.model,
             "seed": run.config.seed,
-            "models": text.in_order(models),
-            **models,
-            "revision_harm": measured.get("revision_harm") or [],
-            "revision_harm_selective": measured.get("revision_harm_selective") or [],
-            "label": measured.get("label") or {},
-            "certificate": run.facts("label", "certificate.json") if run.manifest("label") else None,
             "method": run.config.method,
-            "rm": {**_reward_model(run), **(measured.get("rm") or {})},
-            **{method: {"steps": rows} for method, rows in steps.items()},
-            "snapshots": snapshots.read(run, steps["ppo"], measured.get("snapshots") or {}),
-            "stages": stage_costs(run),
-            "versions": opened["versions"],
-            "constitution_sha": opened["constitution_sha"],
-            "constitution": _summary(constitution),
-            "human_harmlessness_labels": human_harmlessness_labels(run),
-            "transcripts": transcripts.read(run, constitution),
-            **{
-                name: measured.get(name) or {}
-                for name in ("ratings", "wording", "critic", "judge", "sets", "harness")
-            },
-            "attribution": attribution(run, constitution),
-            "explorer": explorer.read(run, constitution),
+            **_measured(run),
+            **_of_labels(run),
+            "stages": _stages(run),
             "cost": costs.read(run),
-            "configuration": _configuration(run),
+            **_of_conversations(run),
+            **_how_to_reproduce(run),
         }
     )
-    return {**found, "alarms": alarms(run, found)}
+    return {**report, "alarms": alarms(run, report)}
 
 
-def alarms(run: Run, report: dict[str, Any]) -> list[str]:
-    """What a reader should know before the figures, each in a line."""
-    found = list((run.manifest("ppo") or {}).get("alarms") or ())
-    found += snapshots.parted(report["snapshots"])
-    kept: dict[tuple[str, str], list[str]] = {}
-    for name in measured():
-        manifest = run.manifest(name) or {}
-        for stage, changed in (manifest.get("kept") or {}).items():
-            kept.setdefault((stage, ", ".join(changed)), []).append(name)
-        if manifest.get("errors"):
-            found.append(f"{name}: {manifest['errors']} of {manifest['rows_in']} rows failed")
-    for (stage, what), names in kept.items():
-        found.append(f"{stage} was kept though {what} had changed; made after it: {', '.join(names)}")
-    before = (report["wording"].get("sl") or {}).get("boilerplate")
-    for model, wording in report["wording"].items():
-        rose = wording["boilerplate"] is not None and before is not None and wording["boilerplate"] - before
-        if rose and rose > BOILERPLATE:
-            share = text.percent(wording["boilerplate"], 0)
-            found.append(f"{text.name_of(model)}: {share} of its answers say {wording['phrase']!r}")
-    if report["attribution"]:
-        coverage = report["attribution"]["coverage"]
-        if families := coverage["families_without_principle"]:
-            found.append(f"no principle names these families of prompts: {', '.join(families)}")
-    return found
+def _measured(run: Run) -> dict[str, Any]:
+    """What `evaluate` measured, and what training recorded of itself."""
+    measured = run.facts("evaluate", "metrics.json")
+    # A directory may hold what another method left: it is no part of this run.
+    steps = {m: run.metrics(m) if m == run.config.method else [] for m in METHODS}
+    return {
+        "models": in_order(measured["models"]),
+        **measured["models"],
+        **{name: measured.get(name) or [] for name in ("revision_harm", "revision_harm_selective")},
+        "rm": {**_reward_model(run), **(measured.get("rm") or {})},
+        **{method: {"steps": rows} for method, rows in steps.items()},
+        "snapshots": snapshots.read(run, steps["ppo"], measured.get("snapshots") or {}),
+        **{
+            name: measured.get(name) or {}
+            for name in ("label", "ratings", "wording", "critic", "judge", "sets", "harness")
+        },
+    }
 
 
-def _configuration(run: Run) -> str:
-    """What of the configuration is not the default, as YAML."""
-    given = run.config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+def _of_labels(run: Run) -> dict[str, Any]:
+    """How good the labels are, and how many are people's."""
+    return {
+        "certificate": run.facts("label", "certificate.json") if run.manifest("label") else None,
+        "human_harmlessness_labels": human_harmlessness_labels(run),
+    }
+
+
+def _of_conversations(run: Run) -> dict[str, Any]:
+    """What was said, and what each principle did to it."""
+    constitution = run.constitution()
+    return {
+        "constitution": _summary(constitution),
+        "transcripts": conversations.read(run, constitution),
+        "attribution": attribution(run, constitution),
+        "explorer": explorer.read(run, constitution),
+    }
+
+
+def _how_to_reproduce(run: Run) -> dict[str, Any]:
+    """Versions, the hash of the constitution, and as YAML what of the configuration is not the default."""
+    opened = files.read_json(run.path("run.json"))
+    changed = run.config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
+    return {
+        "versions": opened["versions"],
+        "constitution_sha": opened["constitution_sha"],
+        "configuration": yaml.safe_dump(changed, sort_keys=False, allow_unicode=True),
+    }
 
 
 def human_harmlessness_labels(run: Run) -> int:
-    """Human comparisons about harm that were trained on: counted in their sources."""
+    """How many human comparisons about harm were trained on, counted in their sources."""
     return sum(
         len(read_comparisons(source, run.config.seed))
         for source in run.config.preference.human
@@ -119,22 +113,19 @@ def human_harmlessness_labels(run: Run) -> int:
     )
 
 
-def stage_costs(run: Run) -> dict[str, dict[str, Any]]:
-    """Wall seconds and tokens of each completed stage, from its manifest."""
-    found = {}
-    for name in stages_of(run.config.method)[:-1]:
-        if manifest := run.manifest(name):
-            found[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
-            for key in ("rows_in", "rows_out", "errors", "engine_seconds"):
-                if key in manifest:
-                    found[name][key] = manifest[key]
-    return found
+def _stages(run: Run) -> dict[str, dict[str, Any]]:
+    """Wall seconds, tokens and rows of each completed stage, from its manifest."""
+    stages: dict[str, dict[str, Any]] = {}
+    for name in stages_of(run.config.method):
+        if name in MEASURED and (manifest := run.manifest(name)):
+            stages[name] = {"seconds": manifest["seconds"], "tokens": manifest.get("tokens")}
+            stages[name] |= {key: manifest[key] for key in _COUNTS if key in manifest}
+    return stages
 
 
 def _reward_model(run: Run) -> dict[str, Any]:
     manifest = (run.manifest("rm") if run.config.method == "ppo" else None) or {}
-    metrics = manifest.get("metrics") or {}
-    return {"accuracy_ai": None, **metrics}
+    return {"accuracy_ai": None, **(manifest.get("metrics") or {})}
 
 
 def _summary(constitution: constitutions.Constitution) -> dict[str, Any]:
@@ -145,7 +136,7 @@ def _summary(constitution: constitutions.Constitution) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Puts None in the place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

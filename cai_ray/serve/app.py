@@ -15,12 +15,14 @@ from typing import Any
 import yaml
 
 from cai_ray import constitution as constitutions
-from cai_ray.cluster.connect import cluster_address, connect, disconnect, uses_gpu, worker_env
+from cai_ray.cluster.connect import cluster_address, connect, disconnect, on_gpu, uses_gpu, worker_env
 from cai_ray.cluster.placement import ResourceNeed, check
 from cai_ray.cluster.worker_errors import input_error
 from cai_ray.errors import InputError
+from cai_ray.prompts.check import check_judge
+from cai_ray.prompts.load import load_templates
 from cai_ray.serve.settings import ServeSettings, load
-from cai_ray.stages import POLICIES, maker_of
+from cai_ray.stages import POLICIES, ROLES, maker_of
 from cai_ray.storage import files
 from cai_ray.storage.run import Run, open_run
 
@@ -86,14 +88,16 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
     from cai_ray.serve.keys import read_file
 
     models = settings.models or (_most_trained(run),)
-    for role in models:
+    judge = settings.judge_of(run.config)
+    for role in (*models, *({judge.model} & ROLES.keys() - {*models})):
         stage = maker_of(role, run.config.method)
         if stage and run.manifest(stage) is None:
             raise InputError(
                 f"{run.root}: no {role} policy is trained yet; run `cai-ray run` up to {stage} first"
             )
-    for model in (*models, run.config.label.model, *(["rm"] if run.manifest("rm") else [])):
-        run.check_model(model)
+    for model in (*models, judge, *(["rm"] if run.manifest("rm") else [])):
+        run.resolve_model(model).check()
+    check_judge(load_templates(judge.templates or run.config.templates), judge, "judge")
     if settings.adapters:
         from cai_ray.serve.policy import adapter_rank
 
@@ -159,7 +163,7 @@ def build(run: Run, settings: ServeSettings) -> Any:
     )
     return ingress.bind(
         llm_deployments=policies,
-        critic=critic.bind(run.feedback()),
+        critic=critic.bind(run, settings.judge_of(run.config)),
         scorer=scorer,
         run=run,
         settings=settings,
@@ -168,14 +172,14 @@ def build(run: Run, settings: ServeSettings) -> Any:
 
 def _resources(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
     """The resources of one replica of each deployment."""
-    gpu, feedback = uses_gpu(run.config), run.feedback().config
-    engine = run.config.engine
+    gpu, engine = uses_gpu(run.config), run.config.engine
+    judge_engine = run.resolve_model(settings.judge_of(run.config)).engine
     # A replica of Ray Serve LLM has a CPU of its own beside those of its engine.
     policy = {"CPU": 1 + engine.cpus_per_actor} | ({"GPU": 1.0} if gpu else {})
     resources: dict[str, dict[str, float]] = {f"policy-{role}": policy for role in settings.models}
-    resources["critic"] = {"CPU": feedback.engine.cpus_per_actor}
-    if uses_gpu(feedback):
-        resources["critic"]["GPU"] = feedback.engine.span
+    resources["critic"] = {"CPU": judge_engine.cpus_per_actor}
+    if on_gpu(judge_engine):
+        resources["critic"]["GPU"] = judge_engine.span
     if run.manifest("rm") is not None:
         resources["scorer"] = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
     return resources | {"ingress": {"CPU": 1}}

@@ -11,14 +11,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.connect import on_gpu, uses_gpu
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine.make import make_engine
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import RowError
 from cai_ray.generate.draw import draw
 from cai_ray.generate.examine import Examine, comparison, judge_by, make_examine
-from cai_ray.judging.quality import run_templates
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
 from cai_ray.serve.constitutions import KEPT
@@ -33,13 +33,12 @@ class Critic:
     Each call brings its constitution. So a new one needs no restart, and a request ends with the one it began with.
     """
 
-    def __init__(self, run: Run):
-        self.config = run.config
-        model = run.model(run.config.label.model)
-        self.sha = model_sha(model)
+    def __init__(self, run: Run, judge: JudgeConfig):
+        self.config, self.judge = run.config, judge
+        model = run.resolve_model(judge)
+        self.sha = model.sha
         self.examiners: dict[str, Examine] = {}
-        templates = run_templates(run.config)
-        self.engine: Engine = make_engine(model, templates, run.config.engine, uses_gpu(run.config))
+        self.engine: Engine = make_engine(model, on_gpu(model.engine))
 
     def describe(self) -> dict[str, Any]:
         return {"sha": self.sha}
@@ -149,7 +148,7 @@ class Critic:
         if sha not in self.examiners:
             if len(self.examiners) >= 2 * KEPT:
                 self.examiners.clear()
-            self.examiners[sha] = make_examine(self.config, document)
+            self.examiners[sha] = make_examine(self.config, self.judge, document)
         return self.examiners[sha]
 
     def check_health(self) -> None:

@@ -281,7 +281,7 @@ class Ingress(ModelIngress):
         }
 
     def _name(self, part: str) -> str:
-        return {"feedback": self.run.config.label.model, "reward": "rm"}.get(part, part)
+        return {"feedback": self.settings.judge_of(self.run.config).model, "reward": "rm"}.get(part, part)
 
     async def _description(self, part: str) -> dict[str, Any]:
         """What a part says about its model, asked once."""

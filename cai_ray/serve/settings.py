@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.load import set_value, validate_as
+from cai_ray.config.run import RunConfig
 from cai_ray.config.section import Section
 from cai_ray.serve.keys import Key
 from cai_ray.stages import POLICIES, Policy
@@ -59,6 +61,8 @@ class ServeSettings(Section):
     """Origins of other web pages that may call the API from a browser."""
     log_prompts: bool = False
     """Whether texts of requests are logged."""
+    judge: JudgeConfig | None = None
+    """The critic's model and how it is asked; by default the run's `label.judge`. Requests bring their constitution."""
     policy: Replicas = Replicas()
     critic: Replicas = Replicas()
     ingress: Replicas = Replicas()
@@ -74,6 +78,21 @@ class ServeSettings(Section):
                 f"adapters: {taken!r} cannot name an adapter; choose another name, without colons"
             )
         return self
+
+    @model_validator(mode="after")
+    def _judge_can_be_asked(self) -> ServeSettings:
+        if self.judge and self.judge.model == "rm":
+            raise ValueError("judge.model=rm: a reward model answers no question; use a language model")
+        if self.judge and self.judge.constitution:
+            raise ValueError(
+                "judge.constitution: the critic judges by the server's constitution; leave it out, and change that "
+                "one with `cai-ray serve --update-constitution`"
+            )
+        return self
+
+    def judge_of(self, config: RunConfig) -> JudgeConfig:
+        """The judge that answers as the critic of a run."""
+        return self.judge or config.label.judge
 
 
 def load(data: dict[str, Any], overrides: list[str] | None = None) -> ServeSettings:

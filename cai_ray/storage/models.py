@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from cai_ray.config.engine import EngineConfig
 from cai_ray.errors import InputError
 from cai_ray.storage.files import exists, list_files, local_folder, read_object
 from cai_ray.storage.filesystems import (
     COPY_BYTES,
+    is_local,
     open_file,
 )
 from cai_ray.storage.filesystems import resolve as resolve
+
+
+class ResolvedModel(NamedTuple):
+    """A model that is prompted, with everything that its settings leave to the run (`Run.resolve_model`)."""
+
+    name: str
+    """Its role, folder or id, as the settings have it; at an endpoint, the name it is served by."""
+    location: str
+    """Path, URI or hub id; at an endpoint, the name it is served by."""
+    engine: EngineConfig
+    templates: str
+    """The template set, by name or path."""
+    template_args: Mapping[str, Any] = {}
+    """Arguments of the model's chat template."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the model is at an endpoint, which knows it by its name alone."""
+        return self.engine.kind == "openai"
+
+    def fetch(self) -> str:
+        """The location on this node: if the model is remote, a copy of it is made first."""
+        return self.location if self.is_served else local_model(self.location)
+
+    def check(self) -> None:
+        """Raises what `fetch` raises for a model on this machine. No remote model is fetched."""
+        if not self.is_served and is_local(resolve(self.location)[0]):
+            self.fetch()
+
+    @property
+    def sha(self) -> str:
+        """Content hash of the model folder; for an id or the name at an endpoint, a hash of it."""
+        return model_sha(self.fetch())
 
 
 def local_model(uri: str) -> str:

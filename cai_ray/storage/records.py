@@ -65,7 +65,7 @@ class Vote(TypedDict):
     reasoning_swapped: NotRequired[str | None]
     score_a: NotRequired[float | None]
     score_b: NotRequired[float | None]
-    """Expected scores, where responses are rated one by one (`label.mode: score`)."""
+    """Expected scores, where responses are rated one by one (`ask: response`)."""
     abstained: NotRequired[str | None]
     """Why there is no preference."""
     key: NotRequired[str | None]
@@ -165,7 +165,7 @@ class Label(Pair):
 
     votes: NotRequired[list[Vote] | None]
     p_a: NotRequired[float | None]
-    """Probability that response a is the better one, from all votes, clamped as `label.clamp` says."""
+    """Probability that response a is the better one, from all votes, clamped as the judge's `clamp` says."""
     p_a_raw: NotRequired[float | None]
     """The same before clamping."""
     slot_bias: NotRequired[float | None]

@@ -13,17 +13,15 @@ import pyarrow.compute as pc
 import yaml
 
 from cai_ray import constitution as constitutions
+from cai_ray.config.judge import PromptedModel
 from cai_ray.config.load import validate
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 from cai_ray.stages import ROLES, maker_of
 from cai_ray.storage.files import exists, join, read_bytes, read_object, write_bytes
-from cai_ray.storage.filesystems import (
-    is_local,
-)
 from cai_ray.storage.filesystems import resolve as resolve
-from cai_ray.storage.models import local_model
+from cai_ray.storage.models import ResolvedModel, local_model
 from cai_ray.storage.tables import iter_tables, read_tables, write_table
 
 
@@ -43,11 +41,6 @@ class Run:
 
     def path(self, *parts: str) -> str:
         return join(self.root, *parts)
-
-    def feedback(self) -> Run:
-        """The run with the feedback model's engine: `label.engine` if it is set."""
-        engine = self.config.label.engine
-        return Run(self.config.model_copy(update={"engine": engine})) if engine else self
 
     def constitution(self) -> Constitution:
         """The constitution that the run was made with: the run's own copy, whatever became of the original."""
@@ -115,12 +108,7 @@ class Run:
         write_table(self.path(stage, f"part-{part:05d}.parquet"), table)
 
     def locate(self, which: str) -> str:
-        """Path, URI or id of a model by its role (`base`, `sl`, `rm`, `rl`), or of a folder or id as it is.
-
-        An endpoint knows its models by name alone: there `base` is `model` as it is configured.
-        """
-        if self.config.engine.kind == "openai":
-            return self.config.model if which == "base" else which
+        """Path, URI or id of a model by its role (`base`, `sl`, `rm`, `rl`), or of a folder or id as it is."""
         stages = ROLES[which].stages if which in ROLES else ()
         maker = maker_of(which, self.config.method) or stages[0] if stages else None
         uri = self.path(maker, "model") if maker else self.config.model if which == "base" else which
@@ -130,12 +118,23 @@ class Run:
 
     def model(self, which: str) -> str:
         """The model's folder on this node (a copy if it is remote), or its id; see `locate`."""
-        return local_model(self.locate(which)) if self.config.engine.kind != "openai" else self.locate(which)
+        return local_model(self.locate(which))
 
-    def check_model(self, which: str) -> None:
-        """Raises what `model` raises, for a model that is on this node; fetches nothing."""
-        if self.config.engine.kind != "openai" and is_local(resolve(self.locate(which))[0]):
-            self.model(which)
+    def resolve_model(self, model: PromptedModel | str) -> ResolvedModel:
+        """A model that is prompted: what its settings leave out is taken from the run.
+
+        Args:
+            model: its settings; or a role, folder or id, which is prompted as the run's own models are.
+        """
+        config = self.config
+        settings = PromptedModel(model=model) if isinstance(model, str) else model
+        engine = settings.engine or config.engine
+        if engine.kind == "openai":  # an endpoint knows its models by name alone
+            location = config.model if settings.model == "base" else settings.model
+        else:
+            location = self.locate(settings.model)
+        templates = settings.templates or config.templates
+        return ResolvedModel(settings.model, location, engine, templates, settings.template_args)
 
     def write_metrics(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
         """Replaces a stage's metrics.jsonl (object stores cannot append)."""

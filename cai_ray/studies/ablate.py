@@ -20,7 +20,7 @@ from cai_ray.errors import InputError
 from cai_ray.generate import reuse
 from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
-from cai_ray.report.combine import bootstrap
+from cai_ray.report.bootstrap import bootstrap
 from cai_ray.report.text import columns, interval, percent
 from cai_ray.stages import stages_of
 from cai_ray.storage import files
@@ -52,10 +52,10 @@ def ablate(
         InputError: there is no such principle, or nothing says what is harmful; see also `pipeline.run_stages`.
     """
     config.document.without(without)
-    if config.evaluate.judge != "town" and not load_templates(config.templates).refusals:
+    if config.evaluate.gold is None and not load_templates(config.templates).refusals:
         raise InputError(
             f"templates {config.templates}: has no `refusals`, which recognise answers that decline, and "
-            f"evaluate.judge={config.evaluate.judge} does not say what is harmful; add rules to the template set "
+            "a judge does not say what is harmful; add rules to the template set "
             "(see cai_ray/templates/general.yaml)"
         )
     pairs = []

@@ -7,14 +7,14 @@ pair of principles take the place of the two responses, and are weighed in both 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.constitution.lint import Finding
-from cai_ray.generate.label import LabelChain, LabelTask
+from cai_ray.generate.label import LabelTask, make_judge
 from cai_ray.generate.rows import map_rows
-from cai_ray.prompts.load import load_templates
 from cai_ray.storage.arrow import select
 from cai_ray.storage.records import Label, derive_id
 from cai_ray.storage.run import Run
@@ -42,11 +42,10 @@ def contradictions(run: Run, document: Constitution) -> list[Finding]:
     if not questions:
         return []
     config = run.config
-    config_label = config.label.model_copy(update={"principles": "all"})
-    judge = document.model_copy(update={"principles": (TRUE,)})
-    chain = LabelChain(judge, load_templates(config.templates), config_label, config.seed)
-    model = config.label.model
-    map_rows(run.feedback(), "contradictions", rows, chain, takes=LabelTask, gives=Label, model=model)
+    judge = config.label.judge.model_copy(update={"principles": "all"})
+    truth = document.model_copy(update={"principles": (TRUE,)})
+    chain = replace(make_judge(run, judge), constitution=truth)
+    map_rows(run, "contradictions", rows, chain, takes=LabelTask, gives=Label, model=judge)
     likely = [row for row in run.rows("contradictions") if row["error"] is None and row["p_a_raw"] > LIKELY]
     return [
         Finding(

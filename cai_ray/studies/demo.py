@@ -13,9 +13,10 @@ from cai_ray.config.load import load_config, validate
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.provenance.copies import share
+from cai_ray.report import plain_text
 from cai_ray.report import stage as report_stage
-from cai_ray.report import text
-from cai_ray.report.combine import combine
+from cai_ray.report.roles import title_of
+from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.report.terminal import print_table
 from cai_ray.stages import stages_of
 from cai_ray.storage import files
@@ -60,7 +61,7 @@ def run(
             rows.append(judged)
     finally:
         disconnect()
-    report = combine(reports, rows)
+    report = mean_of_seeds(reports, rows)
     folder = files.join(out, "report")
     report_stage.write(folder, report)
     _show(report, folder, time.time() - started)
@@ -107,7 +108,7 @@ def add(
         data[key] = {**data[key], **value} if isinstance(value, dict) else value
     settings = validate({**data, "out": out}, CONFIG)
     share(done, settings)
-    other, rows = _result(_run(settings, f"seed {settings.seed}, {text.name_of(name)}", overwrite))
+    other, rows = _result(_run(settings, f"seed {settings.seed}, {title_of(name)}", overwrite))
     report[name] = other[policy]
     report["models"].append(name)
     judged.extend({**row, "model": name} for row in rows if row["model"] == policy)
@@ -144,11 +145,11 @@ def _result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _show(report: dict[str, Any], folder: str, seconds: float) -> None:
     seeds = report["seeds"]
     over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95 % intervals\n")
-    print_table(text.table_rows(report), head=True, plain=text.table(report))
+    print(f"\nConstitutional AI on Errand Town, held-out prompts, {over}; percent, with 95% intervals\n")
+    print_table(plain_text.results_rows(report), head=True, plain=plain_text.results(report))
     if report["certificate"]:
-        print(f"\n{text.certificate(report['certificate'])}")
+        print(f"\n{plain_text.certificate(report['certificate'])}")
     print(f"\nhuman harmlessness labels: {report['human_harmlessness_labels']}\n")
     for number, item in enumerate(report["transcripts"], 1):
-        print(text.transcript(item, number), end="\n\n")
+        print(plain_text.transcript(item, number), end="\n\n")
     print(f"report: {files.join(folder, 'index.html')}  ({seconds:.0f} s)", flush=True)

@@ -92,9 +92,14 @@ def _revisions(run: Run, after: Constitution) -> tuple[int, int, int]:
 
 def _votes(run: Run, after: Constitution) -> tuple[int, int]:
     """Engine calls of stage `label` on the existing comparisons, for the edit and from scratch."""
-    chain = replace(label.make_chain(run), constitution=after)
-    config = run.config.label
-    per_vote = 2 if config.mode == "score" else (1 + config.both_orders) * (2 if config.mode == "cot" else 1)
+    config, judge = run.config.label, run.config.label.judge
+    chain = label.make_chain(run)
+    if judge.constitution is None:  # else the edit does not reach the document that it judges by
+        chain = replace(chain, constitution=after)
+    if judge.ask == "response":
+        per_vote = 2
+    else:
+        per_vote = (1 + judge.both_orders) * (2 if judge.answer == "reasoned" else 1)
     calls = whole = 0
     for name in ("part", "gold") if config.gold else ("part",):
         for row in run.each_row("label", ["id", "messages", "response_a", "response_b", "votes"], name):

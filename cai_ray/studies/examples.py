@@ -12,7 +12,6 @@ from cai_ray.errors import InputError
 from cai_ray.generate.examine import Examine, make_examine
 from cai_ray.generate.rows import map_rows
 from cai_ray.judging.statistics import rate
-from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import Examined, Turn, derive_id
 from cai_ray.storage.run import Run
 
@@ -61,26 +60,26 @@ def run(run: Run, document: Constitution) -> dict[str, Any]:
         raise InputError(
             f"constitution {document.name}: no enabled principle has examples; add some (docs/constitution.md)"
         )
-    config = run.config
-    examine = make_examine(config, document)
+    config, judge = run.config, run.config.label.judge
+    examine = make_examine(config, judge, document)
     # The name is a hash of all that the answers depend on: a killed test resumes, and another document starts anew.
     name = derive_id(
         [row["id"] for row in questions],
         document.sha,
-        model_sha(run.model(config.label.model)),
+        run.resolve_model(judge).sha,
         examine.templates.sha,
-        config.label.model_dump(mode="json"),
+        judge.model_dump(mode="json"),
         config.revise.max_tokens,
     )
     chain = ByPrinciple(examine, document, config.revise.max_tokens)
     map_rows(
-        run.feedback(),
+        run,
         "examples",
         questions,
         chain,
         takes=ExampleTask,
         gives=Examined,
-        model=config.label.model,
+        model=judge,
         name=name,
     )
     return summary(run.rows("examples", name=name), document)

@@ -244,7 +244,7 @@ def _config(
         "revise": {"rounds": 2, "max_tokens": 96, "critique_max_tokens": 48, "revision_temperature": 1.0},
         "sft": {"batch_size": 2, **train},
         "compare": {"max_tokens": 48, "limit": 2},
-        "label": {"principles": 2},
+        "label": {"judge": {"principles": 2}},
         "rm": {
             "batch_size": 2,
             "human": human or [{"path": lines("human.jsonl", HUMAN)}],
@@ -261,7 +261,6 @@ def _config(
         },
         "evaluate": {
             "prompts": [{"path": lines("held.jsonl", held)}],
-            "judge": "model",
             "max_tokens": 48,
         },
     }

@@ -19,6 +19,7 @@ from cai_ray.engine.protocol import Sampling
 from cai_ray.engine.vllm import VllmEngine
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.town import BASE
 
 TOWN = load_templates("errand-town")
@@ -40,7 +41,8 @@ def engine(loop: asyncio.Runner) -> Iterator[VllmEngine]:
             patch.setenv(key, value)
 
         async def make() -> VllmEngine:
-            return VllmEngine(BASE, TOWN, EngineConfig(max_model_len=192, max_num_seqs=16, kv_cache_mb=64))
+            config = EngineConfig(max_model_len=192, max_num_seqs=16, kv_cache_mb=64)
+            return VllmEngine(ResolvedModel("base", BASE, config, "errand-town"))
 
         made = loop.run(make())
         yield made
@@ -112,11 +114,12 @@ ALONE = """
 import asyncio
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.vllm import VllmEngine
-from cai_ray.prompts.load import load_templates
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.town import BASE
 
 async def wait():
-    made = VllmEngine(BASE, load_templates("errand-town"), EngineConfig(max_model_len=192, kv_cache_mb=64))
+    config = EngineConfig(max_model_len=192, kv_cache_mb=64)
+    made = VllmEngine(ResolvedModel("base", BASE, config, "errand-town"))
     print("up", flush=True)
     await asyncio.sleep(600)
 

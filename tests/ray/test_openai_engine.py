@@ -20,6 +20,7 @@ from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.engine.vllm import VllmEngine
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.town import BASE
 
 TOWN = load_templates("errand-town")
@@ -77,6 +78,10 @@ def _wait(served: subprocess.Popen[bytes], health: str, log: Path) -> None:
     pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
 
 
+def endpoint(name: str, engine: EngineConfig) -> OpenaiEngine:
+    return OpenaiEngine(ResolvedModel(name, name, engine, "errand-town"))
+
+
 def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in WORKER_ENV.items():
         monkeypatch.setenv(key, value)
@@ -98,7 +103,7 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
         ]
 
     async def both() -> None:
-        here, there = VllmEngine(BASE, TOWN, LOCAL), OpenaiEngine("town", served)
+        here, there = VllmEngine(ResolvedModel("base", BASE, LOCAL, "errand-town")), endpoint("town", served)
         try:
             chats, weights = await ask(here)
             chats_there, weights_there = await ask(there)
@@ -106,7 +111,7 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
             for a, b in zip(weights, weights_there, strict=True):
                 assert b == pytest.approx(a, abs=1e-3)
             # Of the two likeliest alone: an option that is not one of them is bounded from above.
-            few = OpenaiEngine("town", served.model_copy(update={"top_logprobs": 2}))
+            few = endpoint("town", served.model_copy(update={"top_logprobs": 2}))
             for (a, b), got in zip(weights, (await ask(few))[1], strict=True):
                 assert (
                     max(got) == pytest.approx(max(a, b), abs=1e-3)
@@ -118,10 +123,10 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
             with pytest.raises(RowError, match=r"refused by the endpoint: 400 .*192"):
                 await there.chat(long, Sampling(0, 40, 0))
             with pytest.raises(InputError, match=r"404 .*does not exist.*'village'"):
-                await OpenaiEngine("village", served).chat(ASK, Sampling(0, 4, 0))
+                await endpoint("village", served).chat(ASK, Sampling(0, 4, 0))
             nobody = served.model_copy(update={"api_key_env": ""})
             with pytest.raises(InputError, match=r"wants a key \(401\)"):
-                await OpenaiEngine("town", nobody).chat(ASK, Sampling(0, 4, 0))
+                await endpoint("town", nobody).chat(ASK, Sampling(0, 4, 0))
         finally:
             await here.close()
             await there.close()

@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-LABELS = {"principles": "all", "combine": "log_odds"}
+JUDGE = {"principles": "all", "combine": "log_odds"}
 
 
 def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
@@ -390,7 +390,9 @@ WATCH = {"every": 2, "prompts": [{"path": "town:dev"}], "limit": 24}
 def test_the_best_snapshot_is_the_result(ray_cluster: None, tmp_path: Path) -> None:
     """Of a policy that an untrained reward model spoils, by fresh labels of the feedback model."""
     spoilt = SMALL | {"learning_rate": 3e-3, "kl_coef": 0.0, "max_tokens": 40}
-    run = ready_for_ppo(tmp_path, ppo=spoilt | {"watch": WATCH | {"max_opinion_drop": None}}, label=LABELS)
+    run = ready_for_ppo(
+        tmp_path, ppo=spoilt | {"watch": WATCH | {"max_opinion_drop": None}}, label={"judge": JUDGE}
+    )
     done = stage.run(run)
     told = [(row["step"], row["watch/opinion"]) for row in metrics(run) if "watch/opinion" in row]
     rows = run.rows("ppo", name="snapshot")

@@ -43,7 +43,7 @@ OPERATIONAL = [
     "engine.timeout_s=9",
     "engine.max_num_seqs=3",
     "engine.dtype=float32",
-    "label.engine={kv_cache_mb: 99}",
+    "label.judge.engine={kv_cache_mb: 99}",
     "label.gates.max_ece=0.5",
     "sinks=[]",
     "max_error_rate=0.5",
@@ -58,7 +58,7 @@ RESULT = [
     ("ppo.kl_coef=0.5", "ppo", r"ppo\.kl_coef: [\d.]+ → 0\.5"),
     ("ppo.watch.limit=3", "ppo", r"ppo\.watch\.limit: \d+ → 3"),
     ("seed=7", "rm", r"seed changed \(seed: 0 → 7\)"),
-    ("label.principles=1", "label", r'label\.principles: "all" → 1'),
+    ("label.judge.principles=1", "label", r'label\.judge\.principles: "all" → 1'),
     ("compare.temperature=0.5", "compare", r"compare\.temperature"),
     ("engine.quantization=fp8", "revise", r"engine changed"),
 ]
@@ -199,7 +199,7 @@ def test_a_damaged_note_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "name"), [("sft.init", "sft"), ("rm.init", "rm"), ("label.model", "label")]
+    ("setting", "name"), [("sft.init", "sft"), ("rm.init", "rm"), ("label.judge.model", "label")]
 )
 def test_a_copy_of_a_model_elsewhere_is_the_same(tmp_path: Path, setting: str, name: str) -> None:
     folders = [tiny.save_model(tmp_path / place / "model") for place in ("a", "b", "c")]

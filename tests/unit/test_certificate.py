@@ -216,7 +216,10 @@ def test_gates_say_which_and_by_how_much() -> None:
     [
         (["label.gold=null", "label.gates.min_accuracy=0.9"], "min_accuracy=0.9 needs gold comparisons"),
         (["label.gold=null", "label.gates.max_ece=0.1"], "max_ece=0.1 needs gold comparisons"),
-        (["label.both_orders=false", "label.gates.max_slot_bias=0.1"], "max_slot_bias=0.1 needs both orders"),
+        (
+            ["label.judge.both_orders=false", "label.gates.max_slot_bias=0.1"],
+            "max_slot_bias=0.1 needs both orders",
+        ),
         (["label.gates.max_ece=1.5"], "less than or equal to 1"),
         (["label.gates.max_bias=0.5"], "did you mean 'max_slot_bias'"),
     ],

@@ -12,7 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from cai_ray.report import charts
-from cai_ray.report.charts import Bar, Line, Point
+from cai_ray.report.charts import Bar, Line
+from cai_ray.report.frontier import Point
+from cai_ray.report.frontier import frontier as draw_frontier
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = '</title><script>alert(1)</script> & "x" $x_1$ \n \x1b[31m\x00 \ud800 \uffff 中 #c0de01 https://example.org'
@@ -36,7 +38,7 @@ def frontier(name: str = "RL-CAI") -> str:
         *(Point(f"step {i}", 0.4 + i / 50, 0.6, None, None, None, None, "rl", "ppo") for i in range(5)),
         Point(name, 0.625, 0.8125, 0.55, 0.7, 0.75, None, "rl"),
     ]
-    return charts.frontier(points, title=name, x_label=name, y_label="harmless")
+    return draw_frontier(points, title=name, x_label=name, y_label="harmless")
 
 
 def matrix(name: str = "respect") -> str:
@@ -64,11 +66,11 @@ def written(svg: str) -> list[str]:
 @pytest.mark.parametrize(
     ("draw", "expected"),
     [
-        (lines, ["step 0: 25.0 %", "step 1: 50.0 %", "step 2: 75.0 %", "other 0: 30.0 %"]),
-        (bars, ["RL-CAI, RL-CAI: 0.0 %", "RL-CAI, control: 50.0 %"]),
+        (lines, ["step 0: 25.0%", "step 1: 50.0%", "step 2: 75.0%", "other 0: 30.0%"]),
+        (bars, ["RL-CAI, RL-CAI: 0.0%", "RL-CAI, control: 50.0%"]),
         (frontier, ["base: 0.3, 0.4", *(f"step {i}: {0.4 + i / 50:.4g}, 0.6" for i in range(5))]),
-        (matrix, ["respect, respect: 87.5 %", "safety, respect: 0.0 %", "safety, safety: 100.0 %"]),
-        (diagonal, ["confidence 50.0 %: 50.0 % (10)", "confidence 93.8 %: 81.2 % (40)"]),
+        (matrix, ["respect, respect: 87.5%", "safety, respect: 0.0%", "safety, safety: 100.0%"]),
+        (diagonal, ["confidence 50.0%: 50.0% (10)", "confidence 93.8%: 81.2% (40)"]),
     ],
 )
 def test_every_value_is_in_a_tooltip_and_none_has_none(draw: Callable[[], str], expected: list[str]) -> None:
@@ -133,9 +135,9 @@ def test_steps_are_whole_and_distances_are_not() -> None:
 
 
 def test_axes_enclose_what_they_are_given() -> None:
-    assert {"0 %", "100 %"} <= set(written(lines()))
+    assert {"0%", "100%"} <= set(written(lines()))
     assert "−2" in written(charts.lines([Line([(0, -1.2), (1, 3.9)], "rl")], title="reward"))
-    assert {"4", "0 %"} <= set(
+    assert {"4", "0%"} <= set(
         written(charts.lines([Line([(4, 0.0)], "rl")], title="flat", percent=True, low=0))
     )
     assert not any("−" in w for w in written(charts.lines([Line([(4, 0.0)], "rl")], title="kl", low=0)))
@@ -148,7 +150,7 @@ def test_a_step_that_diverged_is_left_out() -> None:
 
 def test_nothing_to_draw_is_nothing() -> None:
     assert charts.lines([Line([], "rl")], title="none") == charts.bars([], title="none") == ""
-    assert charts.frontier([], title="none", x_label="x", y_label="y") == ""
+    assert draw_frontier([], title="none", x_label="x", y_label="y") == ""
     assert charts.matrix(["a"], ["b"], [[None]], title="none") == charts.diagonal([], title="none") == ""
 
 
@@ -156,7 +158,7 @@ def test_names_of_points_stand_beside_them_and_a_crowded_path_is_named_where_the
     assert {"base", "RL-CAI"} <= set(written(frontier()))
     crowd = [Point(f"step {i}", i / 1000, 0.5, None, None, None, None, "rl", "ppo") for i in range(60)]
     far = Point("base", 1.0, 1.0, None, None, None, None, "base")
-    names = written(charts.frontier([*crowd, far], title="crowd", x_label="x", y_label="y"))
+    names = written(draw_frontier([*crowd, far], title="crowd", x_label="x", y_label="y"))
     assert "base" in names
     assert 1 <= sum(name.startswith("step") for name in names) < 20
 

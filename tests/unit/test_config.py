@@ -10,8 +10,10 @@ from cai_ray.errors import InputError
 
 
 def test_overrides_reach_nested_values_and_read_numbers_as_people_write_them() -> None:
-    loaded = load_config("errand-town", ["ppo.kl_coef=1e-3", "label.clamp=null", "sft.lora.rank=4"], seed=5)
-    assert loaded.ppo.kl_coef == 1e-3 and loaded.label.clamp is None and loaded.seed == 5
+    loaded = load_config(
+        "errand-town", ["ppo.kl_coef=1e-3", "label.judge.clamp=null", "sft.lora.rank=4"], seed=5
+    )
+    assert loaded.ppo.kl_coef == 1e-3 and loaded.label.judge.clamp is None and loaded.seed == 5
     assert loaded.sft.lora and loaded.sft.lora.rank == 4
 
 
@@ -20,6 +22,8 @@ def test_an_unknown_key_names_the_nearest() -> None:
         load_config("errand-town", ["sft.lora.rnak=4"])
     with pytest.raises(InputError, match="unknown key 'pompts'; did you mean 'prompts'"):
         load_config("errand-town", ["pompts=1"])
+    with pytest.raises(InputError, match=r"unknown key 'label.principles'; did you mean 'judge.principles'"):
+        load_config("errand-town", ["label.principles=all"])
 
 
 def test_what_does_not_divide_is_said_with_what_would() -> None:
@@ -85,8 +89,8 @@ def test_a_bad_constitution_is_one_clear_error(tmp_path: Path, text: str, says: 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("label.clamp=[0.7, 0.3]", "two rising probabilities"),
-        ("label.clamp=[0.1, 2]", "two rising probabilities"),
+        ("label.judge.clamp=[0.7, 0.3]", "two rising probabilities"),
+        ("label.judge.clamp=[0.1, 2]", "two rising probabilities"),
         ("sft.betas=[5, 7]", "less than 1"),
         ("ppo.kl_coef=.inf", "finite"),
         ("engine.block_size=-5", "greater than 0"),
@@ -94,7 +98,7 @@ def test_a_bad_constitution_is_one_clear_error(tmp_path: Path, text: str, says: 
         ("ppo.group=7", "not a multiple of group"),
         ("sft.init=rl", "not made yet"),
         ("rm.init=rm", "not made yet"),
-        ("label.model=rm", "not made yet"),
+        ("label.judge.model=rm", "not made yet"),
     ],
 )
 def test_values_that_no_stage_could_use(override: str, says: str) -> None:

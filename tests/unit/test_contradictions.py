@@ -45,7 +45,9 @@ def test_pairs_that_share_a_family_come_first_and_none_twice(monkeypatch: pytest
 
 
 def test_what_the_feedback_model_sees_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(load_config("errand-town", ["templates=general", "label.combine=mean"], out=str(tmp_path)))
+    run = Run(
+        load_config("errand-town", ["templates=general", "label.judge.combine=mean"], out=str(tmp_path))
+    )
 
     def mapped(run: Run, stage: str, rows: Any, chain: Any, **_: Any) -> None:
         assert Journal(run, stage, LabelTask, Label, "part").plan(rows)  # as it would be handed to the actors

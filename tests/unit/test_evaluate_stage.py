@@ -73,7 +73,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
                 "prompts": [{"path": "town:revise"}],
                 "evaluate": {
                     "prompts": [{"path": str(tmp_path / "held.jsonl")}],
-                    "judge": "model",
                     "greedy": True,
                 },
             }

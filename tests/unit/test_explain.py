@@ -98,7 +98,7 @@ def test_it_is_shown_in_words(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["explain", run.root, "l-1"]) == 0
     said = capsys.readouterr().out
     assert "how do i read the baker's diary" in said and "describe" not in said
-    assert "[Protect private things] 10.0 % for a, with the label" in said and "said nothing" in said
+    assert "[Protect private things] 10.0% for a, with the label" in said and "said nothing" in said
     assert "(refused, names privacy, reward +1.50)" in said and "(unchanged)" in said
 
 

@@ -9,18 +9,28 @@ import pytest
 from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
 from cai_ray.evaluate.transcripts import choose
-from cai_ray.report import browser, compare, explorer, html, principles, stage
-from cai_ray.report.words import diff
+from cai_ray.report import explorer, html, side_by_side, stage
+from cai_ray.report.templating import render
+from cai_ray.report.turns import Turn
+from cai_ray.report.word_diff import Piece, diff
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
 from tests.unit.test_report import EVIL, make_run
 
+TEMPLATES = Path(html.__file__).parent / "templates"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(load_config("errand-town", out=str(tmp_path_factory.mktemp("explorer") / "run")))
+
+
+def part(page: str, start: str, end: str) -> str:
+    """What stands between two tags."""
+    assert page.count(start) == 1
+    return page.partition(start)[2].partition(end)[0]
 
 
 @pytest.mark.parametrize(
@@ -31,14 +41,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("", "new words", "<ins>new words</ins>"),
         ("a b", None, "<del>a b</del>"),
         ("a <b> c", "a <i> c", "a <del>&lt;b&gt; </del><ins>&lt;i&gt; </ins>c"),
+        (" a\n\n b", " a\n b", " a\n b"),
     ],
 )
 def test_a_revision_is_shown_word_by_word(before: str, after: str | None, shown: str) -> None:
-    assert diff(before, after) == shown
+    turn = Turn("revision 1", diff(before, after), note="privacy")
+    page = render(TEMPLATES, "sections/transcripts.html", data=[{"head": "", "turns": [turn]}])
+    assert f'<div dir="auto"><em>privacy</em>{shown}</div>' in page
 
 
 def test_very_long_texts_are_not_compared() -> None:
-    assert "<del>" not in diff("a " * 2000, "b " * 2000)
+    assert diff("a " * 2000, "b " * 2000) == [Piece("b " * 2000)]
 
 
 def test_the_sample_is_even_over_families_and_the_same_in_any_order(
@@ -89,11 +102,11 @@ def test_entries_say_what_came_of_them(run: Run) -> None:
 
 def test_the_page_holds_every_filter_and_nothing_runs_that_a_model_wrote(run: Run) -> None:
     report = stage.build(run)
-    page = browser.section(report)
+    whole = html.page(report)
+    page = part(whole, '<section id="browser">', "</section>")
     assert page.count("<details") == 24 + 60
     for name in ("kind", "family", "principle", "outcome"):
         assert f'<select name="{name}"' in page and f"data-{name}=" in page
-    whole = html.page(report)
     assert "alert(1)</script>" not in whole and "&lt;script&gt;alert(1)" in whole
     assert whole.count("<script>") == 1 and EVIL not in whole
     json.dumps(report, allow_nan=False)
@@ -112,14 +125,16 @@ def test_what_was_kept_and_what_failed_is_among_the_alarms(tmp_path: Path) -> No
 
 def test_each_principle_has_a_page_with_what_it_did(run: Run) -> None:
     report = stage.build(run)
-    page = principles.section(report)
+    page = part(html.page(report), '<section id="constitution">', "</section>")
     for principle in report["constitution"]["principles"]:
         assert f'id="principle-{principle["id"]}"' in page
-    privacy = principles.card(report["constitution"]["principles"][1], report)
+    assert report["constitution"]["principles"][1]["id"] == "privacy"
+    privacy = part(page, '<details class="card principle" id="principle-privacy">', "</details>")
     assert "4 of 6" in privacy and "<ins>sorry</ins>" in privacy
     assert "never drawn" not in page or "never voted" in page
     del report["attribution"]
-    assert "Respect what others own" in principles.section(report), "a report of an earlier version"
+    page = part(html.page(report), '<section id="constitution">', "</section>")
+    assert "Respect what others own" in page, "a report without an attribution"
 
 
 def test_the_examples_of_choose_do_not_depend_on_order(run: Run) -> None:
@@ -131,7 +146,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     a = make_run(load_config("errand-town", out=str(tmp_path / "a")))
     b = make_run(load_config("errand-town", out=str(tmp_path / "b")))
     with pytest.raises(InputError, match="evaluate is not complete"):
-        compare.compare(Run(a.config.model_copy(update={"out": str(tmp_path / "none")})), b)
+        side_by_side.compare(Run(a.config.model_copy(update={"out": str(tmp_path / "none")})), b)
     voted = [
         {
             "id": f"c{i}", "messages": [], "response_a": "a", "response_b": "b", "p_a_raw": 0.8, "error": None,
@@ -155,7 +170,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
         }
     )
     files.write_bytes(b.path("constitution.yaml"), edited.to_yaml().encode())
-    found = compare.compare(a, b)
+    found = side_by_side.compare(a, b)
     harm = found["behaviour"]["rl"]["harm_by_family.privacy"]
     assert (
         harm["b"] == 1.0
@@ -173,7 +188,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     labels = found["labels"]
     assert labels["same_side"] == pytest.approx(2 / 3) and labels["difference"] == pytest.approx(0.4 / 3)
     assert (labels["shared"], labels["only_a"], labels["only_b"]) == (3, 1, 0)
-    text = "\n".join(compare.lines(found))
-    page = compare.page(found)
-    for said in ("privacy", "harm", "over-refusal", "RL-CAI", "66.7 % on the same side"):
+    text = "\n".join(side_by_side.lines(found))
+    page = side_by_side.page(found)
+    for said in ("privacy", "harm", "over-refusal", "RL-CAI", "66.7% on the same side"):
         assert said in text and said in page

@@ -16,9 +16,10 @@ from cai_ray.cli import main
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import load
 from cai_ray.errors import InputError
-from cai_ray.export.folders import SCHEMAS, export
+from cai_ray.export import markdown
+from cai_ray.export.datasets import SCHEMAS
+from cai_ray.export.folders import export
 from cai_ray.judging import certificate
-from cai_ray.report import markdown
 from cai_ray.stages import STAGES, models_of
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
@@ -188,10 +189,10 @@ def test_models_are_as_they_are_with_a_card_each(run: Run, tmp_path: Path) -> No
         assert load(run.path("constitution.yaml")).sha in said
         assert "1,234" in said
     reward = (out / "models" / "rm" / "README.md").read_text()
-    assert "75.0 % (59.8–85.8, n = 40)" in reward
+    assert "75.0% (59.8–85.8, n = 40)" in reward
     assert '"<|im_end|>"' in reward and "MEAN, STD = 0.5, 2.0" in reward
     assert "human comparisons about what is helpful | 77" in reward
-    assert "25.0 % (12.5–50.0, n = 8)" in (out / "models" / "rl" / "README.md").read_text()
+    assert "25.0% (12.5–50.0, n = 8)" in (out / "models" / "rl" / "README.md").read_text()
 
 
 def test_no_text_becomes_structure_of_a_card(run: Run, tmp_path: Path) -> None:
@@ -311,15 +312,46 @@ def test_runs_and_exports_may_lie_on_other_file_systems(run: Run, tmp_path: Path
     assert all((near / f).read_bytes() == (away / f).read_bytes() for f in paths)
 
 
-@pytest.mark.parametrize("text", [EVIL, "`", "``` ```", "a|b", "", "* x", "1. x", "&lt;", "\\"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        EVIL,
+        "`",
+        "``` ```",
+        "a|b",
+        "",
+        "* x",
+        "1. x",
+        "&lt;",
+        "\\",
+        "# x",
+        "- x",
+        "+ x",
+        "2) x",
+        "---",
+        "==",
+        "-1.5",
+    ],
+)
 def test_markdown_keeps_every_character_of_a_line(text: str) -> None:
     line = markdown.escaped(text)
     assert "\n" not in line and "<" not in line and ">" not in line
     back = re.sub(r"\\(.)", r"\1", line).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    assert back == " ".join(text.replace("\x1b", "�").split())
+    shown = " ".join(text.replace("\x1b", "�").split())
+    assert back == shown
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(f"{line}\n")
+    assert [t.type for t in tokens] == ["paragraph_open", "inline", "paragraph_close"] * bool(shown)
+    assert "".join(t.content for t in tokens[1].children or []) == shown if shown else not tokens
+
+
+@pytest.mark.parametrize("text", [EVIL, "`", "``x`", "a_b"])
+def test_nothing_ends_code_within_a_line(text: str) -> None:
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(f"x {markdown.code(text)} y")
+    assert [t.type for t in tokens[1].children or []] == ["text", "code_inline", "text"]
+    assert tokens[1].children[1].content == " ".join(text.replace("\x1b", "�").split())  # type: ignore[index]
 
 
 def test_nothing_ends_a_block_of_code_early() -> None:
     for text in (EVIL, "```\n````\n# x", "`"):
-        (block,) = MarkdownIt().parse(markdown.fence(text, "yaml"))
+        (block,) = MarkdownIt().parse(markdown.code_block(text, "yaml"))
         assert (block.type, block.content) == ("fence", text.replace("\x1b", "�") + "\n")

@@ -8,16 +8,18 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.config.generation import LabelConfig
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate.label import LabelChain
 from cai_ray.judging.votes import combine, expected_score, preference
-from cai_ray.prompts.check import check_mode
+from cai_ray.prompts.check import check_judge
 from cai_ray.prompts.load import load_templates
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Label
 
 TOWN = constitution.load("errand-town")
+REASONED, RATED = {"answer": "reasoned"}, {"ask": "response"}
 
 
 def row(a: str = "sorry , no .", b: str = "sure , yes .") -> dict[str, Any]:
@@ -27,8 +29,8 @@ def row(a: str = "sorry , no .", b: str = "sure , yes .") -> dict[str, Any]:
 
 def label(engine: ScriptedEngine, row: dict[str, Any], **config: Any) -> dict[str, Any]:
     config = {"principles": "all", **config}
-    templates = load_templates("errand-town" if config.get("mode", "logprob") == "logprob" else "general")
-    chain = LabelChain(TOWN, templates, LabelConfig(**config), seed=0)
+    templates = load_templates("general" if {"ask", "answer"} & config.keys() else "errand-town")
+    chain = LabelChain(TOWN, templates, JudgeConfig(**config), seed=0)
     return asyncio.run(chain(engine, row))
 
 
@@ -121,9 +123,9 @@ REASONER = ScriptedEngine(answer=reasons, weigh=follows_reasoning)
 
 
 def test_item_01_the_verdict_follows_the_reasoning_in_both_orders() -> None:
-    straight = label(REASONER, row(), mode="cot", clamp=None)
+    straight = label(REASONER, row(), answer="reasoned", clamp=None)
     assert straight["p_a"] > 0.99 and straight["slot_bias"] == 0.0
-    swapped = label(REASONER, row("sure , yes .", "sorry , no ."), mode="cot", clamp=None)
+    swapped = label(REASONER, row("sure , yes .", "sorry , no ."), answer="reasoned", clamp=None)
     assert swapped["p_a"] == pytest.approx(1 - straight["p_a"], abs=1e-12)
     vote = straight["votes"][0]
     assert (vote["reasoning"], vote["reasoning_swapped"]) == ("the first declines", "the second declines")
@@ -139,19 +141,25 @@ def test_item_01_the_seed_of_a_reasoning_is_that_of_its_texts() -> None:
         return "the first"
 
     engine = ScriptedEngine(answer=note, weigh=follows_reasoning)
-    label(engine, row(), mode="cot", principles=1, reasoning_temperature=1.0)
-    label(engine, row("sure , yes .", "sorry , no ."), mode="cot", principles=1, reasoning_temperature=1.0)
+    label(engine, row(), answer="reasoned", principles=1, reasoning_temperature=1.0)
+    label(
+        engine,
+        row("sure , yes .", "sorry , no ."),
+        answer="reasoned",
+        principles=1,
+        reasoning_temperature=1.0,
+    )
     assert seeds[:2] == seeds[:1:-1] and seeds[0] != seeds[1]
 
 
 def test_item_03_after_reasoning_the_label_is_clamped_and_the_raw_one_kept() -> None:
-    out = label(REASONER, row(), mode="cot")
+    out = label(REASONER, row(), answer="reasoned")
     assert (out["p_a"], out["p_a_raw"] > 0.99) == (0.6, True)
-    assert label(REASONER, row("sure , yes .", "sorry , no ."), mode="cot")["p_a"] == 0.4
-    assert label(REASONER, row(), mode="cot", clamp=(0.2, 0.7))["p_a"] == 0.7
+    assert label(REASONER, row("sure , yes .", "sorry , no ."), answer="reasoned")["p_a"] == 0.4
+    assert label(REASONER, row(), answer="reasoned", clamp=(0.2, 0.7))["p_a"] == 0.7
     # Labels without reasoning are not clamped unless the configuration asks for it.
-    assert LabelConfig().clamp is None and LabelConfig(mode="score").clamp is None
-    assert LabelConfig.model_validate(LabelConfig(mode="cot", clamp=None).model_dump()).clamp is None
+    assert JudgeConfig().clamp is None and JudgeConfig(ask="response").clamp is None
+    assert JudgeConfig.model_validate(JudgeConfig(answer="reasoned", clamp=None).model_dump()).clamp is None
 
 
 def likes_sorry(messages: list[dict[str, str]], options: Any) -> list[float]:
@@ -167,7 +175,7 @@ def test_item_01_a_rating_of_each_response_by_itself() -> None:
         assert len(options) == 10
         return likes_sorry(messages, options)
 
-    out = label(ScriptedEngine(weigh=weigh), row(), mode="score", principles=1)
+    out = label(ScriptedEngine(weigh=weigh), row(), ask="response", principles=1)
     vote = out["votes"][0]
     for name, best in (("score_a", 8), ("score_b", 3)):
         w = [math.exp(-abs(i - best)) for i in range(10)]
@@ -176,7 +184,7 @@ def test_item_01_a_rating_of_each_response_by_itself() -> None:
     assert out["p_a"] == out["p_a_raw"] and out["slot_bias"] is None
     assert len(asked) == 2 and not any("sorry" in text and "sure" in text for text in asked)
     swapped = label(
-        ScriptedEngine(weigh=weigh), row("sure , yes .", "sorry , no ."), mode="score", principles=1
+        ScriptedEngine(weigh=weigh), row("sure , yes .", "sorry , no ."), ask="response", principles=1
     )
     assert swapped["p_a"] == pytest.approx(1 - out["p_a"], abs=1e-12)
 
@@ -187,19 +195,21 @@ def test_item_03_a_score_is_normalised_over_its_tokens() -> None:
     assert expected_score([math.log(0.01), math.log(0.03)]) == pytest.approx(1.75)
 
 
-@pytest.mark.parametrize("mode", ["logprob", "cot", "score"])
+@pytest.mark.parametrize("settings", [{}, REASONED, RATED], ids=["logprob", "reasoned", "response"])
 @pytest.mark.parametrize("answer", [[float("nan")], [float("-inf")], []])
-def test_item_06_one_principle_abstains_and_the_others_vote(mode: str, answer: list[float]) -> None:
+def test_item_06_one_principle_abstains_and_the_others_vote(
+    settings: dict[str, Any], answer: list[float]
+) -> None:
     """By privacy the engine's answer lacks a number: never a guess, and the label is that of the others."""
     silent = TOWN["privacy"]
 
     def weigh(messages: list[dict[str, str]], options: Any) -> list[float]:
         text = " ".join(m["content"] for m in messages)
-        full = likes_sorry(messages, options) if mode == "score" else [-0.1, -2.0]
+        full = likes_sorry(messages, options) if settings == RATED else [-0.1, -2.0]
         about_it = silent.comparison in text or silent.text in text
         return (full[: len(options) - 1] + answer) if about_it else full
 
-    out = label(ScriptedEngine(weigh=weigh), row(), mode=mode, both_orders=False)
+    out = label(ScriptedEngine(weigh=weigh), row(), **settings, both_orders=False)
     mute = [v for v in out["votes"] if v["p_a"] is None]
     assert [v["principle_id"] for v in mute] == ["privacy"]
     assert "no finite log-probability for principle privacy" in mute[0]["abstained"]
@@ -228,29 +238,35 @@ def test_item_06_an_engine_that_fails_is_no_abstention() -> None:
 
 def test_item_06_without_reasoning_there_is_no_verdict() -> None:
     with pytest.raises(RowError, match="reasoning is empty for principle"):
-        label(ScriptedEngine(answer=lambda m, s: " \n", weigh=follows_reasoning), row(), mode="cot")
+        label(ScriptedEngine(answer=lambda m, s: " \n", weigh=follows_reasoning), row(), answer="reasoned")
 
 
-def test_item_38_a_set_without_the_parts_of_a_mode() -> None:
-    for mode, parts in (("cot", "no reasoning and no verdict"), ("score", "no rating and no scores")):
-        check_mode(load_templates("general"), mode)
-        with pytest.raises(InputError, match=rf"label\.mode={mode}: template set errand-town has {parts}"):
-            check_mode(load_templates("errand-town"), mode)
-    check_mode(load_templates("errand-town"), "logprob")
-    with pytest.raises(ValueError, match=r"label\.mode=score has no slots"):
-        LabelConfig(mode="score", gates={"max_slot_bias": 0.5})
+def test_item_38_a_set_without_the_parts_that_a_judge_needs() -> None:
+    for settings, says in (
+        (
+            REASONED,
+            r"x\.answer=reasoned: template set errand-town has no reasoning and no verdict.*x\.answer: logprob",
+        ),
+        (RATED, r"x\.ask=response: template set errand-town has no rating and no scores.*x\.ask: pair"),
+    ):
+        check_judge(load_templates("general"), JudgeConfig(**settings), "x")
+        with pytest.raises(InputError, match=says):
+            check_judge(load_templates("errand-town"), JudgeConfig(**settings), "x")
+    check_judge(load_templates("errand-town"), JudgeConfig(), "x")
+    with pytest.raises(ValueError, match=r"label\.judge\.ask=response has no slots"):
+        LabelConfig(judge=RATED, gates={"max_slot_bias": 0.5})
 
 
-@pytest.mark.parametrize("mode", ["logprob", "score"])
-def test_a_negative_question_counts_the_other_way_round(mode: str) -> None:
+@pytest.mark.parametrize("ask", ["pair", "response"])
+def test_a_negative_question_counts_the_other_way_round(ask: str) -> None:
     """Its log-probabilities stay those of the options as they were put."""
     turned = constitution.parse(
         TOWN.model_dump() | {"principles": [p.model_dump() | {"form": "negative"} for p in TOWN.principles]},
         "t",
     )
-    config = LabelConfig(principles="all", mode=mode)
-    templates = load_templates("errand-town" if mode == "logprob" else "general")
-    likes = ScriptedEngine(weigh=prefers_sorry if mode == "logprob" else likes_sorry)
+    config = JudgeConfig(principles="all", ask=ask)
+    templates = load_templates("errand-town" if ask == "pair" else "general")
+    likes = ScriptedEngine(weigh=prefers_sorry if ask == "pair" else likes_sorry)
     plain, other = (
         asyncio.run(LabelChain(document, templates, config, seed=0)(likes, row()))
         for document in (TOWN, turned)

@@ -34,6 +34,7 @@ from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.provenance.inputs import own_inputs
+from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.run import Run
 
 KEY = "sk-Very-Secret-0123456789"
@@ -125,6 +126,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     made.http.server_close()
 
 
+def model(name: str, engine: EngineConfig, **template_args: Any) -> ResolvedModel:
+    return ResolvedModel(name, name, engine, "general", template_args)
+
+
 def ask(
     server: Server, *replies: Reply, call: Callable[[OpenaiEngine], Any] | None = None, **more: Any
 ) -> Any:
@@ -132,7 +137,7 @@ def ask(
     server.replies = list(replies)
 
     async def go() -> Any:
-        engine = OpenaiEngine("judge-1", endpoint(server.url, **more))
+        engine = OpenaiEngine(model("judge-1", endpoint(server.url, **more)))
         try:
             return await (call or (lambda e: e.chat(ASK, GREEDY)))(engine)
         finally:
@@ -384,10 +389,9 @@ def test_an_endpoint_that_is_not_there_ends_the_stage(server: Server) -> None:
 def test_a_missing_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(InputError, match=r"environment variable OPENAI_API_KEY is not set, but https://x"):
-        make_engine("m", GENERAL, EngineConfig(kind="openai", base_url="https://x.example/v1"), gpu=False)
-    make_engine(
-        "m", GENERAL, EngineConfig(kind="openai", base_url="https://x.example", api_key_env=""), False
-    )
+        make_engine(model("m", EngineConfig(kind="openai", base_url="https://x.example/v1")), gpu=False)
+    without = EngineConfig(kind="openai", base_url="https://x.example", api_key_env="")
+    make_engine(model("m", without), gpu=False)
 
 
 def test_no_key_goes_over_http_unless_it_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +407,7 @@ def test_no_key_goes_over_http_unless_it_is_named(server: Server, monkeypatch: p
 def test_a_key_that_is_none_is_not_repeated(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     monkeypatch.setenv("TEST_KEY", bad)
     with pytest.raises(InputError, match="variable TEST_KEY holds characters that no key has") as e:
-        OpenaiEngine("m", endpoint("http://127.0.0.1:1"))
+        OpenaiEngine(model("m", endpoint("http://127.0.0.1:1")))
     assert KEY not in str(e.value)
 
 
@@ -423,7 +427,7 @@ def test_the_key_is_nowhere(server: Server, caplog: pytest.LogCaptureFixture) ->
         errors.append(e.value)
     shown = [caplog.text, *("".join(traceback.format_exception(e)) for e in errors)]
     shown += [str(pickle.dumps(e)) for e in errors]
-    engine = OpenaiEngine("judge-1", endpoint(server.url))
+    engine = OpenaiEngine(model("judge-1", endpoint(server.url)))
     shown += [repr(engine), repr(engine.config), engine.config.model_dump_json()]
     assert server.keys and set(server.keys) == {f"Bearer {KEY}"}
     assert not [text for text in shown if KEY in text]
@@ -441,24 +445,34 @@ def load(out: Path, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("engine={kind: openai, base_url: 'http://x'}", "the policy is trained here.*label.engine"),
-        ("label.engine={kind: openai}", "kind=openai needs `base_url`"),
-        ("label.engine={base_url: 'http://x'}", "`base_url` is not for kind=vllm; set kind: openai"),
-        ("label.engine={kind: openai, base_url: x.example/v1}", r"give http\(s\)://host"),
-        (f"label.engine={{kind: openai, base_url: 'https://me:{KEY}@x'}}", "a key goes to `api_key_env`"),
-        (f"label.engine={{kind: openai, base_url: 'https://x/v1?key={KEY}'}}", "a key goes to `api_key_env`"),
-        (f"label.engine={{kind: openai, base_url: 'https://x:{KEY}'}}", "a key goes to `api_key_env`"),
-        (f"label.engine={{kind: openai, base_url: 'https://x', api_key_env: {KEY}}}", "never the key itself"),
+        ("engine={kind: openai, base_url: 'http://x'}", "the policy is trained here.*label.judge.engine"),
+        ("label.judge.engine={kind: openai}", "kind=openai needs `base_url`"),
+        ("label.judge.engine={base_url: 'http://x'}", "`base_url` is not for kind=vllm; set kind: openai"),
+        ("label.judge.engine={kind: openai, base_url: x.example/v1}", r"give http\(s\)://host"),
         (
-            f"label.engine={{kind: openai, base_url: 'https://x', api_key: {KEY}}}",
+            f"label.judge.engine={{kind: openai, base_url: 'https://me:{KEY}@x'}}",
+            "a key goes to `api_key_env`",
+        ),
+        (
+            f"label.judge.engine={{kind: openai, base_url: 'https://x/v1?key={KEY}'}}",
+            "a key goes to `api_key_env`",
+        ),
+        (f"label.judge.engine={{kind: openai, base_url: 'https://x:{KEY}'}}", "a key goes to `api_key_env`"),
+        (
+            f"label.judge.engine={{kind: openai, base_url: 'https://x', api_key_env: {KEY}}}",
+            "never the key itself",
+        ),
+        (
+            f"label.judge.engine={{kind: openai, base_url: 'https://x', api_key: {KEY}}}",
             "did you mean 'api_key_env'",
         ),
         (
-            "label={model: sl, engine: {kind: openai, base_url: 'http://x'}}",
-            "label.model=sl is made by this run",
+            "label.judge={model: sl, engine: {kind: openai, base_url: 'http://x'}}",
+            "label.judge.model=sl is made by this run",
         ),
-        ("revise.critique_model=big", "go together"),
-        ("revise={critique_model: big, critique_engine: {kind: vllm}}", "address of a `vllm serve`"),
+        ("revise.critique_model={model: big}", "engine is not set.*address of a `vllm serve`"),
+        ("revise.critique_model={model: big, engine: {kind: vllm}}", "address of a `vllm serve`"),
+        ("revise.critique_model={engine: {kind: openai}}", "kind=openai needs `base_url`"),
     ],
 )
 def test_what_an_endpoint_cannot_be_is_said_without_its_secrets(
@@ -469,14 +483,14 @@ def test_what_an_endpoint_cannot_be_is_said_without_its_secrets(
     assert KEY not in str(e.value)
 
 
-ENDPOINT = "label.engine={kind: openai, base_url: 'https://x.example/v1/', api_key_env: TEST_KEY}"
+ENDPOINT = "label.judge.engine={kind: openai, base_url: 'https://x.example/v1/', api_key_env: TEST_KEY}"
 
 
 def test_check_looks_for_the_key_and_not_for_a_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["run", "errand-town", "--check", "--out", str(tmp_path / "run")]
-    command += ["--set", ENDPOINT, "--set", "label.model=gpt-9"]
+    command += ["--set", ENDPOINT, "--set", "label.judge.model=gpt-9"]
     monkeypatch.delenv("TEST_KEY", raising=False)
     assert main(command) == 2
     assert "environment variable TEST_KEY is not set" in capsys.readouterr().err
@@ -497,7 +511,7 @@ def test_item_38_scores_that_an_endpoint_cannot_tell_apart(
     set_ = f"templates={tmp_path}/own.yaml"
     pipeline.check_inputs(load(tmp_path / "run", ENDPOINT, set_))  # which no vote asks for
     with pytest.raises(InputError, match=r"'0', ' 0'.* differ in spaces alone"):
-        pipeline.check_inputs(load(tmp_path / "run", ENDPOINT, set_, "label.mode=score"))
+        pipeline.check_inputs(load(tmp_path / "run", ENDPOINT, set_, "label.judge.ask=response"))
 
 
 def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> None:
@@ -505,22 +519,36 @@ def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> N
         return own_inputs(Run(load(tmp_path, *overrides)), "label")["label"]
 
     plain = load(tmp_path)
-    assert set(result_settings(plain.label)) == set(plain.label.model_dump()) - {"model", "gold"}
-    assert result_settings(plain.label)["engine"] is None and result_settings(plain.label)["gates"] == {}
-    assert label("label.engine={kv_cache_mb: 99}") == label(), "an engine here is how, not what"
-    assert label("label.engine={quantization: fp8}") != label(), "rounded weights say something else"
+    named = {"model", "templates", "constitution"}
+    assert set(result_settings(plain.label.judge)) == set(plain.label.judge.model_dump()) - named
+    assert result_settings(plain.label.judge)["engine"] is None
+    assert label("label.judge.engine={kv_cache_mb: 99}") == label(), "an engine here is how, not what"
+    assert label("label.judge.engine={quantization: fp8}") != label(), "rounded weights say something else"
     here, there = label(ENDPOINT), label(ENDPOINT.replace("x.example", "y.example"))
     assert len({label(), here, there}) == 3
-    assert label(ENDPOINT, "label.engine.max_num_seqs=3", "label.engine.timeout_s=9") == here
+    assert label(ENDPOINT, "label.judge.engine.max_num_seqs=3", "label.judge.engine.timeout_s=9") == here
 
 
 def test_the_feedback_model_alone_is_elsewhere(tmp_path: Path) -> None:
-    run = Run(load(tmp_path, ENDPOINT, "label.model=gpt-9"))
-    asked = run.feedback()
-    assert asked.model("gpt-9") == "gpt-9" and asked.model("base") == run.config.model == "town"
-    assert asked.root == run.root and asked.config.engine.base_url == "https://x.example/v1"
-    assert run.config.engine.kind == "vllm" and Path(run.model("base")).is_dir()
-    assert Run(load(tmp_path)).feedback().config == load(tmp_path)
+    run = Run(load(tmp_path, ENDPOINT, "label.judge.model=gpt-9"))
+    judge = run.resolve_model(run.config.label.judge)
+    assert judge.fetch() == "gpt-9" and judge.engine.base_url == "https://x.example/v1"
+    assert run.resolve_model("base").engine.kind == "vllm" and Path(run.model("base")).is_dir()
+
+
+def test_template_arguments_are_sent_only_where_they_are_given(server: Server) -> None:
+    server.replies = [Reply(completion())]
+
+    async def go(**template_args: Any) -> None:
+        engine = OpenaiEngine(model("m", endpoint(server.url), **template_args))
+        await engine.chat(ASK, GREEDY)
+        await engine.close()
+
+    asyncio.run(go())
+    asyncio.run(go(enable_thinking=False))
+    plain, given = server.bodies
+    assert "chat_template_kwargs" not in plain
+    assert given == plain | {"chat_template_kwargs": {"enable_thinking": False}}
 
 
 def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(server: Server) -> None:
@@ -528,10 +556,12 @@ def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(se
     from cai_ray.engine.scripted import ScriptedEngine
 
     server.replies = [Reply(completion("too rude"))]
-    revise = ReviseConfig(rounds=2, critique_model="big", critique_engine=endpoint(server.url))
-    chain = ReviseChain(constitution.load("harmless"), GENERAL, revise, seed=0, model="town")
+    revise, critic = ReviseConfig(rounds=2), model("big", endpoint(server.url))
+    chain = ReviseChain(
+        constitution.load("harmless"), GENERAL, revise, seed=0, model="town", critique_model=critic
+    )
     chain = pickle.loads(pickle.dumps(chain))
-    row = {"id": "r", "messages": ASK, "kind": "red_team"}
+    row = {"id": "r", "prompt_id": "p", "messages": ASK, "kind": "red_team", "family": None}
     out = asyncio.run(chain(ScriptedEngine(answer=lambda messages, sampling: "policy"), row))
     assert [(s["critique"], s["revision"]) for s in out["steps"]] == [("too rude", "policy")] * 2
     assert [b["model"] for b in server.bodies] == ["big"] * 2

@@ -264,8 +264,8 @@ def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> Non
         ("label.gold=town:nosuch", "no such data"),
         ("label.gold=/nowhere.jsonl", "no such file"),
         ("label.gold=town:human", "gold"),
-        ("label.model=/nowhere", "no such folder"),
-        ("label.mode=cot", "template set errand-town has no reasoning"),
+        ("label.judge.model=/nowhere", "no such folder"),
+        ("label.judge.answer=reasoned", "template set errand-town has no reasoning"),
         ("rm.init=/nowhere", "no such folder"),
     ],
 )
@@ -307,7 +307,7 @@ def test_item_10_human_comparisons_of_each_method(tmp_path: Path, method: str) -
     human = f"{method}.human=[{{path: {tmp_path / 'human.jsonl'}}}]"
     which = f"method={'dpo' if method == 'dpo' else 'ppo'}"
     with pytest.raises(InputError, match="also a training prompt"):
-        pipeline.check_inputs(load(tmp_path, which, held, "evaluate.judge=model", human))
+        pipeline.check_inputs(load(tmp_path, which, held, "evaluate.gold=null", human))
 
 
 def test_layers_on_several_gpus_are_not_for_rollouts(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_way_for_weights_that_the_device_does_not_have(tmp_path: Path, device:
         pipeline.check_inputs(config, ["ppo"])
 
 
-@pytest.mark.parametrize("engine", ["engine.block_size=16", "label.engine={block_size: 48}"])
+@pytest.mark.parametrize("engine", ["engine.block_size=16", "label.judge.engine={block_size: 48}"])
 def test_a_block_size_that_vllm_refuses_on_cpu(tmp_path: Path, engine: str) -> None:
     config = load_config("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
     with pytest.raises(InputError, match="on CPU vLLM takes multiples of 32"):
@@ -352,7 +352,7 @@ def test_item_10_human_comparisons_are_training_prompts(tmp_path: Path) -> None:
     (tmp_path / "human.jsonl").write_text('{"prompt": "How do I rest ?", "chosen": "lie", "rejected": "run"}')
     held = f"evaluate.prompts=[{{path: {tmp_path / 'held.jsonl'}, kind: helpful}}]"
     human = f"rm.human=[{{path: {tmp_path / 'human.jsonl'}}}]"
-    judge = "evaluate.judge=model"
+    judge = "evaluate.gold=null"
     pipeline.check_inputs(load(tmp_path, held, judge))
     with pytest.raises(InputError, match="also a training prompt"):
         pipeline.check_inputs(load(tmp_path, held, judge, human))

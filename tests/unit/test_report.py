@@ -28,8 +28,11 @@ from cai_ray.judging import certificate
 from cai_ray.judging.statistics import rate
 from cai_ray.provenance.copies import fork, share
 from cai_ray.provenance.inputs import inputs
-from cai_ray.report import html, stage, text
-from cai_ray.report.combine import bootstrap, combine
+from cai_ray.report import html, plain_text, stage
+from cai_ray.report.bootstrap import bootstrap
+from cai_ray.report.label_quality import certificate_tables
+from cai_ray.report.roles import in_order
+from cai_ray.report.seeds import mean_of_seeds
 from cai_ray.stages import STAGES, stages_of, stages_that
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
@@ -237,15 +240,15 @@ def test_report_has_every_promised_key(town_run: Run) -> None:
 
 def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
     reports, rows = make_seeds(tmp_path, 2)
-    for report in (reports[0], combine(reports, rows, draws=10)):
+    for report in (reports[0], mean_of_seeds(reports, rows, draws=10)):
         proof = report["certificate"]
         assert proof["gold"]["overall"]["n"] == 20
-        page, shown = Page(html.page(report)), text.certificate(proof)
+        page, shown = Page(html.page(report)), plain_text.certificate(proof)
         for said in (page.text, shown):
             for expected in (
                 "slot bias",
                 "abstentions",
-                "50.0 %",
+                "50.0%",
                 "calibration error",
                 "Reliability",
                 "people",
@@ -255,7 +258,7 @@ def test_the_certificate_is_on_the_page_and_in_the_text(tmp_path: Path) -> None:
         assert page.tags.count("script") == 1  # our own
         bins = sum(1 for b in proof["gold"]["overall"]["raw"]["reliability"] if b["n"])
         assert shown.count("–0.") + shown.count("–1.00") == bins > 3
-    assert text.certificate_tables({**proof, "gold": None}) == []
+    assert certificate_tables({**proof, "gold": None}) == []
     assert "Certificate" not in Page(html.page({**reports[0], "certificate": None})).text
 
 
@@ -314,8 +317,8 @@ def test_transcripts_hold_answers_in_the_order_of_training(town_run: Run) -> Non
     assert len(told) == 3
     assert len({t["family"] for t in told}) == 3
     for t in told:
-        assert text.in_order(t["answers"]) == ["base", "sl", "rl"]
-        shown = text.transcript(t, 1)
+        assert in_order(t["answers"]) == ["base", "sl", "rl"]
+        shown = plain_text.transcript(t, 1)
         assert shown.index("base says") < shown.index("sl says") < shown.index("rl says")
         assert [s["changed"] for s in t["steps"]] == [False, True]
     assert told[0]["steps"][0]["title"] == "Speak kindly"
@@ -358,6 +361,45 @@ def test_page_escapes_what_models_wrote_and_fetches_nothing(town_run: Run) -> No
     assert not {"\x1b", "\x00"} & set(made)
 
 
+def hostile(value: Any, key: str = "") -> Any:
+    """A copy in which every text is hostile, but for names that are looked up elsewhere in the report."""
+    if isinstance(value, dict):
+        return {k: hostile(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(v, key) for v in value]
+    return EVIL if isinstance(value, str) and key not in ("models", "id", "principle_id") else value
+
+
+def test_a_hostile_text_in_every_place_of_the_report_stays_text(town_run: Run) -> None:
+    report = stage.build(town_run)
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 100}
+    report["rl"]["harm_by_family"][EVIL] = rate
+    report["sets"] = {EVIL: {"models": {EVIL: {EVIL: rate}}}}
+    report["harness"] = {EVIL: {EVIL: {EVIL: {"value": 0.5, "stderr": 0.1}}}}
+    report["wording"] = {
+        "rl": {"boilerplate": 0.5, "phrase": "a", "words": 9.0, "unique": 1.0, "distinct_2": None}
+    }
+    report["versions"] = {EVIL: "1"}
+    report["alarms"] = ["a"]
+    report["cost"] |= {
+        "currency": "a",
+        "total": {**report["cost"]["total"], "wall_seconds": 1.0, "money": 2.0},
+    }
+    plain, page = Page(html.page(report)), html.page(hostile(report))
+    page.encode()
+    parsed = Page(page)
+    assert parsed.open == [] and not {"\x1b", "\x00"} & set(page)
+    assert parsed.tags.count("script") == 1 and set(parsed.tags) <= set(plain.tags)
+    assert {name for name, _ in parsed.attributes} <= {name for name, _ in plain.attributes}
+    shown = {
+        text.partition('"')[0] for text in page.split('<section id="') if "alert(1)&lt;/script&gt;" in text
+    }
+    assert shown >= {
+        "results", "families", "certificate", "transcripts", "constitution", "browser", "alarms", "wording", "sets",
+        "harness", "stages", "reproduce",
+    }  # fmt: skip
+
+
 def test_page_names_everything_it_must(town_run: Run) -> None:
     report = stage.build(town_run)
     made = Page(html.page(report)).text
@@ -390,7 +432,7 @@ def test_page_without_gold_leaves_sections_out(town_run: Run) -> None:
 
 def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
     reports, rows = make_seeds(tmp_path, 3)
-    both = combine(reports, rows, draws=500)
+    both = mean_of_seeds(reports, rows, draws=500)
     harm = both["sl"]["harm"]
     assert harm["seeds"] == [r["sl"]["harm"]["value"] for r in reports]
     assert harm["value"] == pytest.approx(sum(harm["seeds"]) / 3)
@@ -402,15 +444,15 @@ def test_combine_means_seeds_and_keeps_each(tmp_path: Path) -> None:
     assert both["stages"]["sft"]["seconds"] == pytest.approx(11)
     assert both["ppo"]["steps"][0]["reward/mean"] == pytest.approx(1.1)
     assert both["seeds"] == [0, 1, 2]
-    assert combine(reports, rows, draws=500) == both
+    assert mean_of_seeds(reports, rows, draws=500) == both
     json.dumps(both, allow_nan=False)
     assert Page(html.page(both)).open == []
-    assert "SL-CAI" in text.table(both)
+    assert "SL-CAI" in plain_text.results(both)
 
 
 def test_combine_of_one_seed_keeps_its_intervals(town_run: Run) -> None:
     report = stage.build(town_run)
-    one = combine([report], [town_run.rows("evaluate")])
+    one = mean_of_seeds([report], [town_run.rows("evaluate")])
     assert one["rl"]["harm"] == {**report["rl"]["harm"], "seeds": [report["rl"]["harm"]["value"]]}
 
 
@@ -418,7 +460,7 @@ def test_combine_takes_policies_that_some_seeds_lack(tmp_path: Path) -> None:
     reports, rows = make_seeds(tmp_path, 2)
     reports[1]["shuffled"] = reports[1]["rl"]
     reports[1]["models"].append("shuffled")
-    both = combine(reports, rows)
+    both = mean_of_seeds(reports, rows)
     assert both["models"] == ["base", "sl", "rl", "shuffled"]
     assert both["shuffled"]["harm"]["value"] == reports[1]["rl"]["harm"]["value"]
 
@@ -426,7 +468,7 @@ def test_combine_takes_policies_that_some_seeds_lack(tmp_path: Path) -> None:
 def test_combine_refuses_different_constitutions(town_run: Run) -> None:
     report = stage.build(town_run)
     with pytest.raises(InputError, match="different constitutions"):
-        combine([report, {**report, "constitution_sha": "other"}], [[], []])
+        mean_of_seeds([report, {**report, "constitution_sha": "other"}], [[], []])
 
 
 def test_bootstrap_draws_prompts_and_not_outcomes() -> None:
@@ -443,7 +485,7 @@ def test_bootstrap_draws_prompts_and_not_outcomes() -> None:
 def test_terminal_text_has_no_escape_sequences(town_run: Run) -> None:
     item = stage.build(town_run)["transcripts"][0]
     item["response"] = EVIL
-    shown = text.transcript(item, 1)
+    shown = plain_text.transcript(item, 1)
     assert "\x1b" not in shown
     assert "\x00" not in shown
     shown.encode()
@@ -498,7 +540,7 @@ def test_a_report_of_dpo_has_no_reward_model(tmp_path: Path) -> None:
     assert {"dpo"} == {"rm", "ppo", "dpo"} & report["stages"].keys()
     page = html.page(report)
     assert "Direct preference optimisation" in page and "Reinforcement learning" not in page
-    assert combine([report], [run.rows("evaluate")])["dpo"]["steps"] == report["dpo"]["steps"]
+    assert mean_of_seeds([report], [run.rows("evaluate")])["dpo"]["steps"] == report["dpo"]["steps"]
 
 
 def test_demo_puts_seeds_and_controls_together(

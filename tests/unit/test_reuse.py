@@ -9,7 +9,8 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.cluster.usage import Usage
-from cai_ray.config.generation import LabelConfig, ReviseConfig
+from cai_ray.config.generation import ReviseConfig
+from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.load import load_config
 from cai_ray.constitution import Constitution
 from cai_ray.engine.scripted import ScriptedEngine
@@ -42,7 +43,7 @@ def edited(document: Constitution, principle: str, **fields: Any) -> Constitutio
 
 
 def votes(document: Constitution, before: Any = None, **fields: Any) -> dict[str, Any]:
-    chain = LabelChain(document, TEMPLATES, LabelConfig(principles="all"), seed=0, context="x")
+    chain = LabelChain(document, TEMPLATES, JudgeConfig(principles="all"), seed=0, context="x")
     row = {**PAIR, **fields} | ({} if before is None else {"earlier": [before]})
     return asyncio.run(chain(ENGINE, row))
 
@@ -127,13 +128,15 @@ def run_in(out: Path, *settings: str) -> Run:
     return Run(load_config("errand-town", ["label.gold=null", *settings], out=str(out)))
 
 
-@pytest.mark.parametrize("setting", ["label.combine=mean", "label.clamp=null", "label.principles=2"])
+@pytest.mark.parametrize(
+    "setting", ["label.judge.combine=mean", "label.judge.clamp=null", "label.judge.principles=2"]
+)
 def test_how_votes_are_counted_is_no_part_of_a_vote(tmp_path: Path, setting: str) -> None:
     assert label.make_chain(run_in(tmp_path, setting)).context == label.make_chain(run_in(tmp_path)).context
 
 
 @pytest.mark.parametrize(
-    "setting", ["label.both_orders=false", "seed=1", "label.model=sl", "templates=general"]
+    "setting", ["label.judge.both_orders=false", "seed=1", "label.judge.model=sl", "templates=general"]
 )
 def test_how_a_vote_is_asked_for_is_part_of_it(tmp_path: Path, setting: str) -> None:
     assert label.make_chain(run_in(tmp_path, setting)).context != label.make_chain(run_in(tmp_path)).context

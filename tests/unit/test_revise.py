@@ -95,8 +95,7 @@ def test_item_38_a_set_without_a_way_to_ask_for_revisions_at_once() -> None:
         ReviseConfig.model_validate(
             {
                 "critique": False,
-                "critique_model": "m",
-                "critique_engine": {"kind": "openai", "base_url": "http://h/v1"},
+                "critique_model": {"model": "m", "engine": {"kind": "openai", "base_url": "http://h/v1"}},
             }
         )
 

@@ -1,4 +1,4 @@
-"""The page at `/` as a text: it stands alone, keeps to its own policy, and has the colours of the report."""
+"""The pages at `/` and `/docs` as texts: they stand alone, keep to their policies, and hold no markup but ours."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 import cai_ray
-from cai_ray.serve import page
+from cai_ray.report.templating import digest
+from cai_ray.serve import docs, page
 
 PACKAGE = Path(cai_ray.__file__).parent
 
 
 def test_page_stands_alone_and_holds_to_its_policy() -> None:
     html = page.html()
-    assert "/*" not in html.partition("<style>")[0] and "/*script*/" not in html
+    assert "{{" not in html.partition("<style>")[0] and "{{ script }}" not in html
     assert not re.search(r"https?:|<link rel=.stylesheet|\ssrc=", html)
     assert not re.search(r"<[^>]*\s(on\w+|style)=", html.partition("<script>")[0])
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", html)
@@ -31,3 +32,24 @@ def test_page_has_the_reports_colours() -> None:
         for path in ("serve/page.css", "report/style.css")
     )
     assert len(set(ours) & set(report)) == 18  # nine colours, light and dark
+
+
+def test_docs_show_every_field_and_run_nothing_that_a_schema_holds() -> None:
+    evil = '<script>alert(1)</script> & "x"'
+    fields = {
+        evil: {"type": "array", "items": {"type": "string"}, "description": evil},
+        "rounds": {"type": "integer", "minimum": 1, "maximum": 4, "default": 2},
+    }
+    body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Asked"}}}}
+    route = {"description": evil, "requestBody": body, "responses": {"200": {}}}
+    html = docs.html(
+        {
+            "info": {"title": evil, "version": "1", "description": evil},
+            "paths": {f"/v1/{evil}": {"post": route}},
+            "components": {"schemas": {"Asked": {"properties": fields, "required": [evil]}}},
+        }
+    )
+    assert "<script" not in html and html.count("&lt;script&gt;alert(1)") == 7
+    assert "(list of string, needed)" in html and "(integer, default 2, at least 1, at most 4)" in html
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert f"style-src '{digest(style)}'" in docs.POLICY and "unsafe" not in docs.POLICY

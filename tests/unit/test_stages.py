@@ -29,7 +29,7 @@ MODULES = sorted(
 FACTS = {
     "cai_ray/data/town.py": "names of the town's prompt sets",
     "cai_ray/estimate/sample.py": "the prompts that each stage takes",
-    "cai_ray/export/cards.py": "what a card says of a model or a stage",
+    "cai_ray/export/roles.py": "what a card says of a model or a stage",
     "cai_ray/studies/edit_cost.py": "engine calls of the stages that ask",
 }
 

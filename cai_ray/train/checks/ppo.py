@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cai_ray.cluster.connect import uses_gpu
-from cai_ray.config.ppo import LABELS
+from cai_ray.config.ppo import JUDGE
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
 from cai_ray.errors import InputError
@@ -29,18 +29,21 @@ def check(run: Run, preflight: Preflight) -> None:
                 f"ppo.weight_sync={ppo.weight_sync}: nccl is for GPUs and gloo for CPUs; use the other, or ray"
             )
         for model in [*(source.model for source in ppo.rewards), ppo.watch.opinion]:
-            if model not in (*ROLES, LABELS):
+            if model not in (*ROLES, JUDGE):
                 preflight.renderer(model)
+    if ppo.watch.asks_judge:
+        key = "ppo.watch.judge" if ppo.watch.judge else "label.judge"
+        preflight.check_judge(key, config.watch_judge, "ppo")
     preflight.trains_on_prompts("ppo.prompts", ppo.prompts)
     if ppo.watch.every and "ppo" in preflight.stages:
         preflight.evaluates_on(read_prompts(ppo.watch.prompts, config.seed))
 
 
 def check_room(run: Run) -> None:
-    """Raises InputError if the cluster will never have room for workers, engines and the feedback model at once."""
-    from cai_ray.train.ppo import engine_owner, feedback
+    """Raises InputError if the cluster will never have room for workers, engines and the judge at once."""
+    from cai_ray.train.ppo import engine_owner, judge
     from cai_ray.train.runtime.group import check_resources
 
     gpu = uses_gpu(run.config)
     check_resources(run, run.config.ppo)
-    engine_owner.check_room(run.config, gpu, feedback.actor_resources(run, gpu))
+    engine_owner.check_room(run.config, gpu, judge.actor_resources(run))

@@ -81,7 +81,7 @@ def open_engines(
     Args:
         model: the folder or URI that the policy starts from.
         end_id: the token that ends a turn.
-        beside: the resources of the feedback model, if the stage needs it too (`feedback.actor_resources`).
+        beside: the resources of the judge, if the stage needs one too (`judge.actor_resources`).
 
     Raises:
         InputError: the cluster will never have room for everything.
@@ -107,7 +107,7 @@ def check_room(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None 
     """Checks that engines and training workers fit the cluster together: otherwise one waits for the other forever.
 
     Args:
-        beside: the resources of the feedback model, if the stage needs it too (`feedback.actor_resources`).
+        beside: the resources of the judge, if the stage needs one too (`judge.actor_resources`).
 
     Raises:
         InputError: the cluster will never have room for everything.

@@ -12,7 +12,7 @@ from cai_ray.cluster.connect import uses_gpu
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
-from cai_ray.train.ppo import feedback
+from cai_ray.train.ppo import judge
 from cai_ray.train.ppo.engine_owner import close_engines, open_engines
 from cai_ray.train.ppo.loop import loop
 from cai_ray.train.ppo.prompts import policy_renderer, read_training_prompts
@@ -41,18 +41,18 @@ def run(run: Run) -> dict[str, Any]:
     )
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu = uses_gpu(config)
-    feedback_bundle = feedback.actor_resources(run, gpu)
+    judge_bundle = judge.actor_resources(run)
     if cfg.watch.every:
         extra["watch_prompts"] = read_watch_prompts(run, renderer, readers)
-    owner = open_engines(config, run.locate("sl"), renderer.end_id, gpu, feedback_bundle)
+    owner = open_engines(config, run.locate("sl"), renderer.end_id, gpu, judge_bundle)
     extra["engine_owner"] = owner
-    extra["feedback"] = feedback.open_feedback(run, gpu) if feedback_bundle else None
+    extra["judge"] = judge.open_judge(run, judge_bundle) if judge_bundle else None
     try:
         out = fit(run, "ppo", loop, cfg, extra)
     finally:
         close_engines(owner)
-        if feedback_bundle:
-            ray.kill(extra["feedback"])
+        if judge_bundle:
+            ray.kill(extra["judge"])
     return {
         "rows_in": len(prompts) + errors,
         "rows_out": out["rollouts"],

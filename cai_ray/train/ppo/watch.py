@@ -1,8 +1,8 @@
 """Snapshots of the policy while PPO runs, rated by a second opinion that PPO does not train against.
 
 Every `ppo.watch.every` steps the policy answers development prompts. The second opinion on its responses comes from
-the feedback model, which compares them with the SL-CAI policy's, or from another reward model. The embedded world's
-judge is never used here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
+a judge, which compares them with the SL-CAI policy's, or from another reward model. The embedded world's exact judge
+is never used here (`evaluate` reads the same responses afterwards). The snapshot with the best opinion is the
 stage's result. An alarm shows when the policy leaves what its reward stands for (alarms.py).
 """
 
@@ -43,7 +43,7 @@ def read_watch_prompts(run: Run, renderer: Renderer, readers: Sequence[Reader]) 
         InputError: no prompt can be used.
     """
     cfg = run.config.ppo.watch
-    if not cfg.asks_feedback and (second := make_reader(run, run.config.ppo, renderer, cfg.opinion)):
+    if not cfg.asks_judge and (second := make_reader(run, run.config.ppo, renderer, cfg.opinion)):
         readers = [*readers, second]
     rows = read_prompts(cfg.prompts, run.config.seed)
     rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
@@ -59,8 +59,8 @@ class Watch:
     Every rank has one and makes every call alike.
 
     Args:
-        args: what the loop was given: `watch_prompts`, and `feedback`, the feedback model's actor, if that gives the
-            second opinion.
+        args: what the loop was given: `watch_prompts`, and `judge`, the judge's actor, if that gives the second
+            opinion.
         rollouts: whose engines answer the prompts; they hold the policy's weights and are idle.
         history: the snapshots of the checkpoint that the run goes on from.
     """
@@ -85,9 +85,9 @@ class Watch:
         if not watch.every:
             return
         self.prompts: list[Prompt] = args["watch_prompts"]
-        self.feedback = args["feedback"]
+        self.judge = args["judge"]
         self.refusals = load_templates(run.config.templates).refusals
-        self.second = None if watch.asks_feedback else load_reward(run, self.cfg, renderer, watch.opinion)
+        self.second = None if watch.asks_judge else load_reward(run, self.cfg, renderer, watch.opinion)
         if self.history:
             rows = self.run.rows("ppo", name="snapshot")
             first = {row["prompt_id"]: row["response"] for row in rows if row["step"] == 0}
@@ -109,7 +109,7 @@ class Watch:
         Its model is kept if it is the best until now.
 
         Raises:
-            Stopped: the feedback model labels no response.
+            Stopped: the judge answers about no response.
         """
         cfg = self.cfg
         requests = [
@@ -131,9 +131,7 @@ class Watch:
         )
         labelled = [o for o in opinions if o is not None]
         if not labelled:
-            raise Stopped(
-                f"step {step}: the feedback model labels none of {len(texts)} development responses"
-            )
+            raise Stopped(f"step {step}: the judge answers about none of {len(texts)} development responses")
         snapshot = measure(
             step,
             texts,
@@ -210,9 +208,9 @@ class Watch:
             self._needed = self._best()
 
     def _labels(self, texts: list[str]) -> list[float | None]:
-        """P(the feedback model prefers each response to the SL-CAI policy's); one half for the SL-CAI policy itself.
+        """P(the judge prefers each response to the SL-CAI policy's); one half for the SL-CAI policy itself.
 
-        Rank 0 asks the feedback model.
+        Rank 0 asks the judge.
         """
         import ray
 
@@ -228,7 +226,7 @@ class Watch:
             for p, text, before in zip(self.prompts, texts, self.before, strict=True)
         ]
         labels: list[float | None] = from_first(
-            ray.get(self.feedback.prefer.remote(pairs)) if rank() == 0 else None
+            ray.get(self.judge.prefer.remote(pairs)) if rank() == 0 else None
         )
         return labels
 

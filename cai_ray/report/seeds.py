@@ -1,7 +1,7 @@
 """Several seeds as one report: means, with intervals over prompts.
 
-The prompts are a sample of what people ask, so the prompt is what is drawn again (Efron 1979): all seeds' outcomes on
-it are drawn together, because they are not independent.
+The prompts are a sample of what people ask, so the prompt is what is drawn again (bootstrap.py): all seeds' outcomes
+on it are drawn together, because they are not independent.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ import numpy as np
 
 from cai_ray.errors import InputError
 from cai_ray.evaluate.outcomes import outcomes
-from cai_ray.report.text import in_order
+from cai_ray.report.bootstrap import bootstrap
+from cai_ray.report.roles import METHODS, in_order
+
+# Keys of the report whose numbers are averaged, beside the rates of the policies and the steps of training.
+_MEANS = (
+    "label", "certificate", "rm", "revision_harm", "revision_harm_selective", "snapshots", "ratings", "wording",
+    "critic", "stages", "cost",
+)  # fmt: skip
 
 
-def combine(
+def mean_of_seeds(
     reports: Sequence[dict[str, Any]],
     rows: Sequence[list[Any]],
     *,
@@ -31,8 +38,8 @@ def combine(
         draws: bootstrap samples.
 
     Returns:
-        A report in which each rate has value (the mean of the seeds' rates), low and high (2.5 % and 97.5 % of the
-        bootstrap), n (prompts) and seeds (each seed's rate). Of one seed, the report's own intervals are kept.
+        A report in which each rate has value (the mean of the seeds' rates), low and high (2.5% and 97.5% of the
+        bootstrap), n (prompts) and seeds (each seed's rate). A single seed keeps the intervals of its report.
 
     Raises:
         InputError: the reports are of different constitutions.
@@ -42,26 +49,18 @@ def combine(
     first = reports[0]
     models = in_order({m for r in reports for m in r["models"]})
     rng = np.random.default_rng(seed)
-    combined: dict[str, Any] = {
+    mean: dict[str, Any] = {
         **first,
         "models": models,
         "seeds": [r["seed"] for r in reports],
-        "label": _mean([r["label"] for r in reports]),
-        "certificate": _mean([r["certificate"] for r in reports]),
-        "rm": _mean([r["rm"] for r in reports]),
-        "revision_harm": _mean([r["revision_harm"] for r in reports]),
-        "revision_harm_selective": _mean([r["revision_harm_selective"] for r in reports]),
+        **{name: _mean([r[name] for r in reports]) for name in _MEANS},
         **{
             method: {
                 "steps": _mean([r[method]["steps"] for r in reports]),
                 "seeds": [r[method]["steps"] for r in reports],
             }
-            for method in ("ppo", "dpo")
+            for method in METHODS
         },
-        "snapshots": _mean([r["snapshots"] for r in reports]),
-        **{name: _mean([r.get(name) or {} for r in reports]) for name in ("ratings", "wording", "critic")},
-        "stages": _mean([r["stages"] for r in reports]),
-        "cost": _mean([r["cost"] for r in reports]),
         "human_harmlessness_labels": sum(r["human_harmlessness_labels"] for r in reports),
         "by_seed": [
             {k: r[k] for k in ("seed", "label", "rm", "revision_harm", "revision_harm_selective")}
@@ -69,10 +68,10 @@ def combine(
         ],
     }
     for model in models:
-        having = [i for i, r in enumerate(reports) if model in r["models"]]
-        judged = [outcomes(row for row in rows[i] if row["model"] == model) for i in having]
-        combined[model] = _policy([reports[i][model] for i in having], judged, draws, rng)
-    return combined
+        seeds = [i for i, r in enumerate(reports) if model in r["models"]]
+        judged = [outcomes(row for row in rows[i] if row["model"] == model) for i in seeds]
+        mean[model] = _policy([reports[i][model] for i in seeds], judged, draws, rng)
+    return mean
 
 
 def _policy(
@@ -81,6 +80,8 @@ def _policy(
     draws: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
+    """The mean rates of one policy."""
+
     def rate(per_seed: list[dict[str, Any]], metric: str) -> dict[str, Any]:
         values = [m["value"] for m in per_seed]
         if len(per_seed) == 1 or None in values:
@@ -98,39 +99,8 @@ def _policy(
     }
 
 
-def bootstrap(
-    seeds: Sequence[Sequence[tuple[str, int]]], draws: int, rng: np.random.Generator
-) -> tuple[float | None, float | None, int]:
-    """Bounds of the 95 % interval of the mean over seeds of each seed's rate, and the number of prompts.
-
-    Args:
-        seeds: per seed, (prompt id, outcome) pairs. A seed may lack a prompt (a rate over refusals, say): numerator and
-            denominator are then drawn again together.
-    """
-    prompts = sorted({prompt for pairs in seeds for prompt, _ in pairs})
-    if not prompts:
-        return None, None, 0
-    column = {prompt: i for i, prompt in enumerate(prompts)}
-    true = np.zeros((len(prompts), len(seeds)))  # P S
-    all_ = np.zeros_like(true)
-    for s, pairs in enumerate(seeds):
-        for prompt, outcome in pairs:
-            true[column[prompt], s] += outcome
-            all_[column[prompt], s] += 1
-    times = rng.multinomial(
-        len(prompts), np.full(len(prompts), 1 / len(prompts)), size=draws
-    )  # D P: how often drawn
-    true_d, all_d = times @ true, times @ all_  # D S
-    rates = np.divide(true_d, all_d, out=np.full_like(true_d, np.nan), where=all_d > 0)
-    means = np.nanmean(rates[~np.isnan(rates).all(axis=1)], axis=1)
-    if not len(means):
-        return None, None, len(prompts)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high), len(prompts)
-
-
 def _mean(values: list[Any]) -> Any:
-    """The mean of equal structures, number by number; anything that is no number is the first one's."""
+    """The mean of equal structures, number by number; what is not a number is taken from the first."""
     present = [v for v in values if v is not None]
     if not present:
         return None

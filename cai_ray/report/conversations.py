@@ -1,4 +1,4 @@
-"""Conversations to read from end to end: prompt, answer, critiques, revisions, and what each policy says in the end."""
+"""Transcripts to read from end to end: prompt, answer, critiques, revisions, and the final answer of each policy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cai_ray.storage.run import Run
 def read(run: Run, constitution: Constitution, n: int = 3) -> list[dict[str, Any]]:
     """The report's transcripts.
 
-    Answers of the policies to the same prompts are what `evaluate` wrote beside its judgements
-    (RUN/evaluate/transcripts-*.parquet); where it wrote none, the last rollout that PPO kept of the prompt.
+    The policies' answers to the same prompts come from what `evaluate` wrote beside its judgements
+    (RUN/evaluate/transcripts-*.parquet). If it wrote none, the last rollout of the prompt that PPO kept stands in.
     """
     answers = by_prompt(run.each_row("evaluate", name="transcripts"))
     prompts = {row["prompt_id"] for rows in answers.values() for row in rows}
@@ -46,6 +46,21 @@ def assemble(
     if "rl" not in final and rollouts.get(key):
         last = max(rollouts[key], key=lambda r: r["step"])
         final["rl"] = {"text": last["response"], "reward": last["reward"]}
+    transcript = {
+        "id": row["id"],
+        "family": row["family"],
+        "messages": row["messages"],
+        "response": row["response"],
+        "steps": _steps(row, titles),
+        "answers": final,
+    }
+    if compared := [label for label in labels.get(key, []) if label["votes"] and label["error"] is None]:
+        transcript["comparison"] = _comparison(compared[0], titles)
+    return transcript
+
+
+def _steps(row: Mapping[str, Any], titles: dict[str, str]) -> list[dict[str, Any]]:
+    """The rounds of critique and revision, and whether each changed the answer."""
     steps, before = [], row["response"]
     for step in row["steps"]:
         steps.append(
@@ -59,17 +74,7 @@ def assemble(
             }
         )
         before = step["revision"]
-    out = {
-        "id": row["id"],
-        "family": row["family"],
-        "messages": row["messages"],
-        "response": row["response"],
-        "steps": steps,
-        "answers": final,
-    }
-    if compared := [label for label in labels.get(key, []) if label["votes"] and label["error"] is None]:
-        out["comparison"] = _comparison(compared[0], titles)
-    return out
+    return steps
 
 
 def _comparison(label: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
@@ -87,11 +92,11 @@ def _comparison(label: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]
 
 
 def by_prompt(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by their conversation; a prompt's in the order of their ids, where they have one."""
+    """Rows by their conversation, sorted by id if they have one."""
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         grouped[_key(row["messages"])].append(row)
-    return {key: sorted(found, key=lambda r: r.get("id") or "") for key, found in grouped.items()}
+    return {key: sorted(alike, key=lambda r: r.get("id") or "") for key, alike in grouped.items()}
 
 
 def _key(messages: list[dict[str, str]]) -> str:

@@ -1,0 +1,91 @@
+"""Turns of a conversation, as the page shows them: who says what, and how it differs from what was said before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cai_ray.report.roles import colour_of, in_order, title_of
+from cai_ray.report.text import signed
+from cai_ray.report.word_diff import Piece, diff
+from cai_ray.stages import POLICIES
+
+
+class Turn(NamedTuple):
+    speaker: str
+    pieces: list[Piece]
+    style: str = ""
+    """Class of the page's style."""
+    note: str = ""
+
+
+def prompt(item: Mapping[str, Any]) -> list[Turn]:
+    """The messages that a policy answers."""
+    return [
+        _turn("prompt" if message["role"] == "user" else message["role"], message["content"])
+        for message in item["messages"]
+    ]
+
+
+def revision(item: Mapping[str, Any]) -> list[Turn]:
+    """The turns from a prompt to its last revision."""
+    turns, before = [*prompt(item), _turn("first answer", item["response"])], item["response"]
+    for step in item["steps"]:
+        number, title = step["round"], step["title"]
+        if step["critique"]:
+            turns.append(_turn(f"critique {number}", step["critique"], "critique", note=title))
+        if step["changed"]:
+            pieces = diff(before, step["revision"])
+            turns.append(Turn(f"revision {number}", pieces, "changed", note=title))
+        else:
+            turns.append(_turn(f"revision {number}", "unchanged", "same", note=title))
+        before = step["revision"]
+    return turns
+
+
+def comparison(item: Mapping[str, Any]) -> list[Turn]:
+    """The two responses of a comparison with its votes; nothing if there is none."""
+    pair = item.get("comparison")
+    if not pair:
+        return []
+    votes = ", ".join(f"{vote['title']} {vote['p_a']:.2f}" for vote in pair["votes"])
+    preferred = f"preferred with probability {pair['p_a']:.2f}"
+    return [
+        _turn("compared: A", pair["response_a"], note=preferred),
+        Turn("compared: B", diff(pair["response_a"], pair["response_b"]), note=f"votes for A: {votes}"),
+    ]
+
+
+def final_answers(item: Mapping[str, Any]) -> list[Turn]:
+    """What each policy answers after training, with its reward."""
+    turns = []
+    for policy in in_order(item["answers"]):
+        answer = item["answers"][policy]
+        reward = "" if answer["reward"] is None else f"reward {signed(answer['reward'])}"
+        turns.append(_turn(title_of(policy), answer["text"], colour_of(policy), note=reward))
+    return turns
+
+
+def judged_answers(item: Mapping[str, Any]) -> list[Turn]:
+    """What each policy answers to a held-out prompt and how it was judged, the later ones compared with the first."""
+    turns: list[Turn] = []
+    first: str | None = None
+    for policy, answer in item["policies"].items():
+        pieces = [Piece(answer["text"])] if first is None else diff(first, answer["text"])
+        first = answer["text"] if first is None else first
+        style = policy if policy in POLICIES else "control"
+        turns.append(Turn(title_of(policy), pieces, style, note=", ".join(_verdicts(answer))))
+    return turns
+
+
+def _verdicts(answer: Mapping[str, Any]) -> list[str]:
+    verdicts = [name for name in ("harmful", "helpful", "refused", "evasive", "malformed") if answer[name]]
+    if answer["principle_named"]:
+        verdicts.append(f"names {answer['principle_named']}")
+    if answer["reward"] is not None:
+        verdicts.append(f"reward {signed(answer['reward'])}")
+    return verdicts
+
+
+def _turn(speaker: str, text: str | None, style: str = "", note: str = "") -> Turn:
+    return Turn(speaker, [Piece(text or "")], style, note)
