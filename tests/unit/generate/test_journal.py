@@ -107,7 +107,7 @@ def test_item_37_a_slow_disk_holds_the_engine_back(tmp_path: Path, monkeypatch: 
     slices = made.plan([row(i) for i in range(SLICE_ROWS)])
 
     async def walk() -> None:
-        actor = ChainActor(chain, run, {"part": "base"}, {"part": made}, gpu=False)
+        actor = ChainActor(chain, {"part": run.resolve_model("base")}, {"part": made}, gpu=False)
         async for _ in actor(pa.Table.from_pylist([slices[0]._asdict()])):
             pass
 
