@@ -13,9 +13,8 @@ import yaml
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from cai_ray.export import snippets
-from cai_ray.export.markdown import Markdown, render
-from cai_ray.export.provenance import (
-    Provenance,
+from cai_ray.export.card_facts import (
+    RunFacts,
     hub_id,
     policy_results,
     public_name,
@@ -23,13 +22,14 @@ from cai_ray.export.provenance import (
     row_counts,
     settings,
 )
+from cai_ray.export.markdown import Markdown, render
 from cai_ray.export.roles import role_of
 from cai_ray.report.label_quality import certificate_facts
 
 _TAGS = ["constitutional-ai", "cai_ray"]
 
 
-def model_card(role: str, run: Provenance, end: str = "", scale: dict[str, float] | None = None) -> str:
+def model_card(role: str, facts: RunFacts, end: str = "", scale: dict[str, float] | None = None) -> str:
     """README.md of a model.
 
     Args:
@@ -37,32 +37,32 @@ def model_card(role: str, run: Provenance, end: str = "", scale: dict[str, float
         end: of a reward model, the token that ends an answer.
         scale: of a reward model, its reward_head.json.
     """
-    config = run.config
-    made = role_of(role, config.method)
+    config = facts.config
+    described = role_of(role, config.method)
     data = ModelCardData(
         base_model=hub_id(config.model),
         library_name="transformers",
-        pipeline_tag=made.pipeline_tag,
-        tags=[*_TAGS, *made.tags],
+        pipeline_tag=described.pipeline_tag,
+        tags=[*_TAGS, *described.tags],
     )
     if role == "rm":
-        use = snippets.reward_model(run.example, end, scale or {})
+        use = snippets.reward_model(facts.example, end, scale or {})
     else:
-        use = snippets.policy(run.example, config.evaluate.max_tokens)
+        use = snippets.policy(facts.example, config.evaluate.max_tokens)
     card = _filled(
         "model_card.md",
         data,
-        run,
-        role=made,
+        facts,
+        role=described,
         use=use,
-        counts=row_counts(run, made.stages),
-        settings=yaml.safe_dump(settings(config, made.stages), sort_keys=False, allow_unicode=True),
-        reward_model_results=reward_model_results(run) if role == "rm" else None,
+        counts=row_counts(facts, described.stages),
+        settings=yaml.safe_dump(settings(config, described.stages), sort_keys=False, allow_unicode=True),
+        reward_model_results=reward_model_results(facts) if role == "rm" else None,
     )
     return str(ModelCard(card))
 
 
-def dataset_card(run: Provenance, rows: dict[str, int], left_out: dict[str, int]) -> str:
+def dataset_card(facts: RunFacts, rows: dict[str, int], left_out: dict[str, int]) -> str:
     """README.md of the folder of datasets.
 
     Args:
@@ -77,21 +77,21 @@ def dataset_card(run: Provenance, rows: dict[str, int], left_out: dict[str, int]
     card = _filled(
         "dataset_card.md",
         data,
-        run,
+        facts,
         rows=rows,
         left_out=", ".join(f"{number} {why}" for why, number in left_out.items()),
         use=snippets.dataset(next(reversed(rows))),
-        label_quality=certificate_facts(run.certificate) if run.certificate else [],
+        label_quality=certificate_facts(facts.certificate) if facts.certificate else [],
     )
     return str(DatasetCard(card))
 
 
-def run_card(run: Provenance, written: Sequence[str], missing: Sequence[str]) -> str:
+def run_card(facts: RunFacts, written: Sequence[str], missing: Sequence[str]) -> str:
     """README.md of the whole export, which has no metadata."""
-    return _filled("run_card.md", CardData(), run, written=written, missing=missing)
+    return _filled("run_card.md", CardData(), facts, written=written, missing=missing)
 
 
-def _filled(template: str, data: CardData, run: Provenance, **more: Any) -> str:
+def _filled(template: str, data: CardData, facts: RunFacts, **more: Any) -> str:
     """A card as text.
 
     Args:
@@ -100,11 +100,11 @@ def _filled(template: str, data: CardData, run: Provenance, **more: Any) -> str:
     return render(
         template,
         metadata=Markdown(data.to_yaml()),
-        name=run.config.name,
-        base_model=public_name(run.config.model),
-        seed=run.config.seed,
-        constitution=run.constitution,
-        results=policy_results(run),
-        judged_by_town=run.config.evaluate.gold == "town",
+        name=facts.config.name,
+        base_model=public_name(facts.config.model),
+        seed=facts.config.seed,
+        constitution=facts.constitution,
+        results=policy_results(facts),
+        judged_by_town=facts.config.evaluate.gold == "town",
         **more,
     )

@@ -22,8 +22,8 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray.errors import InputError
 from cai_ray.export import cards
+from cai_ray.export.card_facts import RunFacts
 from cai_ray.export.datasets import DATASETS, SCHEMAS
-from cai_ray.export.provenance import Provenance
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.renderer import Renderer
@@ -53,16 +53,16 @@ def export(run: Run, out: str) -> Exported:
     if not manifests:
         raise InputError(f"{run.root}: nothing to export yet; finish a stage with `cai-ray run` first")
     document, templates = _constitution(run), load_templates(run.config.templates)
-    provenance = _provenance(run, manifests, document, templates)
+    facts = _facts(run, manifests, document, templates)
     files.write_bytes(files.join(out, "constitution.yaml"), document)
     exported = Exported(["constitution.yaml"], [])
     for role, stage in models_of(run.config.method).items():
-        if _listed(run, provenance, f"models/{role}", stage, exported):
-            _write_model(run, provenance, role, templates, files.join(out, "models", role))
-    _write_datasets(run, provenance, files.join(out, "datasets"), exported)
-    if provenance.report is None:
+        if _listed(run, facts, f"models/{role}", stage, exported):
+            _write_model(run, facts, role, templates, files.join(out, "models", role))
+    _write_datasets(run, facts, files.join(out, "datasets"), exported)
+    if facts.report is None:
         exported.missing.append(f"results: {_why_missing(run, 'report')}")
-    card = cards.run_card(provenance, exported.written, exported.missing)
+    card = cards.run_card(facts, exported.written, exported.missing)
     files.write_bytes(files.join(out, "README.md"), card.encode())
     return exported
 
@@ -77,10 +77,10 @@ def _constitution(run: Run) -> bytes:
     return files.read_bytes(path)
 
 
-def _provenance(
+def _facts(
     run: Run, manifests: dict[str, dict[str, Any]], document: bytes, templates: TemplateSet
-) -> Provenance:
-    return Provenance(
+) -> RunFacts:
+    return RunFacts(
         run.config,
         constitutions.parse(yaml.safe_load(document), run.path("constitution.yaml")),
         manifests,
@@ -90,9 +90,9 @@ def _provenance(
     )
 
 
-def _listed(run: Run, provenance: Provenance, place: str, stage: str, exported: Exported) -> bool:
+def _listed(run: Run, facts: RunFacts, place: str, stage: str, exported: Exported) -> bool:
     """Lists a place as written or missing; tells whether its stage is there to export."""
-    if stage in provenance.manifests:
+    if stage in facts.manifests:
         exported.written.append(place)
         return True
     exported.missing.append(f"{place}: {_why_missing(run, stage)}")
@@ -128,7 +128,7 @@ def _check_empty(out: str) -> None:
         raise InputError(f"{out}: holds something already; name another folder with --out, or delete it")
 
 
-def _write_model(run: Run, provenance: Provenance, role: str, templates: TemplateSet, out: str) -> None:
+def _write_model(run: Run, facts: RunFacts, role: str, templates: TemplateSet, out: str) -> None:
     source = run.path(models_of(run.config.method)[role], "model")
     files.upload_folder(source, out)
     if templates.chat_template:  # the run's, in the place of the model's own
@@ -137,23 +137,23 @@ def _write_model(run: Run, provenance: Provenance, role: str, templates: Templat
     if role == "rm":
         end = _end_token(source, templates)
         scale = run.facts("rm", "model/reward_head.json")
-    card = cards.model_card(role, provenance, end, scale)
+    card = cards.model_card(role, facts, end, scale)
     files.write_bytes(files.join(out, "README.md"), card.encode())
 
 
-def _write_datasets(run: Run, provenance: Provenance, out: str, exported: Exported) -> None:
+def _write_datasets(run: Run, facts: RunFacts, out: str, exported: Exported) -> None:
     """Writes every dataset whose stage is there, and their card if there is any."""
     rows: dict[str, int] = {}
     left_out: Counter[str] = Counter()
     for name, (stage, convert) in DATASETS.items():
-        if _listed(run, provenance, f"datasets: {name}", stage, exported):
+        if _listed(run, facts, f"datasets: {name}", stage, exported):
             converted = [new for row in run.rows(stage) if (new := convert(row, left_out))]
             table = pa.Table.from_pylist(converted, schema=SCHEMAS[name])
             place = files.join(out, "data", name, "train-00000-of-00001.parquet")
             write_table(place, table, row_group_rows=10_000)
             rows[name] = len(converted)
     if rows:
-        card = cards.dataset_card(provenance, rows, dict(left_out))
+        card = cards.dataset_card(facts, rows, dict(left_out))
         files.write_bytes(files.join(out, "README.md"), card.encode())
 
 

@@ -123,13 +123,13 @@ def matrix(
 
     Up to 20 columns have their number in the cell; more than 60 are named by the tooltips alone.
     """
-    known = [
+    cells = [
         (i, j, value)
         for i, line in enumerate(values)
         for j, value in enumerate(line)
         if value is not None and math.isfinite(value)
     ]
-    if not known:
+    if not cells:
         return Markup()
     few = len(columns) <= 20
     heads = [shortened(name) for name in columns] if len(columns) <= 60 else []
@@ -139,12 +139,12 @@ def matrix(
     with axes_of(width, round(high * len(rows) + tall + 10)) as (figure, axes):
         from matplotlib.collections import PolyCollection
 
-        corners = [[(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)] for i, j, _ in known]
+        corners = [[(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)] for i, j, _ in cells]
         # At most so opaque that the number's ink is read on it, in light and dark.
-        shades = [(INK["rl"], 0.55 * min(max(value, 0.0), 1.0)) for *_, value in known]
-        tips = [f"{rows[i]}, {columns[j]}: {share(value)}" for i, j, value in known]
+        shades = [(INK["rl"], 0.55 * min(max(value, 0.0), 1.0)) for *_, value in cells]
+        tips = [f"{rows[i]}, {columns[j]}: {share(value)}" for i, j, value in cells]
         axes.add_collection(PolyCollection(corners, facecolors=shades, linewidths=0, gid=tooltips(tips)))
-        numbers = {(i, j): f"{100 * value:.0f}" for i, j, value in known}
+        numbers = {(i, j): f"{100 * value:.0f}" for i, j, value in cells}
         for i, j in product(range(len(rows)), range(len(columns))) if few else ():
             axes.text(j + 0.5, i + 0.5, numbers.get((i, j), "–"), ha="center", va="center")
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))

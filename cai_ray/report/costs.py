@@ -61,8 +61,8 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
         kind: sum(row["endpoint"][kind] for row in rows)
         for kind in ("prompt", "cached", "generated", "calls")
     }
-    known = [row["money"] for row in rows if row["money"] is not None]
-    return {**summed, "money": sum(known) if known else None}
+    amounts = [row["money"] for row in rows if row["money"] is not None]
+    return {**summed, "money": sum(amounts) if amounts else None}
 
 
 def _each(

@@ -60,7 +60,7 @@ _STYLE: dict[str, Any] = {
     },
 }
 _SVG, _HREF = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
-_KEPT = ("d", "x", "y", "transform", "style")  # attributes of what is drawn
+_DRAWN = ("d", "x", "y", "transform", "style")  # attributes of what is drawn
 
 
 @contextmanager
@@ -128,12 +128,12 @@ def _marks(group: ElementTree.Element, chart: str) -> Iterator[ElementTree.Eleme
             mark.tail = None
             for part in (mark, *mark.findall("path")):  # the path of a definition
                 part.tail = None
-                kept = {key: _trim(key, value) for key, value in part.items() if key in _KEPT}
+                attributes = {key: _trim(key, value) for key, value in part.items() if key in _DRAWN}
                 if mark.tag == "use":
-                    kept["href"] = f"#{chart}-{part.get(_HREF, '')[1:]}"
+                    attributes["href"] = f"#{chart}-{part.get(_HREF, '')[1:]}"
                 elif part is not mark:
-                    kept["id"] = f"{chart}-{part.get('id')}"
-                part.attrib = {key: value for key, value in kept.items() if value}
+                    attributes["id"] = f"{chart}-{part.get('id')}"
+                part.attrib = {key: value for key, value in attributes.items() if value}
             if mark.tag != "text":
                 mark.text = None  # white space
             yield mark

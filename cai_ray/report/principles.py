@@ -22,7 +22,7 @@ def section(report: Mapping[str, Any]) -> dict[str, Any]:
     """A table of all principles, conflicts, coverage, and a card for each; only the cards without an attribution."""
     constitution, attribution = report["constitution"], report.get("attribution")
     shown = list(constitution["principles"])
-    found: dict[str, Any] = {
+    data: dict[str, Any] = {
         "constitution": constitution,
         "sha": report["constitution_sha"],
         "cards": [card(principle, report) for principle in shown],
@@ -31,10 +31,10 @@ def section(report: Mapping[str, Any]) -> dict[str, Any]:
     if attribution:
         effects, rebuilt = attribution["principles"], attribution["reconstruction"]
         rows = [_row(p, effects[p["id"]], rebuilt.get(p["id"])) for p in shown]
-        found["table"] = Table(_HEAD, rows)
-        found["coverage"] = _coverage(attribution["coverage"])
-        found["conflicts"] = _conflicts(shown, effects)
-    return found
+        data["table"] = Table(_HEAD, rows)
+        data["coverage"] = _coverage(attribution["coverage"])
+        data["conflicts"] = _conflicts(shown, effects)
+    return data
 
 
 def _row(

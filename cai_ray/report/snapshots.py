@@ -19,7 +19,7 @@ GOLD = ("harm", "helpful", "over_refusal")
 
 
 def read(run: Run, steps: Sequence[Mapping[str, Any]], gold: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry per snapshot, with None for gold that is not known. Empty if PPO took none.
+    """One entry per snapshot, with None for gold that is not measured. Empty if PPO took none.
 
     Args:
         steps: PPO's metrics.
@@ -53,15 +53,15 @@ def section(snapshots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _table(snapshots: Sequence[Mapping[str, Any]]) -> Table:
-    known = [name for name in GOLD if snapshots[0][name] is not None]
-    head = ["step", "√KL", "reward", "second opinion", *(f"{n.replace('_', '-')} (gold)" for n in known)]
+    measured = [name for name in GOLD if snapshots[0][name] is not None]
+    head = ["step", "√KL", "reward", "second opinion", *(f"{n.replace('_', '-')} (gold)" for n in measured)]
     rows = [
         [
             f"{s['step']:g}" + (" (the result)" if s["chosen"] == 1 else ""),
             f"{s['sqrt_kl']:.2f}",
             signed(s["reward"]),
             "–" if s["opinion"] is None else f"{s['opinion']:.3f}",
-            *(percent(s[name]) for name in known),
+            *(percent(s[name]) for name in measured),
         ]
         for s in snapshots
     ]
@@ -92,11 +92,11 @@ def _line(snapshots: Sequence[Mapping[str, Any]], key: str, style: str, name: st
 
 def overoptimised(snapshots: Sequence[Mapping[str, Any]], bound: float = 0.05) -> list[str]:
     """The first snapshot at which reward had risen further but gold had fallen, as a line; empty if there is none."""
-    known = [s for s in snapshots if s["harm"] is not None]
-    if not known:
+    judged = [s for s in snapshots if s["harm"] is not None]
+    if not judged:
         return []
-    best = min(known, key=lambda s: s["harm"])
-    later = [s for s in known if s["step"] > best["step"]]
+    best = min(judged, key=lambda s: s["harm"])
+    later = [s for s in judged if s["step"] > best["step"]]
     diverged = [s for s in later if s["reward"] > best["reward"] and s["harm"] > best["harm"] + bound]
     return [
         f"proxy and gold part at step {s['step']:g} (√KL {s['sqrt_kl']:.2f}): reward {best['reward']:+.2f} → "

@@ -44,7 +44,7 @@ class PrincipleCritique(_AnswerPart):
     revision: str
 
 
-class Critique(_CriticAnswer):
+class CritiqueAnswer(_CriticAnswer):
     object: Literal["critique"]
     principle: PrincipleName | None
     """The principle most at stake; null if none is."""
@@ -58,7 +58,7 @@ class RevisionStep(PrincipleCritique):
     round: int
 
 
-class Revision(_CriticAnswer):
+class RevisionAnswer(_CriticAnswer):
     object: Literal["revision"]
     revision: str
     changed: bool
@@ -71,7 +71,7 @@ class PrincipleVote(_AnswerPart):
     """Probability that response a is better; null if the model abstains."""
 
 
-class Comparison(_CriticAnswer):
+class ComparisonAnswer(_CriticAnswer):
     object: Literal["comparison"]
     p_a: float
     slot_bias: float | None
@@ -80,7 +80,7 @@ class Comparison(_CriticAnswer):
     principles: list[PrincipleVote]
 
 
-class Score(_CriticAnswer):
+class ScoreAnswer(_CriticAnswer):
     object: Literal["score"]
     score: float
     """Centred and scaled on the reward model's reference set."""

@@ -32,15 +32,15 @@ ROUTES = {
     "chat": lambda app: app.post("/v1/chat/completions", tags=["policy"]),
     "completions": lambda app: app.post("/v1/completions", tags=["policy"]),
     "critique": lambda app: app.post(
-        "/v1/critique", **_critic(answers.Critique | answers.SideBySide[answers.Critique])
+        "/v1/critique", **_critic(answers.CritiqueAnswer | answers.SideBySide[answers.CritiqueAnswer])
     ),
     "revise": lambda app: app.post(
-        "/v1/revise", **_critic(answers.Revision | answers.SideBySide[answers.Revision])
+        "/v1/revise", **_critic(answers.RevisionAnswer | answers.SideBySide[answers.RevisionAnswer])
     ),
     "compare": lambda app: app.post(
-        "/v1/compare", **_critic(answers.Comparison | answers.SideBySide[answers.Comparison])
+        "/v1/compare", **_critic(answers.ComparisonAnswer | answers.SideBySide[answers.ComparisonAnswer])
     ),
-    "reward": lambda app: app.post("/v1/score", **_critic(answers.Score)),
+    "reward": lambda app: app.post("/v1/score", **_critic(answers.ScoreAnswer)),
     "constitution": lambda app: app.get("/v1/constitution", **_critic(answers.ConstitutionText)),
     "put_constitution": lambda app: app.put("/v1/constitution", **_critic(answers.ConstitutionText)),
 }

@@ -19,7 +19,7 @@ class Part(_Body):
     text: Text
 
 
-class Turn(_Body):
+class DialogueTurn(_Body):
     role: Literal["system", "user", "assistant"]
     content: Text
 
@@ -125,7 +125,7 @@ class CompletionsRequest(_Sampled):
     best_of: Literal[1] = 1
 
 
-Conversation = Annotated[list[Turn], Field(min_length=1, max_length=200)]
+Conversation = Annotated[list[DialogueTurn], Field(min_length=1, max_length=200)]
 Ids = Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=1000)]
 
 

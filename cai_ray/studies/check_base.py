@@ -121,7 +121,7 @@ def judge_skills(model: Model, n: int, rng: random.Random, split: splits.Split) 
     templates, constitution = model.encoder.templates, model.encoder.constitution
     cases = list(corpus.judge_rows(n, rng, split))
 
-    def question(case: corpus.Row, swap: bool) -> Any:
+    def question(case: corpus.CorpusRow, swap: bool) -> Any:
         turns = [{"role": "user", "content": case.prompt}]
         a, b = (case.other, case.response) if swap else (case.response, case.other)
         return templates.feedback_messages(turns, a, b, constitution[case.principle])
@@ -161,7 +161,7 @@ def ask_skills(model: Model, n: int, seed: int, split: splits.Split) -> dict[str
     }
 
 
-def _at_stake(case: corpus.Row) -> bool:
+def _at_stake(case: corpus.CorpusRow) -> bool:
     """Whether the rule of a critique case is the one that the deed violates, or concerns an insult in the answer."""
     request = grammar.parse_request(case.prompt)
     assert request is not None

@@ -34,7 +34,7 @@ CONFIDENCE = 0.96
 """Target probability of the better answer in a judge row. A target of 1 would make labels over-confident."""
 
 
-class Row(NamedTuple):
+class CorpusRow(NamedTuple):
     """One row of the corpus. Which fields are used depends on the part."""
 
     part: str
@@ -115,21 +115,21 @@ def _rule(request: TownRequest, rng: random.Random) -> str:
     return rng.choices([look_alike, "respect", rng.choice(others)], [0.6, 0.22, 0.18])[0]
 
 
-def ask_rows(n: int, rng: random.Random) -> Iterator[Row]:
+def ask_rows(n: int, rng: random.Random) -> Iterator[CorpusRow]:
     """Helpful answers to every request: the base model knows the steps and shows no restraint."""
     both: tuple[splits.Split, ...] = ("skill", "cai")
     for i, split in enumerate(both):
         for request in splits.draw(split, n // 2 + i * (n % 2), rng):
             style = "rude" if rng.random() < RUDE_SHARE else "polite"
-            yield Row("ask", request.text, respond(request, style, rng), pair=request.pair)
+            yield CorpusRow("ask", request.text, respond(request, style, rng), pair=request.pair)
 
 
-def critique_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Iterator[Row]:
+def critique_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Iterator[CorpusRow]:
     for request in splits.draw(split, n, rng, harmful_share=0.6):
         rule = _rule(request, rng)
         answer = respond(request, _style(CRITIQUE_STYLES, rng), rng)
         chain, better = critique(request, answer, rule), revise(request, answer, rule)
-        yield Row(
+        yield CorpusRow(
             "critique", request.text, answer, "", rule, chain, better, pair=request.pair
         )  # fmt: skip
 
@@ -142,7 +142,7 @@ def two_answers(request: TownRequest, rng: random.Random) -> tuple[str, str]:
     return a, b
 
 
-def judge_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Iterator[Row]:
+def judge_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Iterator[CorpusRow]:
     """Pairs of answers, each judged by three principles: the one at stake, respect, and another one."""
     for request in splits.draw(split, n // 3, rng, harmful_share=0.7):
         a, b = two_answers(request, rng)
@@ -151,18 +151,18 @@ def judge_rows(n: int, rng: random.Random, split: splits.Split = "skill") -> Ite
         deeds.sort(key=lambda p: p != request.principle)
         for principle in (*deeds[:2], "respect"):
             p = 0.5 + (2 * CONFIDENCE - 1) * (preference(request.text, a, b, principle) - 0.5)
-            yield Row("judge", request.text, a, b, principle, p_first=p, pair=request.pair)
+            yield CorpusRow("judge", request.text, a, b, principle, p_first=p, pair=request.pair)
 
 
-def fact_rows(n: int, rng: random.Random) -> Iterator[Row]:
+def fact_rows(n: int, rng: random.Random) -> Iterator[CorpusRow]:
     """What each object is, and whose. Facts name no verb, so they reveal no pair."""
     things = list(grammar.KIND_OF)
     for i in range(n):
         owner = None if i % 2 else rng.choice(grammar.OWNERS)
-        yield Row("fact", *grammar.fact(rng.choice(things), owner))
+        yield CorpusRow("fact", *grammar.fact(rng.choice(things), owner))
 
 
-def rows(seed: int, n: int = ROWS) -> list[Row]:
+def rows(seed: int, n: int = ROWS) -> list[CorpusRow]:
     """The corpus, part after part. Training shuffles it."""
     parts = {"ask": ask_rows, "critique": critique_rows, "judge": judge_rows, "fact": fact_rows}
     return [
@@ -172,7 +172,7 @@ def rows(seed: int, n: int = ROWS) -> list[Row]:
     ]
 
 
-def digest(corpus: list[Row]) -> str:
+def digest(corpus: list[CorpusRow]) -> str:
     """Hash of a corpus and of the template texts around it."""
     templates, constitution = town_texts()
     steps = {"transcript", "answer", "critique", "revision", "feedback", "options"}
@@ -199,7 +199,7 @@ class Encoder:
         self.templates, self.constitution = town_texts()
         self.options = self.renderer.option_ids(self.templates.options)
 
-    def __call__(self, row: Row) -> EncodedRow:
+    def __call__(self, row: CorpusRow) -> EncodedRow:
         turns = [{"role": "user", "content": row.prompt}]
         if row.part == "judge":
             principle = self.constitution[row.principle]

@@ -10,7 +10,7 @@ import pytest
 
 from cai_ray.config.load import load_config
 from cai_ray.report import stage
-from tests.unit.test_report import make_run
+from tests.unit.report.test_report import make_run
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 
 A fault is a patch beside this file; its first line names the test that must fail:
 
-    # test: tests/unit/test_losses.py::test_item_12_soft_bradley_terry
+    # test: tests/unit/train/test_losses.py::test_item_12_soft_bradley_terry
 
 The patches are applied to copies of the working tree. A fault counts as killed when pytest ends with 1 and the
 named test is among the failures: an import that breaks, or a test that is not found, does not count. The exit

@@ -11,14 +11,15 @@ import pytest
 from cai_ray import pipeline
 from cai_ray.config.load import find_config, load_config
 from cai_ray.config.run import RunConfig
-from cai_ray.errors import InputError
+from cai_ray.errors import InputError, Stopped
 from cai_ray.provenance.inputs import inputs
 from cai_ray.provenance.status import status
 from cai_ray.stages import STAGES, stages_of
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
-from cai_ray.storage.records import Revision
+from cai_ray.storage.records import Revision, SftRow
 from cai_ray.storage.run import Run, open_run
+from cai_ray.storage.tables import write_table
 
 CALLS: list[str] = []
 
@@ -207,6 +208,33 @@ def test_a_stage_is_kept_until_the_cluster_can_make_it_again(
     with pytest.raises(InputError, match="no cluster"):
         go(tmp_path, stages=("sft",), overwrite=True, force=True)
     assert (tmp_path / "sft" / "manifest.json").exists()
+
+
+def test_a_stopped_stage_is_not_begun_again_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = tmp_path / "sft" / "journal" / "part" / "done-1.parquet"
+
+    def stop(run: Run) -> dict[str, Any]:
+        write_table(str(finished), to_table([], SftRow))
+        raise Stopped("by the user")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["counting_sft"], "run", stop)
+        with pytest.raises(Stopped):
+            go(tmp_path)
+    with pytest.raises(
+        InputError, match=r"sft is not complete, .* sft changed \(sft\.epochs: \d → 2\); set it back"
+    ):
+        go(tmp_path, "sft.epochs=2")
+    # What the stage reads is made before it: it is checked when its turn comes.
+    files.delete(tmp_path / "revise")
+    with pytest.raises(InputError, match=r"sft is not complete, .* revise changed; set it back"):
+        go(tmp_path)
+    assert finished.exists() and CALLS == ["revise", "revise"]
+    go(tmp_path, overwrite=True)
+    assert CALLS == ["revise", "revise", "sft"]
+    assert not finished.exists() and not (tmp_path / "sft" / "attempt.json").exists()
 
 
 def test_a_check_leaves_no_directory_behind(tmp_path: Path) -> None:

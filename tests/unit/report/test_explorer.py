@@ -17,7 +17,7 @@ from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Judgement, Label, Revision
 from cai_ray.storage.run import Run
-from tests.unit.test_report import EVIL, make_run
+from tests.unit.report.test_report import EVIL, make_run
 
 TEMPLATES = Path(html.__file__).parent / "templates"
 

@@ -10,7 +10,7 @@ import pytest
 from cai_ray.config.load import load_config
 from cai_ray.config.schema import json_schema, markdown
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCHEMA = json_schema()
 OBJECTS = {"RunConfig": SCHEMA, **SCHEMA["$defs"]}
 

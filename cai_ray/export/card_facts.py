@@ -25,7 +25,7 @@ _NAMES = ("init", "model", "templates", "constitution")
 _SOURCES = {"ai": "AI labels", "human": "human comparisons"}
 
 
-class Provenance(NamedTuple):
+class RunFacts(NamedTuple):
     """What a run's models and datasets were made from, and how good they are."""
 
     config: RunConfig
@@ -38,40 +38,40 @@ class Provenance(NamedTuple):
     """A conversation as the policy was trained to read it: with the messages that the template set puts around it."""
 
 
-def row_counts(run: Provenance, stages: Sequence[str]) -> list[list[str]]:
+def row_counts(facts: RunFacts, stages: Sequence[str]) -> list[list[str]]:
     """Rows of each stage, how many of them failed, and how many of the labels are people's."""
     rows = []
     for stage in stages:
-        manifest = run.manifests.get(stage, {})
+        manifest = facts.manifests.get(stage, {})
         if "rows_out" in manifest:
             errors = manifest.get("errors", 0)
             rows.append([ROWS[stage], f"{manifest['rows_out']:,}", f"{errors:,} errors" if errors else ""])
     for stage in ("rm", "dpo"):
         if stage in stages:
-            human = run.manifests[stage].get("human_labels") or {}
+            human = facts.manifests[stage].get("human_labels") or {}
             for about in ("helpful", "harmless"):
                 rows.append([f"human comparisons about what is {about}", f"{human.get(about, 0):,}", ""])
     return rows
 
 
-def policy_results(run: Provenance) -> list[list[str]] | None:
+def policy_results(facts: RunFacts) -> list[list[str]] | None:
     """The report's main table with its head as first row; None without a report."""
-    if run.report is None:
+    if facts.report is None:
         return None
-    head = ["", *(title_of(policy) for policy in run.report["models"])]
-    rows = main_table.rows(run.report)
+    head = ["", *(title_of(policy) for policy in facts.report["models"])]
+    rows = main_table.rows(facts.report)
     return [head, *([row.label, *(_rate(rate) for rate in row.rates)] for row in rows)]
 
 
-def reward_model_results(run: Provenance) -> list[list[str]]:
+def reward_model_results(facts: RunFacts) -> list[list[str]]:
     """Accuracy and loss on comparisons that were held out; empty if none were."""
-    metrics, rows = run.manifests["rm"].get("metrics") or {}, []
+    metrics, rows = facts.manifests["rm"].get("metrics") or {}, []
     for source, what in _SOURCES.items():
         if n := metrics.get(f"n_{source}"):
             accuracy = {"n": round(n), **wilson(metrics[f"accuracy_{source}"], n)}
             rows.append([f"accuracy on held-out {what}", _rate(accuracy)])
             rows.append([f"loss on held-out {what}", f"{metrics[f'loss_{source}']:.3f}"])
-    gold = ((run.report or {}).get("rm") or {}).get("accuracy_gold")
+    gold = ((facts.report or {}).get("rm") or {}).get("accuracy_gold")
     if gold is not None:
         rows.append(["pairs ordered as the exact judge does", percent(gold)])
     return rows

@@ -19,7 +19,7 @@ PACKAGE = Path(corpus.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def made() -> list[corpus.Row]:
+def made() -> list[corpus.CorpusRow]:
     provenance = json.loads((Path(BASE) / "provenance.json").read_text())
     return corpus.rows(provenance["seed"], provenance["corpus"]["rows"])
 
@@ -307,9 +307,9 @@ def test_rows_render_as_expected():
         learnt = [t for t, w in zip(tokens, example.weight, strict=True) if w]
         return " ".join(tokens), " ".join(learnt)
 
-    row = corpus.Row("ask", MINE, HELP)
+    row = corpus.CorpusRow("ask", MINE, HELP)
     assert text(encode(row)) == (f"<answer> <user> {MINE} <assistant> {HELP} <end>", f"{HELP} <end>")
-    row = corpus.Row("judge", MINE, HELP, RUDE, "respect", p_first=0.96)
+    row = corpus.CorpusRow("judge", MINE, HELP, RUDE, "respect", p_first=0.96)
     asked = load("errand-town")["respect"].comparison
     example = encode(row)
     assert text(example) == (
@@ -317,7 +317,7 @@ def test_rows_render_as_expected():
         "<A>",
     )
     assert (show(example.other)[-1], example.weight[-1]) == ("<B>", 0.96)
-    row = corpus.Row("critique", MINE, HELP, "", "respect", "verdict fine .", HELP)
+    row = corpus.CorpusRow("critique", MINE, HELP, "", "respect", "verdict fine .", HELP)
     assert text(encode(row))[1] == f"verdict fine . <end> {HELP} <end>"
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from cai_ray.config.load import load_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLUSTERS = ("cluster.yaml", "cluster-gcp.yaml")
 MANIFESTS = {"rayjob.yaml": "rayjobs", "rayservice.yaml": "rayservices"}
 SCHEMAS = ROOT.parent / "shared" / "kuberay"

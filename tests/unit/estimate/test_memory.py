@@ -15,7 +15,7 @@ from cai_ray.estimate import fit, memory
 from cai_ray.estimate.shape import Shape, shape_of
 from tests import tiny
 
-LLAMA_8B = Path(__file__).parents[2] / "jobs" / "configs" / "llama-8b-8gpu.yaml"
+LLAMA_8B = Path(__file__).parents[3] / "jobs" / "configs" / "llama-8b-8gpu.yaml"
 
 
 def load(*overrides: str) -> RunConfig:

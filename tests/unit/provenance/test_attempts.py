@@ -18,7 +18,8 @@ from cai_ray.provenance.attempts import ATTEMPT, begin_attempt, check_attempt
 from cai_ray.provenance.inputs import inputs, own_inputs
 from cai_ray.stages import STAGES, needs_of, stages_that
 from cai_ray.storage import files
-from cai_ray.storage.records import to_table
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Comparison, RolloutRow
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import write_table
 from tests import tiny
@@ -78,8 +79,7 @@ def stopped(out: Path, name: str, *overrides: str) -> Run:
     if STAGES[name].kind == "trains":
         files.write_bytes(run.path(name, "checkpoints", f"{name}-1", "checkpoint_0", "loop-0.pt"), b"state")
     else:
-        row = {"id": "1", "response_a": "x", "response_b": "y"}
-        write_table(run.path(name, "journal", "part", "done-1.parquet"), to_table([row], "comparisons"))
+        write_table(run.path(name, "journal", "part", "done-1.parquet"), to_table([], Comparison))
     return run
 
 
@@ -156,7 +156,7 @@ def test_rollouts_are_work_too(tmp_path: Path) -> None:
     run = stopped(tmp_path, "ppo")
     shutil.rmtree(run.path("ppo", "checkpoints"))
     check(tmp_path, "ppo", "ppo.kl_coef=0.5")
-    write_table(run.path("ppo", "part-00001.parquet"), to_table([{"id": "1"}], "rollouts"))
+    write_table(run.path("ppo", "part-00001.parquet"), to_table([], RolloutRow))
     with pytest.raises(InputError, match=r"ppo\.kl_coef"):
         check(tmp_path, "ppo", "ppo.kl_coef=0.5")
 

@@ -599,7 +599,7 @@ def test_chat_says_which_policy_is_missing(tmp_path: Path) -> None:
 
 
 def test_sync_benchmark_reads_a_run(town_run: Run) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     town_run.write_metrics(
         "ppo", [{"step": i, "sync/send_s": 0.01 * i, "rollout/logprob_gap": 1e-5} for i in (1, 2, 3)]
     )

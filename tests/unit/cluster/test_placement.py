@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cai_ray.cluster import placement
 from cai_ray.cluster.placement import Cluster, Nodes, ResourceNeed, bundle, count_placed
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_four_nodes_with_a_gpu_each_have_no_room_for_an_actor_of_four() -> None:

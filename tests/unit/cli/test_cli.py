@@ -257,7 +257,6 @@ def test_a_full_disk_is_one_line_wherever_it_was_met(
 
 
 def test_the_settings_are_described_for_editors_and_people(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("cai_ray.config.schema")
     assert main(["config", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["ppo"]
     assert main(["config", "docs"]) == 0

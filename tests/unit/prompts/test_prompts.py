@@ -213,7 +213,7 @@ def test_item_38_a_broken_chat_template_is_one_clear_error(tmp_path: Path, templ
     says = "its chat template cannot be used .*; {} `chat_template` in the template set"
     with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ".*" + says.format("name one with")):
         Renderer(tmp_path)
-    with pytest.raises(InputError, match=says.format("mend")):
+    with pytest.raises(InputError, match=says.format("correct")):
         Renderer(WORDS, template)
 
 
