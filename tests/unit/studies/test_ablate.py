@@ -104,6 +104,6 @@ def test_where_nobody_judges_harm_declining_is_the_behaviour(
     bare = load_templates("general").model_copy(update={"refusals": ()})
     monkeypatch.setattr(ablate, "load_templates", lambda _: bare)
     config = load_config("errand-town", out=str(tmp_path / "run"))
-    judge = config.evaluate.model_copy(update={"judge": "model"})
+    no_gold = config.evaluate.model_copy(update={"gold": None})
     with pytest.raises(InputError, match="has no `refusals`, which recognise answers that decline"):
-        ablate.ablate(config.model_copy(update={"evaluate": judge}), ["privacy"], say=lambda _: None)
+        ablate.ablate(config.model_copy(update={"evaluate": no_gold}), ["privacy"], say=lambda _: None)
