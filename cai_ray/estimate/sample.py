@@ -66,9 +66,15 @@ def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
     for stage in rows:
         if "limit" in data[stage]:
             data[stage]["limit"] = None
-    for engine in (data["engine"], data["label"]["engine"]):
-        if engine:
-            engine |= {"min_actors": 1, "max_actors": 1}
+    for prompted in (
+        data,
+        data["label"]["judge"],
+        data["evaluate"]["judge"],
+        data["ppo"]["watch"]["judge"],
+        data["revise"]["critique_model"],
+    ):
+        if prompted and prompted["engine"]:
+            prompted["engine"] |= {"min_actors": 1, "max_actors": 1}
     limit = data["label"]["gold_limit"]
     data["label"] |= {"gates": {}, "gold_limit": min(limit, count)}
     share = rows["compare"] / len(prompts_of(config)["compare"])
