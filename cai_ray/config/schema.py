@@ -53,7 +53,7 @@ prints the same as JSON Schema, for editors.
 """
 
 
-class Table(NamedTuple):
+class SettingsTable(NamedTuple):
     title: str
     introduction: str
     rows: list[tuple[str, str, str, str, str]]
@@ -82,23 +82,23 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
-def _tables() -> Iterator[Table]:
+def _tables() -> Iterator[SettingsTable]:
     top = [(name, field) for name, field in RunConfig.model_fields.items()]
-    yield Table("The run", "Keys at the top of the file. The tables below have the keys of its sections.", [
+    yield SettingsTable("The run", "Keys at the top of the file. The tables below have the keys of its sections.", [
         _row(RunConfig, name, field) for name, field in top
     ])  # fmt: skip
     for kind, (title, introduction) in _SHARED.items():
-        yield Table(title, introduction, [_row(kind, *item) for item in _own_fields(kind)])
+        yield SettingsTable(title, introduction, [_row(kind, *item) for item in _own_fields(kind)])
     for name, field in top:
         yield from _section(name, field)
 
 
-def _section(key: str, field: FieldInfo) -> Iterator[Table]:
+def _section(key: str, field: FieldInfo) -> Iterator[SettingsTable]:
     """The tables of a section and of the sections in it, without those that are described once."""
     for kind in _sections_in(field.annotation):
         if kind not in _SHARED:
             doc = " ".join((kind.__doc__ or "").split())
-            yield Table(f"`{key}`", doc, [_row(kind, *item) for item in _own_fields(kind)])
+            yield SettingsTable(f"`{key}`", doc, [_row(kind, *item) for item in _own_fields(kind)])
             for name, inner in _own_fields(kind):
                 yield from _section(f"{key}.{name}", inner)
 

@@ -19,7 +19,7 @@ ROWS = {
 """What the rows of a stage are."""
 
 
-class Role(NamedTuple):
+class RoleCard(NamedTuple):
     title: str
     about: str
     stages: tuple[str, ...]
@@ -29,7 +29,7 @@ class Role(NamedTuple):
     limitations: tuple[str, ...]
 
 
-def role_of(name: str, method: str) -> Role:
+def role_of(name: str, method: str) -> RoleCard:
     """The role `sl`, `rm` or `rl` in a run of a method."""
     return _RL_BY_DPO if name == "rl" and method == "dpo" else _ROLES[name]
 
@@ -46,7 +46,7 @@ _POLICY_LIMITATIONS = (
     "authors did not think of, nobody taught this policy.",
 )
 _ROLES = {
-    "sl": Role(
+    "sl": RoleCard(
         f"{MODELS['sl'].title} policy",
         "A language model, fine-tuned on its own answers after it had criticised and revised them by a constitution.",
         _through("sft", "ppo"),
@@ -54,7 +54,7 @@ _ROLES = {
         "text-generation",
         _POLICY_LIMITATIONS,
     ),
-    "rm": Role(
+    "rm": RoleCard(
         MODELS["rm"].title,
         "It scores answers. It was trained on a feedback model's soft preferences by a constitution, and on human "
         "comparisons of helpfulness where there were any.",
@@ -68,7 +68,7 @@ _ROLES = {
             "It has the feedback model's blind spots: nobody checked its labels one by one.",
         ),
     ),
-    "rl": Role(
+    "rl": RoleCard(
         f"{MODELS['rl'].title} policy",
         "The SL-CAI policy after reinforcement learning (PPO) against the reward model of the same run.",
         _through("ppo", "ppo"),
@@ -80,7 +80,7 @@ _ROLES = {
         ),
     ),
 }
-_RL_BY_DPO = Role(
+_RL_BY_DPO = RoleCard(
     f"{MODELS['rl'].title} policy",
     "The SL-CAI policy after direct preference optimisation (DPO) on a feedback model's soft preferences by a "
     "constitution, and on human comparisons of helpfulness where there were any.",

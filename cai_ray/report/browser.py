@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cai_ray.report import turns
-from cai_ray.report.turns import Turn
+from cai_ray.report.turns import Passage
 
 KINDS = {"revision": "critique and revision", "answer": "answers of the policies"}
 
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     """Ids of those that changed an answer, or that an answer names."""
     outcome: str
     head: str
-    turns: list[Turn]
+    turns: list[Passage]
     id: str
 
 
@@ -73,7 +73,7 @@ def _answers(item: Mapping[str, Any]) -> Entry:
 
 
 def _entry(
-    item: Mapping[str, Any], kind: str, principles: list[str], conversation: list[Turn], id: str
+    item: Mapping[str, Any], kind: str, principles: list[str], conversation: list[Passage], id: str
 ) -> Entry:
     head = item["messages"][-1]["content"][:140]
     return Entry(kind, item["family"] or "", principles, item["outcome"], head, conversation, id)

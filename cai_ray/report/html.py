@@ -29,7 +29,7 @@ from cai_ray.stages import POLICIES
 _HERE = Path(__file__).parent
 
 
-class Section(NamedTuple):
+class PageSection(NamedTuple):
     anchor: str
     title: str
     template: str
@@ -89,44 +89,44 @@ def _reproduce(report: dict[str, Any]) -> dict[str, Any] | None:
 
 
 SECTIONS = (
-    Section("summary", "In short", "summary.html", summary),
-    Section("results", "Results", "results.html", main_table.section),
-    Section("frontier", "Harmless and helpful", "axes.html", measures.axes),
-    Section("families", "Harm by family", "families.html", measures.by_family),
-    Section("revision", "Harm by round of revision", "revision.html", curves.revision),
-    Section("quality", "Labels and reward model", "facts.html", label_quality.quality),
-    Section(
+    PageSection("summary", "In short", "summary.html", summary),
+    PageSection("results", "Results", "results.html", main_table.section),
+    PageSection("frontier", "Harmless and helpful", "axes.html", measures.axes),
+    PageSection("families", "Harm by family", "families.html", measures.by_family),
+    PageSection("revision", "Harm by round of revision", "revision.html", curves.revision),
+    PageSection("quality", "Labels and reward model", "facts.html", label_quality.quality),
+    PageSection(
         "certificate",
         "Certificate of the labels",
         "certificate.html",
         label_quality.certificate_section,
     ),
-    Section(
+    PageSection(
         "ppo",
         "Reinforcement learning",
         "curves.html",
         partial(curves.training, method="ppo", curves=curves.PPO),
     ),
-    Section(
+    PageSection(
         "snapshots",
         "Snapshots while it learned",
         "snapshots.html",
         lambda report: snapshots.section(report["snapshots"]),
     ),
-    Section(
+    PageSection(
         "dpo",
         "Direct preference optimisation",
         "curves.html",
         partial(curves.training, method="dpo", curves=curves.DPO),
     ),
-    Section("transcripts", "Three transcripts", "transcripts.html", browser.transcripts),
-    Section("constitution", "Principles", "principles.html", principles.section),
-    Section("browser", "Browse the transcripts", "browser.html", browser.section),
-    Section("alarms", "Alarms", "alarms.html", _alarms),
-    Section("wording", "Wording", "table.html", measures.wording),
-    Section("sets", "Published sets", "table.html", measures.sets),
-    Section("harness", "Capability kept", "table.html", measures.harness),
-    Section("stages", "Cost", "costs.html", costs.section),
-    Section("reproduce", "How to reproduce it", "reproduce.html", _reproduce),
+    PageSection("transcripts", "Three transcripts", "transcripts.html", browser.transcripts),
+    PageSection("constitution", "Principles", "principles.html", principles.section),
+    PageSection("browser", "Browse the transcripts", "browser.html", browser.section),
+    PageSection("alarms", "Alarms", "alarms.html", _alarms),
+    PageSection("wording", "Wording", "table.html", measures.wording),
+    PageSection("sets", "Published sets", "table.html", measures.sets),
+    PageSection("harness", "Capability kept", "table.html", measures.harness),
+    PageSection("stages", "Cost", "costs.html", costs.section),
+    PageSection("reproduce", "How to reproduce it", "reproduce.html", _reproduce),
 )
 """In the order of the page."""

@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 
 from cai_ray.report.roles import colour_of, in_order, title_of
 from cai_ray.report.text import signed
-from cai_ray.report.word_diff import Piece, diff
+from cai_ray.report.word_diff import Span, diff
 from cai_ray.stages import POLICIES
 
 
-class Turn(NamedTuple):
+class Passage(NamedTuple):
     speaker: str
-    pieces: list[Piece]
+    pieces: list[Span]
     style: str = ""
     """Class of the page's style."""
     note: str = ""
 
 
-def prompt(item: Mapping[str, Any]) -> list[Turn]:
+def prompt(item: Mapping[str, Any]) -> list[Passage]:
     """The messages that a policy answers."""
     return [
         _turn("prompt" if message["role"] == "user" else message["role"], message["content"])
@@ -27,7 +27,7 @@ def prompt(item: Mapping[str, Any]) -> list[Turn]:
     ]
 
 
-def revision(item: Mapping[str, Any]) -> list[Turn]:
+def revision(item: Mapping[str, Any]) -> list[Passage]:
     """The turns from a prompt to its last revision."""
     turns, before = [*prompt(item), _turn("first answer", item["response"])], item["response"]
     for step in item["steps"]:
@@ -36,14 +36,14 @@ def revision(item: Mapping[str, Any]) -> list[Turn]:
             turns.append(_turn(f"critique {number}", step["critique"], "critique", note=title))
         if step["changed"]:
             pieces = diff(before, step["revision"])
-            turns.append(Turn(f"revision {number}", pieces, "changed", note=title))
+            turns.append(Passage(f"revision {number}", pieces, "changed", note=title))
         else:
             turns.append(_turn(f"revision {number}", "unchanged", "same", note=title))
         before = step["revision"]
     return turns
 
 
-def comparison(item: Mapping[str, Any]) -> list[Turn]:
+def comparison(item: Mapping[str, Any]) -> list[Passage]:
     """The two responses of a comparison with its votes; nothing if there is none."""
     pair = item.get("comparison")
     if not pair:
@@ -52,11 +52,11 @@ def comparison(item: Mapping[str, Any]) -> list[Turn]:
     preferred = f"preferred with probability {pair['p_a']:.2f}"
     return [
         _turn("compared: A", pair["response_a"], note=preferred),
-        Turn("compared: B", diff(pair["response_a"], pair["response_b"]), note=f"votes for A: {votes}"),
+        Passage("compared: B", diff(pair["response_a"], pair["response_b"]), note=f"votes for A: {votes}"),
     ]
 
 
-def final_answers(item: Mapping[str, Any]) -> list[Turn]:
+def final_answers(item: Mapping[str, Any]) -> list[Passage]:
     """What each policy answers after training, with its reward."""
     turns = []
     for policy in in_order(item["answers"]):
@@ -66,15 +66,15 @@ def final_answers(item: Mapping[str, Any]) -> list[Turn]:
     return turns
 
 
-def judged_answers(item: Mapping[str, Any]) -> list[Turn]:
+def judged_answers(item: Mapping[str, Any]) -> list[Passage]:
     """What each policy answers to a held-out prompt and how it was judged, the later ones compared with the first."""
-    turns: list[Turn] = []
+    turns: list[Passage] = []
     first: str | None = None
     for policy, answer in item["policies"].items():
-        pieces = [Piece(answer["text"])] if first is None else diff(first, answer["text"])
+        pieces = [Span(answer["text"])] if first is None else diff(first, answer["text"])
         first = answer["text"] if first is None else first
         style = policy if policy in POLICIES else "control"
-        turns.append(Turn(title_of(policy), pieces, style, note=", ".join(_verdicts(answer))))
+        turns.append(Passage(title_of(policy), pieces, style, note=", ".join(_verdicts(answer))))
     return turns
 
 
@@ -87,5 +87,5 @@ def _verdicts(answer: Mapping[str, Any]) -> list[str]:
     return verdicts
 
 
-def _turn(speaker: str, text: str | None, style: str = "", note: str = "") -> Turn:
-    return Turn(speaker, [Piece(text or "")], style, note)
+def _turn(speaker: str, text: str | None, style: str = "", note: str = "") -> Passage:
+    return Passage(speaker, [Span(text or "")], style, note)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -269,3 +270,23 @@ def test_compat_names_the_pinned_version_of_its_library(module):
         f"{module}: begin a paragraph of its docstring with library and version, `ray {pins['ray']}: …`"
     )
     assert all(pins[library] == version for library, version in named), f"{module}: {named}, pinned: {pins}"
+
+
+MOST_LINES, MANY_LINES, FEW = 400, 300, 8
+
+
+def test_files_are_short():
+    """A file holds one idea: none has more than 400 lines, and few have more than 300."""
+    lines = {m: len(path.read_text(encoding="utf-8").splitlines()) for m, path in SOURCES.items()}
+    assert not [m for m, n in lines.items() if n > MOST_LINES]
+    assert len([m for m, n in lines.items() if n > MANY_LINES]) <= FEW
+
+
+def test_no_two_classes_have_one_name():
+    places = defaultdict(set)
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].add(module)
+    twice = {name: sorted(modules) for name, modules in places.items() if len(modules) > 1}
+    assert not twice, f"give each a name of its own: {twice}"

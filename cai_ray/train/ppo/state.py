@@ -108,9 +108,10 @@ class State:
 
 
 def clear_leftovers(run: Run) -> None:
-    """Deletes what an attempt with other settings left: sampled rollouts, rows of snapshots and their models.
+    """Deletes what an attempt that died before its first checkpoint left: rollouts, snapshots and their models.
 
-    A run that begins at step 0 would mix its rows with theirs. Rank 0 deletes.
+    A run that begins at step 0 writes the same rows again and would mix them with these. Rank 0 deletes. An attempt
+    with other settings never gets here: `provenance/attempts.py` asks for `--overwrite`.
     """
     if rank() == 0:
         for name in ("part", "snapshot"):
