@@ -14,7 +14,7 @@ def share(flags: Iterable[bool]) -> float | None:
 
 
 def rate(flags: Sequence[float]) -> dict[str, Any]:
-    """Share of true flags with its 95 % Wilson score interval (Wilson 1927); value None over no flags.
+    """Share of true flags with its 95% Wilson score interval (Wilson 1927); value None over no flags.
 
     A flag may be true in part, such as an answer that ties with another.
     """
@@ -25,7 +25,7 @@ def rate(flags: Sequence[float]) -> dict[str, Any]:
 
 
 def wilson(p: float, n: float) -> dict[str, float]:
-    """A share of n with its 95 % Wilson score interval."""
+    """A share of n with its 95% Wilson score interval."""
     z = 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
