@@ -467,16 +467,16 @@ def test_item_24_a_sync_that_sends_nothing_stops_the_run(ray_cluster: None, tmp_
 
     def loop(args: dict[str, Any]) -> dict[str, Any]:
         from cai_ray.train.ppo import loop as ppo
-        from cai_ray.train.weights import sync
+        from cai_ray.train.weights import object_store
 
-        send, kept = sync.send, {}
+        send, kept = object_store.send, {}
 
         def stale(pool: Any, tensors: Any, version: int, dtype: str | None = None) -> Any:
             now = {name: tensor.clone() for name, tensor in tensors}
             kept.setdefault("first", now)
             return send(pool, kept["first"].items(), version, dtype)
 
-        sync.send = stale
+        object_store.send = stale
         return ppo.loop(args)
 
     with pytest.raises(Stopped, match=r"weight sync failed: engine 0, weights 1: holds other values"):

@@ -16,7 +16,7 @@ from cai_ray.storage.records import derive_seed
 from cai_ray.train.ppo.engine_owner import close_engines, open_engines
 from cai_ray.train.ppo.pool import Pool
 from cai_ray.train.ppo.rollout_engine import Request, StaleError
-from cai_ray.train.weights import sync
+from cai_ray.train.weights import object_store
 from cai_ray.train.weights.proof import digests_of, prove
 from cai_ray.train.weights.state import state_items
 from tests.ray.engines import Shared, logprobs, shared, town_config
@@ -43,7 +43,7 @@ def model(engine: Shared) -> Any:
 @pytest.fixture(scope="module")
 def pool(engine: Shared, model: Any) -> Pool:
     made = engine.join()
-    sync.send(made, state_items(model), 0)
+    object_store.send(made, state_items(model), 0)
     return made
 
 
@@ -109,7 +109,7 @@ def two_engines(engine: Shared, model: Any) -> Iterator[Pool]:
     config = town_config(ppo={"rollout_engines": 2})
     owner = open_engines(config, engine.folder, engine.renderer.end_id, gpu=False)
     made = Pool(owner, deadline_s=10)
-    sync.send(made, state_items(model), 0)
+    object_store.send(made, state_items(model), 0)
     yield made
     close_engines(owner)
 
@@ -138,11 +138,11 @@ def test_item_23_an_engine_lost_in_a_sync_has_the_new_weights_or_none(
         for weight in new.parameters():
             weight += 0.02 * torch.randn_like(weight)
     asked, probes = requests(engine, 9), [list(range(20, 60)), list(range(40, 90))]
-    sync.send(pool, state_items(new), 1)
+    object_store.send(pool, state_items(new), 1)
     wanted = pool.sample(asked, 1, 1.6, 24)
 
     lose_while(two_engines, 0, number, "update")
-    sync.send(two_engines, state_items(new), 1)
+    object_store.send(two_engines, state_items(new), 1)
     assert two_engines.replaced == 1
     lose_while(two_engines, 1, number, "report")
     digests, now = digests_of(state_items(new)), logprobs(new, probes)
@@ -151,7 +151,7 @@ def test_item_23_an_engine_lost_in_a_sync_has_the_new_weights_or_none(
     assert two_engines.sample(asked, 1, 1.6, 24) == wanted
     with pytest.raises(StaleError, match="asked for weights 0"):
         two_engines.sample(asked, 0, 1.6, 24)
-    sync.send(pool, state_items(model), 0)  # as the other tests expect it
+    object_store.send(pool, state_items(model), 0)  # as the other tests expect it
 
 
 def pids(pool: Pool) -> list[int]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cai_ray.train.ppo.pool import Pool
 from cai_ray.train.ppo.rollout_engine import Request, StaleError
-from cai_ray.train.weights import sync
+from cai_ray.train.weights import object_store
+from cai_ray.train.weights.object_store import pack, unpack
 from cai_ray.train.weights.proof import TOLERANCE, Proof, SyncError, check_probes, digest, digests_of, prove
-from cai_ray.train.weights.sync import pack, unpack
 from tests.ray.engines import Shared, logprobs, shared, weights
 
 FP32 = TOLERANCE["float32"]
@@ -49,7 +49,7 @@ def versions(engine: Shared) -> tuple[list[list[int]], list[dict[str, Tensor]], 
 def pool(engine: Shared, versions: Any) -> Pool:
     """A pool whose engine was sent version 0."""
     made = engine.join()
-    sync.send(made, versions[1][0].items(), 0)
+    object_store.send(made, versions[1][0].items(), 0)
     return made
 
 
@@ -68,7 +68,7 @@ def forward_gap(pool: Pool, versions: Any, version: int = 1) -> float:
 def test_item_24_a_send_is_proved_on_tokens_that_moved(pool: Pool, versions: Any) -> None:
     probes, states, values = versions
     prove(pool, digests_of(states[0].items()), 0, probes, values[0], None, FP32)
-    sent = [sync.send(pool, states[1].items(), v) for v in (1, 2, 3)]
+    sent = [object_store.send(pool, states[1].items(), v) for v in (1, 2, 3)]
     proof = prove_version(pool, versions, version=3)
     assert proof.gap <= FP32 and proof.moved > 10 * FP32 and proof.shown > 100
     print({"send_s": [round(s.seconds, 3) for s in sent], **proof._asdict()})
@@ -80,14 +80,14 @@ def test_item_24_a_skipped_send_fails_the_proof(pool: Pool, versions: Any) -> No
 
 
 def test_item_24_a_send_of_nothing_under_a_new_number_fails_the_proof(pool: Pool, versions: Any) -> None:
-    sync.send(pool, (), 1)
+    object_store.send(pool, (), 1)
     with pytest.raises(SyncError, match="did not receive"):
         prove_version(pool, versions)
     assert forward_gap(pool, versions) > 10 * FP32
 
 
 def test_item_24_the_weights_of_the_step_before_fail_the_proof(pool: Pool, versions: Any) -> None:
-    sync.send(pool, versions[1][0].items(), 1)
+    object_store.send(pool, versions[1][0].items(), 1)
     with pytest.raises(SyncError, match="holds other values"):
         prove_version(pool, versions)
     # Without digests the forward pass says so too.
@@ -104,8 +104,8 @@ def test_item_24_any_tensor_left_out_fails_the_proof(pool: Pool, versions: Any) 
     unseen = []
     for name in states[1]:
         # The same number each time: only what was received differs.
-        sync.send(pool, states[0].items(), 0)
-        sync.send(pool, ((n, t) for n, t in states[1].items() if n != name), 1)
+        object_store.send(pool, states[0].items(), 0)
+        object_store.send(pool, ((n, t) for n, t in states[1].items() if n != name), 1)
         with pytest.raises(SyncError, match=f"did not receive {name}"):
             prove_version(pool, versions)
         if forward_gap(pool, versions) <= FP32:
@@ -124,7 +124,7 @@ def test_item_24_an_update_too_small_for_the_forward_pass_is_seen(pool: Pool, ve
     stale = dict(versions[1][1])
     stale[name] = stale[name].clone()
     stale[name][7] = torch.nextafter(stale[name][7], torch.tensor(9.0))
-    sync.send(pool, stale.items(), 1)
+    object_store.send(pool, stale.items(), 1)
     assert forward_gap(pool, versions) <= FP32
     with pytest.raises(SyncError, match=f"holds other values in {name}"):
         prove_version(pool, versions)
@@ -138,7 +138,7 @@ def test_item_23_the_prefix_cache_is_reset_at_every_update(pool: Pool, engine: S
     long = [Request(probes[0] + probes[1], seed) for seed in range(8)]
     model = AutoModelForCausalLM.from_pretrained(engine.folder)
     for version in (0, 1):
-        sync.send(pool, states[version].items(), version)
+        object_store.send(pool, states[version].items(), version)
         model.load_state_dict(states[version])
         rollouts = pool.sample(long, version, 1.0, 8)
         assert {r.version for r in rollouts} == {version}
@@ -155,13 +155,13 @@ def test_item_23_no_engine_answers_for_another_version(pool: Pool, versions: Any
 
 def test_no_engine_answers_an_epoch_that_is_over(engine: Shared, versions: Any) -> None:
     first = engine.join()
-    sync.send(first, versions[1][0].items(), 0)
+    object_store.send(first, versions[1][0].items(), 0)
     second = engine.join()
     assert second.epoch == first.epoch + 1
     with pytest.raises(StaleError, match="asked for epoch"):
         first.sample([Request([5, 6], 0)], 0, 1.0, 4)
     with pytest.raises(StaleError, match="asked for epoch"):
-        sync.send(first, versions[1][0].items(), 1)
+        object_store.send(first, versions[1][0].items(), 1)
     # Joined, and sent nothing yet: it has no weights, though it has the same ones in memory.
     with pytest.raises(StaleError, match="the engine has None"):
         second.sample([Request([5, 6], 0)], 0, 1.0, 4)

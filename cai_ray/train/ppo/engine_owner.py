@@ -12,7 +12,7 @@ from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
 from cai_ray.config.run import RunConfig
 from cai_ray.storage.models import local_model
 from cai_ray.train.ppo.rollout_engine import RolloutEngine
-from cai_ray.train.weights.transfer import Way
+from cai_ray.train.weights.send import Way
 
 
 class EngineSpec(NamedTuple):

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from cai_ray.cluster.holder import Holder
 from cai_ray.storage.models import local_model
+from cai_ray.train.weights.object_store import Packed
 from cai_ray.train.weights.proof import EngineWeights
-from cai_ray.train.weights.sync import Packed
-from cai_ray.train.weights.transfer import Way
+from cai_ray.train.weights.send import Way
 
-WORKER = "cai_ray.train.weights.worker.SyncWorker"
+WORKER = "cai_ray.train.weights.receive.SyncWorker"
 """The class whose methods vLLM's worker gains (`worker_extension_cls`)."""
 
 
@@ -48,7 +48,7 @@ class RolloutEngine:
         model: the folder that the policy starts from, on any file system.
         arguments: vLLM's arguments (`engine.vllm.engine_args`).
         end_id: the token that ends a turn (`Renderer.end_id`).
-        way: how weights arrive (weights/transfer.py).
+        way: how weights arrive (weights/send.py).
 
     Raises:
         StaleError: from a call, the engine does not have the epoch or version that was asked for.

@@ -20,8 +20,8 @@ from cai_ray.train.ppo.state import State
 from cai_ray.train.runtime.engine import Trained
 from cai_ray.train.runtime.ranks import from_first, rank
 from cai_ray.train.weights.proof import TOLERANCE, SyncError, digests_of, prove
+from cai_ray.train.weights.send import make_sender
 from cai_ray.train.weights.state import gathered_state
-from cai_ray.train.weights.transfer import make_sender
 
 FIXED_PROBES, MOVING_PROBES = 4, 12
 """Sequences that a sync is proved on: prompts that stay, and the step's rows with the largest advantages."""

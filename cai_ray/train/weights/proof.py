@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cai_ray.train.weights.sync import cast
+from cai_ray.train.weights.object_store import cast
 
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.15, "float16": 0.05}
 """Largest |engine - trainer| allowed on a probe token. Measured: 6e-6 for fp32 on CPU, 0.07 for bf16."""

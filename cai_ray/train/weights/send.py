@@ -1,6 +1,6 @@
-"""Ways of the weights from the trainer to the engines, by the names of `ppo.weight_sync`.
+"""Sends weights from the trainer to the engines, in one of the ways that `ppo.weight_sync` names.
 
-- `ray`: through Ray's object store, on the CPUs (sync.py). It works on any machine, and an engine that was replaced is
+- `ray`: through Ray's object store, on the CPUs (object_store.py). It works on any machine, and an engine that was replaced is
   sent the weights again at once.
 - `nccl`: vLLM's weight-transfer interface from GPU to GPU: one broadcast from the trainer's rank 0 to all engines.
 - `gloo`: the same interface on CPUs.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from cai_ray.train.runtime.ranks import rank
-from cai_ray.train.weights import sync
-from cai_ray.train.weights.sync import Sent, cast
+from cai_ray.train.weights import object_store
+from cai_ray.train.weights.object_store import Sent, cast
 
 Way = Literal["ray", "gloo", "nccl"]
 Send = Callable[[int], Sent]
@@ -44,7 +44,7 @@ def make_sender(
         span: the GPUs, and so the workers, of each engine.
     """
     if way == "ray":
-        return lambda version: sync.send(pool, tensors(), version, dtype)
+        return lambda version: object_store.send(pool, tensors(), version, dtype)
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.nccl_engine import (
         NCCLTrainerInitInfo,

@@ -1,6 +1,6 @@
 """Sends named tensors to the rollout engines through Ray's object store.
 
-transfer.py has the ways through vLLM's own interface. An engine loads the tensors with vLLM's layerwise reload, which
+send.py has the ways through vLLM's own interface. An engine loads the tensors with vLLM's layerwise reload, which
 packs them for its kernels as a load from disk does. The head of a model with tied embeddings must be among them: vLLM's
 CPU build computes with a packed copy of the head, which a new embedding alone does not renew (`state.state_items`
 yields it).

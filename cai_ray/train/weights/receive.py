@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cai_ray.compat.vllm_gloo import register_gloo
 from cai_ray.compat.vllm_worker import clear_cache, finish_reload, load_tensors, start_reload, worker_model
+from cai_ray.train.weights.object_store import Packed, unpack
 from cai_ray.train.weights.proof import digest
-from cai_ray.train.weights.sync import Packed, unpack
 
 
 class SyncWorker:
