@@ -1,7 +1,7 @@
 """Sends weights from the trainer to the engines, in one of the ways that `ppo.weight_sync` names.
 
-- `ray`: through Ray's object store, on the CPUs (object_store.py). It works on any machine, and an engine that was replaced is
-  sent the weights again at once.
+- `ray`: through Ray's object store, on the CPUs (object_store.py). It works on any machine, and an engine that was
+  replaced is sent the weights again at once.
 - `nccl`: vLLM's weight-transfer interface from GPU to GPU: one broadcast from the trainer's rank 0 to all engines.
 - `gloo`: the same interface on CPUs.
 
