@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py --out DIR [--seeds N] [--split dev|held] [--only NAME …] [--set KEY=VALUE …]
 
-Means over the seeds, with 95 % intervals over prompts. Stages that a change does not reach are the full run's; what is
+Means over the seeds, with 95% intervals over prompts. Stages that a change does not reach are the full run's; what is
 done is skipped, so that a table is finished by the same command. Choices are made on `dev`, the final table on `held`.
 """
 

@@ -219,10 +219,12 @@ def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
 
 def never_ends(stage: Any) -> None:
     """Tells the engine of another token that ends a turn, one that nobody writes."""
+    from cai_ray.prompts.renderer import Renderer
+
     usual = stage.open_engines
 
     def endless(config: Any, model: str, end_id: int, *more: Any) -> Any:
-        return usual(config, model, stage.Renderer(model).pad_id, *more)
+        return usual(config, model, Renderer(model).pad_id, *more)
 
     stage.open_engines = endless
 

@@ -12,7 +12,7 @@ vLLM is needed. For each of `sft`, `rm` and `ppo` (the update of policy and valu
   weights, fused AdamW.
 
 and to choose by, ours with one thing changed: `torch` (norms, gates and rotations by torch, not by Liger's kernels),
-`mask` (the model is told of the padding), `fine` (micro-batches of at most 5 % padding, as on a CPU), `logits` (whole
+`mask` (the model is told of the padding), `fine` (micro-batches of at most 5% padding, as on a CPU), `logits` (whole
 logits, one product with the head less).
 
 Utilisation is what the rows need, over the peak of the card for dense bf16: 6 x parameters x real tokens, the head only

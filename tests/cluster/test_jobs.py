@@ -55,7 +55,7 @@ def test_a_job_that_has_no_room_fails_with_what_the_cluster_has(jobs: Jobs, tmp_
 def test_a_driver_sees_the_environment_and_needs_no_gpu(jobs: Jobs) -> None:
     """It runs on the head, which has none to give: nothing that it imports before the work may look for one."""
     code = (
-        "import os, cai_ray.cli, cai_ray.pipeline, cai_ray.train.ppo, cai_ray.generate.rows, torch;"
+        "import os, cai_ray.cli, cai_ray.pipeline, cai_ray.train.ppo.stage, cai_ray.generate.rows, torch;"
         "print('waits', os.environ['RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S']);"
         "print('cuda', torch.cuda.is_initialized())"
     )

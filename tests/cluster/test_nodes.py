@@ -28,7 +28,7 @@ REVISE = """
 import asyncio, pathlib, sys
 import ray
 from cai_ray import pipeline
-from cai_ray.config import load
+from cai_ray.config.load import load_config
 from cai_ray.generate import revise, rows
 
 class Noted:
@@ -52,7 +52,7 @@ original = revise.map_rows
 def map_rows(run, stage, given, chain, **more):
     return original(run, stage, given, Noted(chain, out + "-done"), **more)
 revise.map_rows = map_rows
-pipeline.run_stages(load("errand-town", given, out=out), ["revise"])
+pipeline.run_stages(load_config("errand-town", given, out=out), ["revise"])
 """
 
 

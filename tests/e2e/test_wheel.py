@@ -44,12 +44,15 @@ def test_the_wheel_is_whole(wheel: Path) -> None:
 def test_data_is_found_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     script = """
 import json
-from cai_ray import config, constitution, pipeline, prompts, storage
-loaded = config.load("errand-town")
+from cai_ray import constitution, pipeline
+from cai_ray.config.load import load_config
+from cai_ray.prompts.load import load_templates
+from cai_ray.storage.run import Run
+loaded = load_config("errand-town")
 pipeline.check_inputs(loaded)
 names = [constitution.load(n).name for n in ("errand-town", "harmless")]
-names += [prompts.load_templates(n).name for n in ("errand-town", "general")]
-print(json.dumps([names, storage.Run(loaded).model("base")]))
+names += [load_templates(n).name for n in ("errand-town", "general")]
+print(json.dumps([names, Run(loaded).model("base")]))
 """
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,16 +112,17 @@ def test_seeds_give_the_same_text_alone_and_in_company(engine: VllmEngine, loop:
 
 
 ALONE = """
-import asyncio
+import asyncio, pathlib, sys
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.vllm import VllmEngine
 from cai_ray.storage.models import ResolvedModel
 from cai_ray.town import BASE
 
 async def wait():
+    up = pathlib.Path(sys.argv[1])
     config = EngineConfig(max_model_len=192, kv_cache_mb=64)
     made = VllmEngine(ResolvedModel("base", BASE, config, "errand-town"))
-    print("up", flush=True)
+    up.touch()
     await asyncio.sleep(600)
 
 if __name__ == "__main__":
@@ -131,13 +133,18 @@ if __name__ == "__main__":
 def test_an_engine_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
     """A killed actor leaves no engine behind, and no fork server."""
     (tmp_path / "alone.py").write_text(ALONE)
+    up = tmp_path / "up"  # a file, since vLLM's processes write to the same output
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "alone.py"], env={**os.environ, **WORKER_ENV}, stdout=subprocess.PIPE
+        [sys.executable, tmp_path / "alone.py", up],
+        env={**os.environ, **WORKER_ENV},
+        stdout=subprocess.DEVNULL,
     )
     try:
-        assert process.stdout is not None
-        while (line := process.stdout.readline()) != b"up\n":  # vLLM may say something before
-            assert line, "it ended before its engine was up"
+        deadline = time.monotonic() + 300
+        while not up.exists():
+            assert process.poll() is None, "it ended before its engine was up"
+            assert time.monotonic() < deadline, "the engine does not start"
+            time.sleep(0.1)
         started = psutil.Process(process.pid).children(recursive=True)
         assert any("EngineCor" in p.name() or "EngineCor" in " ".join(p.cmdline()) for p in started)
     finally:

@@ -125,7 +125,7 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
             with pytest.raises(InputError, match=r"404 .*does not exist.*'village'"):
                 await endpoint("village", served).chat(ASK, Sampling(0, 4, 0))
             nobody = served.model_copy(update={"api_key_env": ""})
-            with pytest.raises(InputError, match=r"wants a key \(401\)"):
+            with pytest.raises(InputError, match=r"needs a key \(401\)"):
                 await endpoint("town", nobody).chat(ASK, Sampling(0, 4, 0))
         finally:
             await here.close()

@@ -242,12 +242,12 @@ def _alike(one: Run, other: Run) -> None:
 
 ALONE = """
 import sys
-from cai_ray import cluster
+from cai_ray.cluster.connect import connect
 from cai_ray.config.run import RunConfig
 from cai_ray.storage.run import Run
 from cai_ray.train import sft
 run = Run(RunConfig.model_validate_json(sys.argv[1]))
-cluster.connect(run.config)
+connect(run.config)
 sft.run(run)
 """
 

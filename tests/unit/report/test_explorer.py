@@ -11,8 +11,8 @@ from cai_ray.errors import InputError
 from cai_ray.evaluate.transcripts import choose
 from cai_ray.report import explorer, html, side_by_side, stage
 from cai_ray.report.templating import render
-from cai_ray.report.turns import Turn
-from cai_ray.report.word_diff import Piece, diff
+from cai_ray.report.turns import Passage
+from cai_ray.report.word_diff import Span, diff
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Judgement, Label, Revision
@@ -45,13 +45,13 @@ def part(page: str, start: str, end: str) -> str:
     ],
 )
 def test_a_revision_is_shown_word_by_word(before: str, after: str | None, shown: str) -> None:
-    turn = Turn("revision 1", diff(before, after), note="privacy")
+    turn = Passage("revision 1", diff(before, after), note="privacy")
     page = render(TEMPLATES, "sections/transcripts.html", data=[{"head": "", "turns": [turn]}])
     assert f'<div dir="auto"><em>privacy</em>{shown}</div>' in page
 
 
 def test_very_long_texts_are_not_compared() -> None:
-    assert diff("a " * 2000, "b " * 2000) == [Piece("b " * 2000)]
+    assert diff("a " * 2000, "b " * 2000) == [Span("b " * 2000)]
 
 
 def test_the_sample_is_even_over_families_and_the_same_in_any_order(

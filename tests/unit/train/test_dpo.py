@@ -22,7 +22,7 @@ BATCH = list(range(len(P_A)))
 
 
 class Plain:
-    """A model with the calls of `fit.Trained`; a step only returns the gradient's norm."""
+    """A model with the calls of `engine.Trained`; a step only returns the gradient's norm."""
 
     def __init__(self, module: Any):
         self.module = module
