@@ -46,7 +46,7 @@ STAGES: dict[str, Stage] = {
         "cai_ray.generate.redteam",
         "generates",
         checks="cai_ray.generate.redteam",
-        reads=("redteam", "prompts", "evaluate", "model", "templates", "thinking"),
+        reads=("redteam", "prompts", "evaluate", "model", "engine", "templates", "thinking"),
         before=True,
     ),
     "revise": Stage(
@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
         "cai_ray.generate.revise",
         "generates",
         checks="cai_ray.generate.revise",
-        reads=("revise", "prompts", "model", "templates", "thinking", "constitution"),
+        reads=("revise", "prompts", "model", "engine", "templates", "thinking", "constitution"),
     ),
     "sft": Stage(
         "the SL-CAI policy, fine-tuned on the revisions",
@@ -70,7 +70,7 @@ STAGES: dict[str, Stage] = {
         "generates",
         checks="cai_ray.generate.compare",
         needs=("sft",),
-        reads=("compare", "prompts", "templates", "thinking"),
+        reads=("compare", "prompts", "engine", "templates", "thinking"),
     ),
     "label": Stage(
         "the feedback model's soft preferences",
@@ -95,7 +95,7 @@ STAGES: dict[str, Stage] = {
         "trains",
         checks="cai_ray.train.checks.ppo",
         needs=("sft", "rm"),
-        reads=("ppo", "prompts", "templates"),
+        reads=("ppo", "prompts", "engine", "templates"),
         method="ppo",
     ),
     "dpo": Stage(
@@ -113,7 +113,7 @@ STAGES: dict[str, Stage] = {
         "generates",
         checks="cai_ray.evaluate.stage",
         needs=("sft", "label", "rm", "ppo", "dpo"),
-        reads=("evaluate", "model", "templates", "thinking", "constitution"),
+        reads=("evaluate", "model", "engine", "templates", "thinking", "constitution"),
     ),
     "report": Stage(
         "report.json and one HTML page",

@@ -53,10 +53,11 @@ class EngineConfig(Section):
     """Time limit of all attempts at one call together, in seconds, including the pauses between them."""
     device: Literal["auto", "cpu", "gpu"] = operational("auto")
     """Where engines and training run. `auto`: on GPUs if there are any."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = operational("auto")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Precision of the engine. `auto`: the checkpoint's own. PPO's rollouts use `ppo.dtype`."""
-    max_model_len: int | None = operational(None, gt=0)
-    """Context length in tokens, prompt and answer together. Defaults to the model's own."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Context length in tokens, prompt and answer together. Defaults to the model's own. It decides which prompts fit
+    and where answers are cut."""
     max_num_seqs: int = operational(64, gt=0)
     """Most sequences that one engine runs at once, or most requests to an endpoint."""
     min_actors: int = operational(1, gt=0)
@@ -77,8 +78,7 @@ class EngineConfig(Section):
     block_size: int | None = operational(None, gt=0)
     """Tokens in a block of the prefix cache. Short prompts are cached better in short blocks."""
     extra: dict[str, Any] = Field(default={})
-    """Further arguments of vLLM's engine, or further fields of each request to an endpoint. A change asks for
-    --overwrite only for an endpoint."""
+    """Further arguments of vLLM's engine, or further fields of each request to an endpoint."""
 
     @field_validator("base_url")
     @classmethod
@@ -110,10 +110,11 @@ class EngineConfig(Section):
 
     @property
     def answers_by(self) -> dict[str, Any]:
-        """What changes a model's answers, beside the model: which endpoint, and how it is asked, or rounded weights."""
-        if self.kind == "openai":
-            return self.model_dump(mode="json", include={"base_url", "top_logprobs", "continues", "extra"})
-        return {"quantization": self.quantization} if self.quantization else {}
+        """What changes the text of a model's answers, beside the model: the endpoint and how it is prompted, or the
+        precision of the weights. Rows are reused only if it is the same."""
+        served = {"base_url", "top_logprobs", "continues", "extra"}
+        names = served if self.kind == "openai" else {"quantization", "dtype", "extra"}
+        return self.model_dump(mode="json", include=names, exclude_defaults=True)
 
     @property
     def span(self) -> int:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-from cai_ray.config.engine import EngineConfig
 from cai_ray.config.section import CHANGES, CHECKPOINTS, COMPARED_BY, Section, marks
 
 
@@ -16,8 +15,8 @@ class Content(NamedTuple):
     section: Section
     """Where it is set."""
     kind: str
-    """`files`, `folder`, `model`, `templates` or `constitution`."""
-    value: str | None
+    """`files`, `folder`, `model`, `engine`, `templates` or `constitution`."""
+    value: Any
 
 
 def fingerprint(section: Section, contents: tuple[str, ...] = ()) -> str:
@@ -36,8 +35,6 @@ def result_settings(section: Section, paths: bool = False) -> dict[str, Any]:
     Args:
         paths: include paths and models, which are compared by their content.
     """
-    if isinstance(section, EngineConfig):
-        return section.answers_by
     settings = {}
     for name, field in type(section).model_fields.items():
         mark = marks(field)
@@ -67,8 +64,6 @@ def named_contents(section: Section) -> list[Content]:
 
 def _plain(section: Section, name: str, paths: bool) -> Any:
     value = getattr(section, name)
-    if isinstance(value, EngineConfig):  # one that only runs otherwise is like none
-        return result_settings(value) or None
     if isinstance(value, Section):
         return result_settings(value, paths)
     if isinstance(value, tuple) and any(isinstance(part, Section) for part in value):

@@ -25,7 +25,7 @@ class PromptedModel(Section):
 
     model: str = by_content("model", "base")
     """A role (`base`, `sl`, …), a model folder or a hub id; at an endpoint, the name it is served by."""
-    engine: EngineConfig | None = None
+    engine: EngineConfig | None = by_content("engine", None)
     """The model's own engine or endpoint. Defaults to the run's engine."""
     templates: str | None = by_content("templates", None)
     """The model's own template set, by name or path. Defaults to the run's."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-ContentKind = Literal["files", "folder", "model", "templates", "constitution"]
+ContentKind = Literal["files", "folder", "model", "engine", "templates", "constitution"]
 CHANGES, COMPARED_BY, CHECKPOINTS = "x-changes", "x-compared-by", "x-checkpoints"
 
 
@@ -36,7 +36,10 @@ def checkpoint_layout(default: Any = ..., **bounds: Any) -> Any:
 
 
 def by_content(kind: ContentKind, default: Any = ..., **bounds: Any) -> Any:
-    """Declares a path, URI or name that is compared by the content of what it names: a copy elsewhere is the same."""
+    """Declares a path, URI or name that is compared by the content of what it names: a copy elsewhere is the same.
+
+    `engine`: the settings are compared of the engine that answers in the end, the run's where none is given.
+    """
     return Field(default, json_schema_extra={COMPARED_BY: kind}, **bounds)
 
 

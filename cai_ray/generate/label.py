@@ -244,7 +244,7 @@ def run(run: Run) -> dict[str, Any]:
     proof |= {"ask": judge.ask, "answer": judge.answer, "feedback_model": judge.model}
     proof |= {"constitution_sha": chain.constitution.sha}
     files.write_json(run.path("label", "certificate.json"), proof)
-    return summaries["part"]
+    return {**summaries["part"], "constitution_sha": chain.constitution.sha}
 
 
 def check(run: Run, preflight: Preflight) -> None:

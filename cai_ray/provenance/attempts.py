@@ -25,7 +25,9 @@ ATTEMPT = "attempt.json"
 def check_attempts(run: Run, stages: Iterable[str]) -> None:
     """`check_attempt` for those stages that are not complete, as far as what they read is there by now."""
     for name in stages:
-        if run.manifest(name) is None:
+        if run.manifest(name) is None and _read(
+            run, name
+        ):  # what it reads may be large: it is not hashed for nothing
             try:
                 now = inputs(run, name)
             except InputError:  # what it reads is made before it: it is checked then
@@ -52,7 +54,10 @@ def check_attempt(run: Run, name: str, now: dict[str, str]) -> None:
         )
     then = attempt["settings"]
     settings = [
-        d for key in keys if key in then for d in differences(key, then[key], settings_of(run.config, key))
+        d
+        for key in ([*keys, "without"] if "constitution" in keys else keys)
+        if key in then
+        for d in differences(key, then[key], settings_of(run.config, key))
     ]
     named = f" ({'; '.join(settings[:4])})" if settings else ""
     raise InputError(
@@ -66,7 +71,9 @@ def begin_attempt(run: Run, name: str, now: dict[str, str]) -> None:
     attempt = _read(run, name)
     if attempt and STAGES[name].kind == "trains" and not _fits(run, name, attempt, now):
         files.delete(run.path(name))
-    settings = {key: settings_of(run.config, key) for key in STAGES[name].reads}
+    reads = STAGES[name].reads
+    keys = [*reads, "without"] if "constitution" in reads else reads
+    settings = {key: settings_of(run.config, key) for key in keys}
     note = {"inputs": now, "settings": settings | {"seed": run.config.seed}, "layout": _layout(run, name)}
     files.write_json(run.path(name, ATTEMPT), note)
 

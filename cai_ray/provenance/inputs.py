@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from cai_ray import constitution as constitutions
-from cai_ray.config.fingerprint import Content, fingerprint, named_contents
+from cai_ray.config.fingerprint import Content, fingerprint, named_contents, result_settings
 from cai_ray.config.judge import PromptedModel
 from cai_ray.config.ppo import JUDGE
 from cai_ray.config.section import Section
@@ -51,7 +51,7 @@ def own_inputs(run: Run, name: str) -> dict[str, str]:
     config, hashes = run.config, {"seed": str(run.config.seed)}
     base = cache(lambda: model_sha(run.model("base")))  # read once: it may be large
     for key in STAGES[name].reads:
-        value = getattr(config, key)
+        value: Any = config.rollout_engine if (name, key) == ("ppo", "engine") else getattr(config, key)
         if key == "model":
             hashes[key] = base()
         elif key == "constitution":
@@ -64,8 +64,8 @@ def own_inputs(run: Run, name: str) -> dict[str, str]:
             hashes[key] = derive_id([_fingerprint(run, part, base) for part in value])
         else:
             hashes[key] = derive_id(value)
-    if config.engine.quantization and STAGES[name].kind != "trains":
-        hashes["engine"] = config.engine.quantization
+    if name == "ppo" and config.ppo.watch.asks_judge:
+        hashes["watch_document"] = config.document_of(config.watch_judge).sha
     return hashes
 
 
@@ -81,6 +81,9 @@ def _fingerprint(run: Run, section: Section, base: Callable[[], str]) -> str:
 def _content(run: Run, named: Content, base: Callable[[], str]) -> str:
     """The hash of what a setting names. A model that the run makes stands for itself: its stage is an input, too."""
     value = named.value
+    if named.kind == "engine":
+        assert isinstance(named.section, PromptedModel)
+        return derive_id(result_settings(run.resolve_model(named.section).engine))
     if value is None:
         return ""
     if named.kind == "folder":

@@ -519,10 +519,11 @@ def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> N
         return own_inputs(Run(load(tmp_path, *overrides)), "label")["label"]
 
     plain = load(tmp_path)
-    named = {"model", "templates", "constitution"}
+    named = {"model", "engine", "templates", "constitution"}
     assert set(result_settings(plain.label.judge)) == set(plain.label.judge.model_dump()) - named
-    assert result_settings(plain.label.judge)["engine"] is None
-    assert label("label.judge.engine={kv_cache_mb: 99}") == label(), "an engine here is how, not what"
+    own = f"label.judge.engine={{kv_cache_mb: 99, max_model_len: {plain.engine.max_model_len}}}"
+    assert label(own) == label(), "an engine here is how, not what"
+    assert label("label.judge.engine={max_model_len: 99}") != label(), "other prompts fit its context"
     assert label("label.judge.engine={quantization: fp8}") != label(), "rounded weights say something else"
     here, there = label(ENDPOINT), label(ENDPOINT.replace("x.example", "y.example"))
     assert len({label(), here, there}) == 3

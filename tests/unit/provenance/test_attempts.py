@@ -42,8 +42,7 @@ OPERATIONAL = [
     "ppo.watch.max_refusals=null",
     "engine.timeout_s=9",
     "engine.max_num_seqs=3",
-    "engine.dtype=float32",
-    "label.judge.engine={kv_cache_mb: 99}",
+    "label.judge.engine={kv_cache_mb: 99, max_model_len: 192}",
     "label.gates.max_ece=0.5",
     "sinks=[]",
     "max_error_rate=0.5",
@@ -60,7 +59,11 @@ RESULT = [
     ("seed=7", "rm", r"seed changed \(seed: 0 → 7\)"),
     ("label.judge.principles=1", "label", r'label\.judge\.principles: "all" → 1'),
     ("compare.temperature=0.5", "compare", r"compare\.temperature"),
-    ("engine.quantization=fp8", "revise", r"engine changed"),
+    ("engine.quantization=fp8", "revise", r'engine\.quantization: null → "fp8"'),
+    ("engine.dtype=bfloat16", "compare", r'engine\.dtype: "auto" → "bfloat16"'),
+    ("engine.max_model_len=128", "ppo", r"engine\.max_model_len: 192 → 128"),
+    ("engine.extra={kv_cache_dtype: fp8}", "revise", r"engine\.extra\.kv_cache_dtype: null → "),
+    ("without=[privacy]", "revise", r'without: \[\] → \["privacy"\]'),
 ]
 
 
