@@ -28,10 +28,28 @@ SHARED = {
 }
 
 
+# What `make test` leaves out and `make test-rest` runs: kills and resumes, servers, other models than the town's.
+REST = (
+    "tests/e2e/test_kill.py",
+    "tests/e2e/test_cost.py",
+    "tests/e2e/test_any_model.py",
+    "tests/e2e/test_serve",
+    "tests/e2e/test_wheel.py",
+    "tests/ray/test_meter.py",
+    "tests/ray/test_group.py",
+    "tests/ray/test_dpo.py::test_item_36",
+    "tests/ray/test_sft.py::test_item_36",
+    "tests/ray/test_ppo.py::test_item_36",
+    "tests/ray/test_ppo.py::test_item_21",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for folder in FOLDERS & set(Path(item.path).parts):
             item.add_marker(folder)
+        if item.nodeid.startswith(REST):
+            item.add_marker("rest")
     if hasattr(config, "workerinput"):  # one of several processes
         order = list(dict.fromkeys(SHARED.values()))
         items.sort(key=lambda item: order.index(g) if (g := _group(item.nodeid)) in order else len(order))
