@@ -36,7 +36,7 @@ def versions(engine: Shared) -> tuple[list[list[int]], list[dict[str, Tensor]], 
     torch.manual_seed(1)
     probes = torch.randint(0, 550, (12, 48)).tolist()
     states, values = [weights(model)], [logprobs(model, probes)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
     ids = torch.randint(0, 550, (16, 40))
     for _ in range(4):
         model(ids, labels=ids).loss.backward()
