@@ -15,7 +15,7 @@ from cai_ray.judging.quality import without_thinking
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import POLICIES
-from cai_ray.storage.arrow import schema_of
+from cai_ray.storage.arrow import schema_of, select
 from cai_ray.storage.records import Judgement, Prompt, Revision, TokenUsage, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import delete_rows
@@ -24,8 +24,8 @@ Purpose = Literal["rates", "greedy", "transcript"]
 """What an answer is for: the rates of the report, the harm at temperature 0, or a conversation shown in the report."""
 
 
-class AnswerTask(TypedDict):
-    """A held-out prompt that a policy is to answer."""
+class PolicyPrompt(TypedDict):
+    """A held-out prompt, and the policy that answers it."""
 
     id: str
     prompt_id: str
@@ -35,20 +35,18 @@ class AnswerTask(TypedDict):
     model: str
     """The policy, or the best-of-n control."""
     purpose: str
+
+
+class AnswerTask(PolicyPrompt):
+    """A held-out prompt that a policy is to answer."""
+
     draw: int
     """Which of a prompt's samples this is, from 0."""
 
 
-class PolicyAnswer(TypedDict):
+class PolicyAnswer(PolicyPrompt):
     """A policy's answer, before it is judged."""
 
-    id: str
-    prompt_id: str
-    messages: list[Turn]
-    kind: str
-    family: str | None
-    model: str
-    purpose: str
     response: NotRequired[str | None]
     truncated: NotRequired[bool | None]
     usage: NotRequired[TokenUsage | None]
@@ -76,13 +74,7 @@ class AnswerChain:
             engine, row["messages"], row["prompt_id"], row["draw"], greedy=row["purpose"] == "greedy"
         )
         return {
-            "id": row["id"],
-            "prompt_id": row["prompt_id"],
-            "messages": row["messages"],
-            "kind": row["kind"],
-            "family": row["family"],
-            "model": row["model"],
-            "purpose": row["purpose"],
+            **select(row, PolicyPrompt),
             "response": sampled.response,
             "truncated": sampled.truncated,
             "usage": sampled.usage.as_record(),

@@ -11,7 +11,7 @@ from typing import Any
 
 from cai_ray.config.fingerprint import layout_settings
 from cai_ray.errors import InputError
-from cai_ray.provenance.changes import changed_keys, differences, settings_of
+from cai_ray.provenance.changes import changed_keys, differences, setting_keys, settings_of
 from cai_ray.provenance.inputs import inputs
 from cai_ray.stages import STAGES
 from cai_ray.storage import files
@@ -25,14 +25,13 @@ ATTEMPT = "attempt.json"
 def check_attempts(run: Run, stages: Iterable[str]) -> None:
     """`check_attempt` for those stages that are not complete, as far as what they read is there by now."""
     for name in stages:
-        if run.manifest(name) is None and _read(
-            run, name
-        ):  # what it reads may be large: it is not hashed for nothing
+        # Without an attempt nothing is hashed: what the stage reads may be large.
+        if run.manifest(name) is None and (attempt := _read(run, name)):
             try:
                 now = inputs(run, name)
             except InputError:  # what it reads is made before it: it is checked then
                 continue
-            check_attempt(run, name, now)
+            _check(run, name, attempt, now)
 
 
 def check_attempt(run: Run, name: str, now: dict[str, str]) -> None:
@@ -41,8 +40,12 @@ def check_attempt(run: Run, name: str, now: dict[str, str]) -> None:
     Raises:
         InputError: it was begun with other inputs, or its checkpoints with settings that they depend on.
     """
-    attempt = _read(run, name)
-    if attempt is None or _fits(run, name, attempt, now) or not _has_work(run, name):
+    if attempt := _read(run, name):
+        _check(run, name, attempt, now)
+
+
+def _check(run: Run, name: str, attempt: dict[str, Any], now: dict[str, str]) -> None:
+    if _fits(run, name, attempt, now) or not _has_work(run, name):
         return
     begun = "its checkpoints were" if STAGES[name].kind == "trains" else "its rows were"
     remedy = "set it back to go on from there, or begin the stage again with --overwrite"
@@ -55,7 +58,7 @@ def check_attempt(run: Run, name: str, now: dict[str, str]) -> None:
     then = attempt["settings"]
     settings = [
         d
-        for key in ([*keys, "without"] if "constitution" in keys else keys)
+        for key in setting_keys(keys)
         if key in then
         for d in differences(key, then[key], settings_of(run.config, key))
     ]
@@ -71,9 +74,7 @@ def begin_attempt(run: Run, name: str, now: dict[str, str]) -> None:
     attempt = _read(run, name)
     if attempt and STAGES[name].kind == "trains" and not _fits(run, name, attempt, now):
         files.delete(run.path(name))
-    reads = STAGES[name].reads
-    keys = [*reads, "without"] if "constitution" in reads else reads
-    settings = {key: settings_of(run.config, key) for key in keys}
+    settings = {key: settings_of(run.config, key) for key in setting_keys(STAGES[name].reads)}
     note = {"inputs": now, "settings": settings | {"seed": run.config.seed}, "layout": _layout(run, name)}
     files.write_json(run.path(name, ATTEMPT), note)
 

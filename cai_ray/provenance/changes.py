@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -55,15 +55,21 @@ def describe_change(run: Run, name: str, then: dict[str, str], now: dict[str, st
     settings = ""
     with suppress(InputError):  # run.json is damaged: only the sections are named then
         before = open_run(run.root).config
-        sections = [*keys, "without"] if "constitution" in keys else keys
         lines = [
-            d for s in sections for d in differences(s, settings_of(before, s), settings_of(run.config, s))
+            d
+            for key in setting_keys(keys)
+            for d in differences(key, settings_of(before, key), settings_of(run.config, key))
         ]
         settings = f" ({'; '.join(lines[:4])})" if lines else ""
     return (
         f"{run.root}: {name} was made with other inputs: {', '.join(keys)} changed{settings}; "
         "--overwrite makes it again, --out chooses another directory"
     )
+
+
+def setting_keys(names: Sequence[str]) -> list[str]:
+    """The keys of the configuration behind inputs: the document is decided by `without`, too."""
+    return [*names, "without"] if "constitution" in names else list(names)
 
 
 def settings_of(config: RunConfig, key: str) -> Any:
