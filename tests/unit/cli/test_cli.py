@@ -83,6 +83,19 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
     assert "..." not in rest, "no help is cut off"
 
 
+NEED_NOTHING = ("demo", "town check", "constitution schema", "config schema", "config docs")
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda words: " ".join(words) or "cai-ray")
+def test_every_command_says_in_one_line_what_it_lacks(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if " ".join(command) in NEED_NOTHING:
+        return
+    assert main(command) == 2
+    assert re.fullmatch(r"cai-ray: .+\n", capsys.readouterr().err)
+
+
 def test_the_commands_are_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert [words[0] for words in commands() if words and words[0] in STAGES] == list(STAGES)
     for name, stage in STAGES.items():
