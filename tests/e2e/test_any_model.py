@@ -17,10 +17,8 @@ import yaml
 from cai_ray import constitution
 from cai_ray.stages import stages_of
 from cai_ray.storage.run import Run, open_run
-from tests import tiny
-from tests.e2e.command import ROOT, Driver, cai_ray, refused, settings, succeed
-
-SHARED = ROOT.parent / "shared" / "data" / "hh-harmless-base-800.jsonl.gz"
+from tests import tiny, transcripts
+from tests.e2e.command import Driver, cai_ray, refused, settings, succeed
 
 # Conversations of several turns, with text that looks like a template's own and text of several scripts.
 RED_TEAM = [
@@ -137,19 +135,19 @@ def test_report_leaves_open_what_nobody_judged(run: Run) -> None:
     assert len(report["ppo"]["steps"]) == 2
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED.name} in ../shared/data")
 def test_published_transcripts_are_read_with_all_their_turns(tmp_path: Path) -> None:
     """Prompts and human comparisons of the published form, through the command's own checks."""
+    published = transcripts.write(tmp_path / "published.jsonl.gz", 160)
     config = _config(
         tmp_path,
         "llama",
         {},
-        prompts=[{"path": str(SHARED), "kind": "red_team", "limit": 100}],
-        human=[{"path": str(SHARED), "about": "harmless"}],
+        prompts=[{"path": published, "kind": "red_team", "limit": 100}],
+        human=[{"path": published, "about": "harmless"}],
     )
     said = succeed("run", config, "--check").stdout
     assert said.splitlines()[-1] == "ok: nothing was started"
-    held = json.dumps([{"path": str(SHARED), "kind": "red_team", "limit": 3}])
+    held = json.dumps([{"path": published, "kind": "red_team", "limit": 3}])
     again = cai_ray("run", config, "--check", *settings({"evaluate.prompts": held}))
     assert "also a training prompt" in refused(again)
 
@@ -184,9 +182,9 @@ def test_the_8b_configuration_is_confirmed_from_a_machine_without_the_model(tmp_
     assert "data/red_team.jsonl: no such file" in refused(cai_ray(*words))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED.name} in ../shared/data")
 def test_published_prompts_through_the_first_stage(tmp_path: Path) -> None:
-    config = _config(tmp_path, "llama", {}, prompts=[{"path": str(SHARED), "kind": "red_team", "limit": 24}])
+    published = transcripts.write(tmp_path / "published.jsonl.gz", 40)
+    config = _config(tmp_path, "llama", {}, prompts=[{"path": published, "kind": "red_team", "limit": 24}])
     succeed("revise", config)
     run = open_run(str(tmp_path / "run"))
     rows = run.rows("revise")
