@@ -135,6 +135,7 @@ class RunConfig(Section):
         for key, value in (
             ("sft.init", self.sft.init),
             ("redteam.model", self.redteam.model),
+            ("revise.critique_model.model", served.model if (served := self.revise.critique_model) else None),
             *((f"{key}.model", judge.model) for key, judge in self.judges.items()),
             ("rm.init", self.rm.init),
             *(("ppo.rewards", source.model) for source in self.ppo.rewards),
