@@ -26,7 +26,7 @@ from cai_ray.provenance.inputs import inputs, missing
 from cai_ray.provenance.versions import versions
 from cai_ray.stages import STAGES, has_stage, needs_of, stages_of
 from cai_ray.storage import files
-from cai_ray.storage.filesystems import refusal
+from cai_ray.storage.object_stores import refusal
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 

@@ -71,9 +71,9 @@ def report_failure(error: BaseException) -> int:
             "free space or choose another --out, and run the same command again",
             EXIT_INPUT,
         )
-    from cai_ray.storage import filesystems
+    from cai_ray.storage.object_stores import refusal
 
-    if storage_problem := first_in_chain(error, filesystems.refusal):
+    if storage_problem := first_in_chain(error, refusal):
         return _print(f"{storage_problem}; the same command goes on from here", EXIT_INPUT)
     raise error
 

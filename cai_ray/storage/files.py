@@ -21,8 +21,8 @@ from cai_ray.storage.filesystems import (
     is_local,
     make_parent,
     open_file,
+    resolve,
 )
-from cai_ray.storage.filesystems import resolve as resolve
 
 
 def join(uri: str | Path, *parts: str) -> str:

@@ -18,8 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from cai_ray.errors import InputError
-from cai_ray.storage.object_stores import ATTEMPTS, open_store
-from cai_ray.storage.object_stores import refusal as refusal
+from cai_ray.storage.object_stores import ATTEMPTS, open_store, refusal
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from cai_ray.storage.filesystems import (
     COPY_BYTES,
     is_local,
     open_file,
+    resolve,
 )
-from cai_ray.storage.filesystems import resolve as resolve
 
 
 class ResolvedModel(NamedTuple):

@@ -20,7 +20,6 @@ from cai_ray.constitution import Constitution
 from cai_ray.errors import InputError
 from cai_ray.stages import ROLES, maker_of
 from cai_ray.storage.files import exists, join, read_bytes, read_object, write_bytes
-from cai_ray.storage.filesystems import resolve as resolve
 from cai_ray.storage.models import ResolvedModel, local_model
 from cai_ray.storage.tables import iter_tables, read_tables, write_table
 

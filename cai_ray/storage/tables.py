@@ -17,8 +17,8 @@ from cai_ray.storage.filesystems import (
     damage,
     iter_parquet,
     read_parquet,
+    resolve,
 )
-from cai_ray.storage.filesystems import resolve as resolve
 
 
 def write_table(uri: str | Path, table: pa.Table, row_group_rows: int | None = None) -> None:
