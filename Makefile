@@ -64,7 +64,7 @@ format: setup
 	$(BIN)/ruff format .
 
 mutants: setup
-	$(BIN)/python tests/mutants/run.py
+	$(BIN)/python tests/mutants/run.py --jobs 2
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,17 @@ def skip_shared_memory_extension() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def skip_compiler() -> None:
+    """Keeps DeepSpeed from loading torch's compiler at each start.
+
+    DeepSpeed imports all its optimizers, and one of them (Muon, which is not used here) compiles its functions as it
+    is imported. That loads a thousand modules in each worker.
+    """
+    from deepspeed.runtime import compiler
+
+    compiler.compile = lambda: lambda function: function
+
+
 def keep_grad_norm(engine: Any, max_grad_norm: float) -> None:
     """Lets an engine of ZeRO stage 0 clip as torch does and remember the norm for `get_global_grad_norm`.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -19,20 +21,45 @@ from cai_ray.storage.run import Run
 from cai_ray.town import BASE
 from cai_ray.train.models import load_reward_model
 from cai_ray.train.weights.state import save_folder
-from tests.e2e.command import SMALL, TOKEN, Driver, environment, free_port, settings, succeed
+from tests.e2e.command import ROOT, SMALL, TOKEN, Driver, environment, free_port, settings, succeed
 
 
 @pytest.fixture(scope="session")
-def town_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory. Tests leave it as it is; what changes a run works on a copy."""
+def town_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The run directory. Tests leave it as it is; what changes a run works on a copy.
+
+    It takes five minutes, so pytest's cache keeps it for as long as nothing changes that it could depend on:
+    `make test-rest` takes the run that `make test` made.
+    """
+    kept = request.config.cache.mkdir("town-run") / _package_sha()
     out = tmp_path_factory.mktemp("town") / "run"
+    if not kept.exists():
+        _make_town_run(out)
+        shutil.rmtree(kept.parent)  # runs of other versions
+        shutil.copytree(out, kept.with_suffix(".part"))
+        kept.with_suffix(".part").rename(kept)
+    elif not out.exists():
+        shutil.copytree(kept, out)
+    return out
+
+
+def _make_town_run(out: Path) -> None:
     words = ("errand-town", "--out", out, *settings(SMALL))
     done = succeed("run", *words, "--until", "rm", timeout=1200)
     assert done.stdout.strip().endswith(str(out))
     # A generation stage, a training stage and the report each by a command of its own.
     for stage in ("ppo", "evaluate", "report"):
         assert f"{stage}: done in" in succeed(stage, *words, timeout=600).stderr
-    return out
+
+
+def _package_sha() -> str:
+    """A hash of the package, its settings in the test and everything that is installed."""
+    digest = hashlib.sha256(repr((SMALL, sys.version)).encode())
+    installed = [ROOT / name for name in ("pyproject.toml", "requirements-cpu.lock")]
+    package = [p for p in (ROOT / "cai_ray").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    for path in sorted([*installed, *package]):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,21 @@ A fault is a patch beside this file; its first line names the test that must fai
 
     # test: tests/unit/train/test_losses.py::test_item_12_soft_bradley_terry
 
-The patches are applied to copies of the working tree. A fault counts as killed when pytest ends with 1 and the
-named test is among the failures: an import that breaks, or a test that is not found, does not count. The exit
+The patches are applied to copies of the working tree. Each pytest is forked from a process that has imported the
+large libraries, since that would take most of a unit test's time. A fault counts as killed when pytest ends with 1 and
+the named test is among the failures: an import that breaks, or a test that is not found, does not count. The exit
 code is 0 if every fault is killed. A test that is skipped here (no GPU) leaves its faults out, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +33,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 HEADER = "# test: "
 TIMEOUT_S = 900
+LIBRARIES = [
+    "pytest",
+    "hypothesis",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "torch",
+    "transformers.models.llama.modeling_llama",
+]
+MOMENTS = itertools.count(1_000_000_000)
+"""Times of change for files that a patch touches, each another: compiled modules are known by time and size alone."""
 
 
 class Mutant(NamedTuple):
@@ -59,6 +74,8 @@ def main() -> int:
     if not mutants:
         print(f"no patch in {HERE} has {args.k!r} in its name", file=sys.stderr)
         return 2
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees: queue.Queue[Path] = queue.Queue()
         for i in range(max(1, args.jobs)):
@@ -119,8 +136,6 @@ def copy_tree(target: Path) -> Path:
 def environment(tree: Path) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": str(tree),
-        # A stale .pyc is taken for the source of the same size and second.
-        "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         # `git apply` passes over files that it takes for outside of a repository around the copy.
         "GIT_CEILING_DIRECTORIES": str(tree.parent),
@@ -154,6 +169,8 @@ def try_mutant(tree: Path, mutant: Mutant) -> tuple[str, str]:
         line.split("\t")[0][6:] for line in mutant.patch.read_text().splitlines() if line.startswith("+++ b/")
     ]
     changed = [f for f in touched if not (ROOT / f).exists() or differs(tree / f, ROOT / f)]
+    for name in touched:
+        renew(tree / name)
     try:
         if applied.returncode or not changed:
             return "NO PATCH", (applied.stderr.strip().splitlines() or ["it changes nothing"])[0]
@@ -165,8 +182,16 @@ def try_mutant(tree: Path, mutant: Mutant) -> tuple[str, str]:
         for name in touched:
             if (ROOT / name).exists():
                 shutil.copy(ROOT / name, tree / name)
+                renew(tree / name)
             else:
                 (tree / name).unlink(missing_ok=True)
+
+
+def renew(path: Path) -> None:
+    """Has what was compiled of a file before compiled again."""
+    if path.exists():
+        moment = next(MOMENTS)
+        os.utime(path, (moment, moment))
 
 
 def differs(one: Path, other: Path) -> bool:
@@ -185,19 +210,17 @@ def run_tests(tree: Path, tests: list[str]) -> Outcome:
         "junit_family=xunit1",
         f"--junitxml={report}",
     ]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=tree,
-            env=environment(tree),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
+    log = tree / "mutants-log.txt"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_pytest, args=(tree, [*options, *tests], log)
+    )
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.exitcode is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
         return Outcome(124, {}, f"no end within {TIMEOUT_S} s")
     if not report.exists():
-        return Outcome(done.returncode, {}, (done.stderr or done.stdout).strip()[-300:])
+        return Outcome(process.exitcode, {}, log.read_text(errors="replace").strip()[-300:])
     rank = ["passed", "skipped", "error", "failed"]
     results: dict[str, str] = {}
     reason = ""
@@ -212,7 +235,21 @@ def run_tests(tree: Path, tests: list[str]) -> Outcome:
         if result in ("failed", "error") and not reason:
             text = next(iter(case)).get("message") or ""
             reason = text.strip().partition("\n")[0][:120]
-    return Outcome(done.returncode, results, reason)
+    return Outcome(process.exitcode, results, reason)
+
+
+def run_pytest(tree: Path, words: list[str], log: Path) -> None:
+    """The body of a process: pytest, as a command of its own in the copy."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if stream == 1 else os.O_APPEND)), stream)
+    os.environ.update(environment(tree))
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    import pytest
+
+    sys.exit(int(pytest.main(words)))
 
 
 if __name__ == "__main__":

@@ -104,14 +104,20 @@ def test_a_row_is_the_same_alone_and_in_company(engine: Shared, pool: Pool) -> N
     assert len({tuple(r.ids) for r in together[::3]}) > 1, "seeds give different responses to one prompt"
 
 
-@pytest.fixture
-def two_engines(engine: Shared, model: Any) -> Iterator[Pool]:
+@pytest.fixture(scope="module")
+def engines_to_lose(engine: Shared) -> Iterator[Pool]:
     config = town_config(ppo={"rollout_engines": 2})
     owner = open_engines(config, engine.folder, engine.renderer.end_id, gpu=False)
-    made = Pool(owner, deadline_s=10)
-    object_store.send(made, state_items(model), 0)
-    yield made
+    yield Pool(owner, deadline_s=10)
     close_engines(owner)
+
+
+@pytest.fixture
+def two_engines(engines_to_lose: Pool, model: Any) -> Pool:
+    """With the model's own weights, and none replaced yet."""
+    engines_to_lose.replaced = 0
+    object_store.send(engines_to_lose, state_items(model), 0)
+    return engines_to_lose
 
 
 def test_an_engine_that_dies_or_is_stuck_is_replaced(two_engines: Pool, engine: Shared, pool: Pool) -> None:

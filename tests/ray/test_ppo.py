@@ -26,8 +26,9 @@ from cai_ray.storage.run import Run
 from cai_ray.train.ppo import loop as ppo
 from cai_ray.train.ppo import stage
 from cai_ray.train.ppo.prompts import read_training_prompts
+from cai_ray.train.ppo.watch import read_watch_prompts
 from cai_ray.train.runtime.group import fit
-from tests.ray.engines import shared
+from tests.ray.engines import shared, town_config
 from tests.ray.runs import ready_for_ppo
 
 SMALL: dict[str, Any] = {
@@ -56,14 +57,15 @@ JUDGE = {"principles": "all", "combine": "log_odds"}
 
 
 def train(run: Run, loop: Any = ppo.loop) -> dict[str, Any]:
-    """What `stage.run` does, with the engine that the tests share."""
+    """What `stage.run` does, with the engine that the tests share, and no judge."""
     import ray
 
     renderer = Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
     prompts, _ = read_training_prompts(run, renderer)
-    return fit(
-        run, "ppo", loop, run.config.ppo, {"engine_owner": shared().owner, "prompts": ray.put(prompts)}
-    )
+    extra = {"engine_owner": shared().owner, "prompts": ray.put(prompts), "judge": None}
+    if run.config.ppo.watch.every:
+        extra["watch_prompts"] = read_watch_prompts(run, renderer, ())
+    return fit(run, "ppo", loop, run.config.ppo, extra)
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
@@ -408,22 +410,22 @@ def test_the_best_snapshot_is_the_result(ray_cluster: None, tmp_path: Path) -> N
 
 
 def test_an_alarm_stops_the_run_and_finish_takes_the_best_snapshot(ray_cluster: None, tmp_path: Path) -> None:
-    def run_with(how: str) -> Run:
-        watch = WATCH | {"every": 1, "max_length_drift": 1.0001, "on_alarm": how, "limit": 8}
-        cfg = SMALL | {"steps": 40, "value_warmup_steps": 0, "checkpoint_every": 100, "watch": watch}
-        config = ready_for_ppo(tmp_path / how, ppo=cfg).config.model_copy(
-            update={"out": str(tmp_path / "stop")}
-        )
-        return Run(config)
+    """By the second opinion of a reward model, which needs no engine of its own."""
+    run = ready_for_ppo(tmp_path, ppo=SMALL)
+    watch = WATCH | {"every": 1, "max_length_drift": 1.0001, "limit": 8, "opinion": run.model("rm")}
+    cfg = SMALL | {"steps": 40, "value_warmup_steps": 0, "checkpoint_every": 100}
 
-    run = run_with("stop")
+    def run_with(how: str) -> Run:
+        ppo = town_config(ppo=cfg | {"watch": watch | {"on_alarm": how}}).ppo
+        return Run(run.config.model_copy(update={"ppo": ppo}))
+
     with pytest.raises(Stopped, match=r"ppo, step \d+: length: \d+ tokens .*on_alarm=finish") as stopped:
-        stage.run(run)
+        train(run_with("stop"))
     said = str(stopped.value)
     with pytest.raises(Stopped) as again:
-        stage.run(run)
+        train(run_with("stop"))
     assert str(again.value) == said, "at once, from the checkpoint of the alarm"
-    done = stage.run(run_with("finish"))
+    done = train(run_with("finish"))
     assert f"best snapshot (step {done['snapshot']})" in said and done["alarms"]
 
 
@@ -511,8 +513,6 @@ def long_prompts(folder: Path) -> Path:
 
 
 def shared_config() -> Any:
-    from tests.ray.engines import town_config
-
     return town_config(ppo=SMALL).ppo
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cai_ray.compat.deepspeed import keep_grad_norm, skip_shared_memory_extension
+from cai_ray.compat.deepspeed import keep_grad_norm, skip_compiler, skip_shared_memory_extension
 from cai_ray.config.training import TrainConfig
 from cai_ray.train.runtime.ranks import device
 
@@ -72,6 +72,7 @@ def distribute(
     from torch.optim.lr_scheduler import LambdaLR
 
     skip_shared_memory_extension()
+    skip_compiler()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
