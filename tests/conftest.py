@@ -28,19 +28,28 @@ SHARED = {
 }
 
 
-# What `make test` leaves out and `make test-rest` runs: kills and resumes, servers, other models than the town's.
+# What `make test` leaves out and `make test-rest` runs: kills and resumes, servers, other models than the town's, and
+# single tests of a minute and more.
 REST = (
     "tests/e2e/test_kill.py",
     "tests/e2e/test_cost.py",
     "tests/e2e/test_any_model.py",
     "tests/e2e/test_serve",
     "tests/e2e/test_wheel.py",
+    "tests/e2e/test_town.py::test_another_method",
+    "tests/e2e/test_town.py::test_an_edited_principle",
+    "tests/e2e/test_town.py::test_the_critic_finds",
     "tests/ray/test_meter.py",
     "tests/ray/test_group.py",
     "tests/ray/test_dpo.py::test_item_36",
     "tests/ray/test_sft.py::test_item_36",
     "tests/ray/test_ppo.py::test_item_36",
     "tests/ray/test_ppo.py::test_item_21",
+    "tests/ray/test_ppo.py::test_item_24_weights_by_vllms",
+    "tests/ray/test_ppo.py::test_the_best_snapshot",
+    "tests/ray/test_ppo.py::test_an_alarm",
+    "tests/ray/test_pool.py::test_an_engine_that_dies",
+    "tests/ray/test_pool.py::test_item_23",
 )
 
 
