@@ -25,9 +25,12 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -82,26 +85,32 @@ def main() -> int:
             trees.put(copy_tree(Path(folder) / str(i)))
         check_import(trees.queue[0])
 
-        tests = sorted({m.test for m in mutants})
-        print(f"{len(tests)} tests without a fault", flush=True)
-        before = run_tests(trees.queue[0], tests)
-        broken = [t for t in tests if before.results.get(t) not in ("passed", "skipped")]
-        for test in broken:
-            print(f"NOT PASSING  {test} ({before.results.get(test, 'not found')}) {before.reason}")
-        if broken:
-            return 1
-        skipped = {t for t in tests if before.results[t] == "skipped"}
-
-        def judge(mutant: Mutant) -> str:
+        def on_a_tree(function: Callable[[Path], T]) -> T:
             tree = trees.get()
             try:
-                verdict, reason = try_mutant(tree, mutant)
+                return function(tree)
             finally:
                 trees.put(tree)
+
+        def judge(mutant: Mutant) -> str:
+            verdict, reason = on_a_tree(lambda tree: try_mutant(tree, mutant))
             print(f"{verdict:9} {mutant.name}  {reason}", flush=True)
             return verdict
 
         with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+            tests = sorted({m.test for m in mutants})
+            print(f"{len(tests)} tests without a fault", flush=True)
+            files = [list(own) for _, own in itertools.groupby(tests, lambda test: test.partition("::")[0])]
+            before: dict[str, str] = {}
+            for outcome in pool.map(lambda own: on_a_tree(lambda tree: run_tests(tree, own)), files):
+                before |= outcome.results
+                if outcome.exit_code:
+                    print(outcome.reason)
+            if broken := [t for t in tests if before.get(t) not in ("passed", "skipped")]:
+                for test in broken:
+                    print(f"NOT PASSING  {test} ({before.get(test, 'not found')})")
+                return 1
+            skipped = {t for t in tests if before[t] == "skipped"}
             verdicts = list(pool.map(judge, [m for m in mutants if m.test not in skipped]))
     for mutant in (m for m in mutants if m.test in skipped):
         print(f"{'left out':9} {mutant.name}  {mutant.test} is skipped on this machine")
