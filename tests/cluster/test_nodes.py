@@ -123,12 +123,12 @@ def loop(config):
             f.write(f"{ray.get_runtime_context().get_node_id()} {state['step'] if state else 0}\\n")
         if not state:
             step = Trained.step
-            Trained.step = lambda self: (time.sleep(1.0), step(self))[1]
+            Trained.step = lambda self: (time.sleep(0.5), step(self))[1]
         return state
     sft.restore = noted
-    return original(config)
+    return sft.loop(config)  # in a worker, the module's own
 
-original, sft.loop = sft.loop, loop
+sft.loop = loop
 run = Run(RunConfig.model_validate_json(sys.argv[1]))
 connect(run.config)
 sft.run(run)
@@ -193,7 +193,7 @@ def test_a_group_over_two_nodes_of_which_one_is_killed_comes_to_the_same_weights
 
     alone = sft_run(tmp_path / "alone", {**sections, "cpus_per_worker": 1})
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN.replace("1.0", "0"), alone.config.model_dump_json()],
+        [sys.executable, "-c", TRAIN.replace("0.5", "0"), alone.config.model_dump_json()],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
