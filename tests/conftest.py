@@ -36,6 +36,7 @@ REST = (
     "tests/e2e/test_kill.py",
     "tests/e2e/test_cost.py",
     "tests/e2e/test_any_model.py",
+    "tests/e2e/test_init.py",
     "tests/e2e/test_serve",
     "tests/e2e/test_wheel.py",
     "tests/ray/test_meter.py",

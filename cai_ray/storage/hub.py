@@ -1,8 +1,8 @@
 """Models and datasets of the Hugging Face hub, each at one commit.
 
 A model is named `org/name` or `org/name@revision`; a dataset, or a file or folder in it,
-`hf://datasets/org/name@revision/folder/file.jsonl`. Without a revision it is `main`. Files are kept in the library's own
-cache (HF_HOME), so that nothing is fetched twice on a node.
+`hf://datasets/org/name@revision/folder/file.jsonl`. Without a revision it is `main`. Files are kept in the library's
+own cache (HF_HOME), so that nothing is fetched twice on a node.
 """
 
 from __future__ import annotations
@@ -234,6 +234,7 @@ def _ask(repo: Repo, request: Callable[[], T]) -> T:
         InputError: the hub refuses it; the line names the repository and the remedy.
         Unreachable: the hub does not answer, and the cache has no copy.
     """
+    import httpx2
     from huggingface_hub import constants, errors
 
     what, token = f"{repo.kind} {repo}", "set HF_TOKEN to a token of an account that has access"
@@ -264,23 +265,21 @@ def _ask(repo: Repo, request: Callable[[], T]) -> T:
             raise InputError(f"{what}: the hub refuses the token ({status}); {token}") from e
         raise Unreachable(f"{what}: {constants.ENDPOINT} answered {status}; try again later") from e
     except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as e:
-        raise _unreachable(what, e) from e
-    except Exception as e:  # errors of the HTTP library, which are its own
-        if not type(e).__module__.startswith("httpx"):
-            raise
-        raise _unreachable(what, e) from e
+        raise _unreachable(what) from e
+    except httpx2.HTTPError as e:
+        raise _unreachable(what) from e
 
 
-def _unreachable(what: str, error: Exception) -> Unreachable:
+def _unreachable(what: str) -> Unreachable:
     from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
-    why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
-    remedy = "unset it" if offline else "connect this machine"
     here = "no such folder here, and it " if what.startswith("model") else ""
+    why, remedy = f"{constants.ENDPOINT} cannot be reached", "connect this machine"
+    if constants.HF_HUB_OFFLINE:
+        why, remedy = "HF_HUB_OFFLINE is set", "unset it"
     return Unreachable(
-        f"{what}: {here}is not in this machine's cache ({constants.HF_HUB_CACHE}), and {why}; {remedy} for the first run, "
-        "or give the path of a copy"
+        f"{what}: {here}is not in this machine's cache ({constants.HF_HUB_CACHE}), and {why}; "
+        f"{remedy} for the first run, or give the path of a copy"
     )
 
 

@@ -1,0 +1,75 @@
+"""`cai-ray init`: from a model and data to a configuration that runs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cai_ray.cli.options import ListsCommand
+from cai_ray.errors import InputError
+
+
+class InitCommand(ListsCommand):
+    lists = ("--data", "--red-team", "--helpful")
+
+
+_SOURCE = "FILE…"
+
+
+def init(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Model folder, or an id of the Hugging Face hub."),
+    ] = None,
+    red_team: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--red-team", metavar=_SOURCE, help="Red-team prompts: files, folders, or datasets of the hub."
+        ),
+    ] = None,
+    helpful: Annotated[
+        list[str] | None, typer.Option("--helpful", metavar=_SOURCE, help="Helpfulness prompts.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar=_SOURCE, help="Prompts whose rows or name tell their kind."),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option("--out", metavar="FILE", help="The configuration. Its data go to a folder beside it."),
+    ] = "my.yaml",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+) -> None:
+    """Write a configuration for a model and data of your own. On a terminal it asks for what is not given."""
+    ask = _ask if sys.stdin.isatty() else None
+    model = model or (ask and ask("Model (folder or hub id)"))
+    sources = [
+        *((path, "red_team") for path in red_team or ()),
+        *((path, "helpful") for path in helpful or ()),
+        *((path, None) for path in data or ()),
+    ]
+    if ask and model and not sources:
+        sources = [
+            *((path, "red_team") for path in ask("Red-team prompts (files, folders or datasets)").split())
+        ]
+        sources += [(path, "helpful") for path in ask("Helpful prompts (may be empty)").split()]
+    if not model:
+        raise InputError("init: --model is missing; give a model folder or an id of the Hugging Face hub")
+    if not sources:
+        raise InputError(
+            "init: no data; give red-team prompts with --red-team, and helpful ones with --helpful"
+        )
+    from cai_ray.begin.start import begin
+
+    written = begin(model, sources, out, overwrite=overwrite, ask=ask, say=_say)
+    print(written.config)
+    _say(f"next: cai-ray run {written.config} --check")
+
+
+def _ask(question: str) -> str:
+    answer: str = typer.prompt(question, default="", show_default=False, err=True)
+    return answer.strip()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
