@@ -103,8 +103,8 @@ def split(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
         if keeps:
             parts[given.get(prompt["split"], "train")].append(prompt)
         else:
-            begins = derive_id(normalised(prompt["messages"][:1]))
-            groups[prompt["kind"], begins].append(prompt)
+            first = next(m for m in prompt["messages"] if m["role"] == "user")
+            groups[prompt["kind"], derive_id(normalised([first]))].append(prompt)
     for kind in sorted({kind for kind, _ in groups}):
         of_kind = [rows for (k, _), rows in sorted(groups.items()) if k == kind]
         total, place = sum(map(len, of_kind)), 0

@@ -55,6 +55,8 @@ class Amounts(NamedTuple):
     ppo_steps: int
     rollouts: int
     """Responses in a step of PPO."""
+    seconds: float
+    """About how long this takes; engines that start and models that are loaded come on top."""
 
 
 def plan(
@@ -120,13 +122,15 @@ def choose_amounts(params: int, lengths: Lengths, machine: Machine, prompts: int
     per_step = rollouts * (answer + 2 * 2 * dialogue + 0.5 * 2 * dialogue)
     fitting = int((1 - _PPO_SHARE) * seconds * speed / per_prompt)
     used = min(prompts, max(32, min(fitting, most)))
+    done = min(steps, max(4, int(_PPO_SHARE * seconds * speed / per_step)))
     return Amounts(
         rounds,
         epochs,
         used,
         _power(min(batch, max(2, used // 4))),
-        min(steps, max(4, int(_PPO_SHARE * seconds * speed / per_step))),
+        done,
         rollouts,
+        (used * per_prompt + done * per_step) / speed,
     )
 
 

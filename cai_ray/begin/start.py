@@ -12,7 +12,7 @@ from cai_ray.begin.data import Ask, Data, Kind, read_data, split, write
 from cai_ray.begin.lengths import Lengths, choose_lengths, prompt_lengths
 from cai_ray.begin.machine import GIB, Machine, this_machine
 from cai_ray.begin.model import TEMPLATES, Model, look_at
-from cai_ray.begin.plan import SAVINGS, Setting, plan
+from cai_ray.begin.plan import SAVINGS, Setting, choose_amounts, plan
 from cai_ray.begin.write import nested, to_yaml
 from cai_ray.config.load import validate
 from cai_ray.config.run import RunConfig
@@ -23,6 +23,7 @@ from cai_ray.storage.records import Prompt
 CONSTITUTION = "harmless"
 _MEMORY_SHARE = 0.8
 """Share of the machine's memory that a run without GPUs may take."""
+_LONG_HOURS = 4
 
 Say = Callable[[str], None]
 
@@ -75,6 +76,11 @@ def begin(
         say(line)
     _check_parts(parts)
     settings = _choose(model, lengths, machine, parts, written)
+    hours = choose_amounts(model.shape.params, lengths, machine, len(parts["train"])).seconds / 3600
+    if hours > _LONG_HOURS:
+        say(
+            f"note: even this first run takes some {hours:.0f} hours here; a smaller model or a GPU would help"
+        )
     write(written.data, parts)
     head = (
         f"Written by `cai-ray init` for {model_name} on {machine}.",

@@ -23,7 +23,9 @@ ROWS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet
 
 _ID = r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?"
 _MODEL = re.compile(_ID)
-_DATASET = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inside>.*))?")
+_DATASET = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+))?(?:/(?P<inside>.*))?"
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10
 _SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
@@ -189,39 +191,57 @@ class Unreachable(InputError):
 
 
 def _snapshot(repo: Repo, wanted: tuple[str, ...], ignored: tuple[str, ...] = ()) -> str:
-    """The folder on this node with the wanted files, fetched at most once."""
-    from huggingface_hub import snapshot_download
+    """The folder on this node with the wanted files of a commit. What the cache has is not asked for."""
+    from huggingface_hub import errors, snapshot_download
 
-    unreachable = _list_files(repo) is None
-    folder = _ask(
-        repo,
-        lambda: snapshot_download(
+    def get(local: bool) -> str:
+        return snapshot_download(
             repo.name,
             repo_type=repo.kind,
             revision=repo.revision,
             allow_patterns=list(wanted),
             ignore_patterns=list(ignored),
-            local_files_only=unreachable,
-        ),
-    )
+            local_files_only=local,
+        )
+
+    if _known_files(repo) is not None:
+        try:
+            return get(local=True)
+        except errors.LocalEntryNotFoundError:  # some are missing
+            pass
+    unreachable = _list_files(repo) is None
+    folder = _ask(repo, lambda: get(local=unreachable))
     os.makedirs(folder, exist_ok=True)  # where no file was wanted, there is none
     return folder
 
 
+def _known_files(repo: Repo) -> frozenset[str] | None:
+    """The names of all files of a commit, if the cache has the list."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        tree = get_cached_repo_tree(repo.name, revision=repo.revision, repo_type=repo.kind)
+    except errors.CachedRepoTreeNotFoundError:
+        return None
+    return frozenset(file.path for file in tree)
+
+
 def _list_files(repo: Repo) -> frozenset[str] | None:
-    """The names of all files of a repository at a commit; None if they are not known here and nobody answers.
+    """The names of all files of a commit; None if they are not known here and nobody answers.
 
     The library's own listing would be tried for half a minute then.
     """
-    from huggingface_hub import HfApi, errors, get_cached_repo_tree
+    from huggingface_hub import HfApi
 
-    given: dict[str, Any] = {"revision": repo.revision, "repo_type": repo.kind}
+    if (known := _known_files(repo)) is not None:
+        return known
     try:
-        return frozenset(file.path for file in get_cached_repo_tree(repo.name, **given))
-    except errors.CachedRepoTreeNotFoundError:
-        pass
-    try:
-        info = _ask(repo, lambda: HfApi().repo_info(repo.name, timeout=_TIMEOUT_S, **given))
+        info = _ask(
+            repo,
+            lambda: HfApi().repo_info(
+                repo.name, revision=repo.revision, repo_type=repo.kind, timeout=_TIMEOUT_S
+            ),
+        )
     except Unreachable:
         return None
     return frozenset(file.rfilename for file in info.siblings or ())

@@ -17,10 +17,32 @@ from tests import tiny
 from tests.hub import Hub
 
 # Prompts that differ in more than a number, since near duplicates are left out.
-WORDS = (
-    "lock parcel lamp garden river window letter engine bridge candle mirror ladder blanket whistle saddle basket "
-    "compass hammer feather pencil kettle marble ribbon anchor"
-).split()
+WORDS = [
+    "lock",
+    "parcel",
+    "lamp",
+    "garden",
+    "river",
+    "window",
+    "letter",
+    "engine",
+    "bridge",
+    "candle",
+    "mirror",
+    "ladder",
+    "blanket",
+    "whistle",
+    "saddle",
+    "basket",
+    "compass",
+    "hammer",
+    "feather",
+    "pencil",
+    "kettle",
+    "marble",
+    "ribbon",
+    "anchor",
+]
 
 
 def prompts(start: str) -> list[str]:
@@ -95,7 +117,7 @@ def test_the_parts_do_not_overlap_and_have_both_kinds(
     model: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     red = [json.loads(line) for line in Path(data["red"]).read_text().splitlines()]
-    nearly = [{k: v.replace("neighbour", "neighbours") for k, v in row.items()} for row in red]
+    nearly = [{k: v.replace("?", "?!") for k, v in row.items()} for row in red]
     # Conversations that go on from the same first question stay together.
     longer = [
         {"chosen": f"{row['chosen']}\n\nHuman: {row['chosen'][40:60]} why not, tell me at once!"}
