@@ -1,7 +1,7 @@
 """`cai-ray init`: from a model and data to a configuration that runs."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -43,16 +43,14 @@ def init(
     """Write a configuration for a model and data of your own. On a terminal it asks for what is not given."""
     ask = _ask if sys.stdin.isatty() else None
     model = model or (ask and ask("Model (folder or hub id)"))
-    sources = [
+    if ask and model and not (red_team or helpful or data):
+        red_team = ask("Red-team prompts (files, folders or datasets)").split()
+        helpful = ask("Helpful prompts (may be empty)").split()
+    sources: list[tuple[str, Literal["red_team", "helpful"] | None]] = [
         *((path, "red_team") for path in red_team or ()),
         *((path, "helpful") for path in helpful or ()),
         *((path, None) for path in data or ()),
     ]
-    if ask and model and not sources:
-        sources = [
-            *((path, "red_team") for path in ask("Red-team prompts (files, folders or datasets)").split())
-        ]
-        sources += [(path, "helpful") for path in ask("Helpful prompts (may be empty)").split()]
     if not model:
         raise InputError("init: --model is missing; give a model folder or an id of the Hugging Face hub")
     if not sources:

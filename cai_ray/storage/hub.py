@@ -26,6 +26,7 @@ _MODEL = re.compile(_ID)
 _DATASET = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+))?(?:/(?P<inside>.*))?"
 )
+_MARK = re.compile(r"([*?[])")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10
 _SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
@@ -169,7 +170,9 @@ def fetch_dataset(repo: Repo) -> str:
                 if below
                 else f"{repo}: no such file or folder in the dataset; look at {repo.page}/tree/main"
             )
-    local = _snapshot(repo, tuple(wanted))
+    # What is asked for are patterns: a name with a bracket or star in it is escaped.
+    patterns = tuple(_MARK.sub(r"[\1]", name) if name in names else name for name in wanted)
+    local = _snapshot(repo, patterns)
     return os.path.join(local, repo.inside) if repo.inside else local
 
 
@@ -235,13 +238,10 @@ def _list_files(repo: Repo) -> frozenset[str] | None:
 
     if (known := _known_files(repo)) is not None:
         return known
+    api, given = HfApi(), {"revision": repo.revision, "timeout": _TIMEOUT_S}
+    about: Any = api.model_info if repo.kind == "model" else api.dataset_info
     try:
-        info = _ask(
-            repo,
-            lambda: HfApi().repo_info(
-                repo.name, revision=repo.revision, repo_type=repo.kind, timeout=_TIMEOUT_S
-            ),
-        )
+        info = _ask(repo, lambda: about(repo.name, **given))
     except Unreachable:
         return None
     return frozenset(file.rfilename for file in info.siblings or ())
