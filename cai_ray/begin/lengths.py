@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cai_ray.begin.machine import Machine
-from cai_ray.begin.model import Model, StepTokens
+from cai_ray.begin.model import ModelFacts, StepTokens
 from cai_ray.errors import InputError, RowError
 from cai_ray.storage.records import Prompt
 
@@ -30,7 +30,7 @@ class Lengths(NamedTuple):
     """What says so."""
 
 
-def prompt_lengths(model: Model, prompts: Iterable[Prompt]) -> dict[str, int]:
+def prompt_lengths(model: ModelFacts, prompts: Iterable[Prompt]) -> dict[str, int]:
     """The lengths of prompts by id, room for quoting them included; one that the model cannot read is left out."""
     lengths = {}
     for prompt in prompts:
@@ -43,7 +43,7 @@ def prompt_lengths(model: Model, prompts: Iterable[Prompt]) -> dict[str, int]:
 
 
 def choose_lengths(
-    model: Model, steps: StepTokens, lengths: Mapping[str, int], answers: Sequence[str], machine: Machine
+    model: ModelFacts, steps: StepTokens, lengths: Mapping[str, int], answers: Sequence[str], machine: Machine
 ) -> Lengths:
     """Lengths for which the prompts of the steps fit the model's context.
 

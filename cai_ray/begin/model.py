@@ -25,7 +25,7 @@ _BY_TOKENS = {
 _FOR_OTHERS = "plain"
 
 
-class Model(NamedTuple):
+class ModelFacts(NamedTuple):
     """A model, and the template set that it is asked with."""
 
     name: str
@@ -64,7 +64,7 @@ class StepTokens(NamedTuple):
         )
 
 
-def look_at(name: str, document: Constitution) -> tuple[Model, StepTokens]:
+def look_at(name: str, document: Constitution) -> tuple[ModelFacts, StepTokens]:
     """Looks at a model. Of the hub's models configuration and tokenizer are fetched, and no weights.
 
     Raises:
@@ -80,7 +80,7 @@ def look_at(name: str, document: Constitution) -> tuple[Model, StepTokens]:
     config = validate(
         {"name": "init", "model": located, "constitution": "harmless", "prompts": [{"path": "-"}]}, "init"
     )
-    model = Model(
+    model = ModelFacts(
         name,
         Renderer(folder, templates.chat_template),
         templates,
@@ -97,7 +97,7 @@ def _templates_for(tokenizer: Any) -> str:
     return next((n for n, tokens in _BY_TOKENS.items() if all(t in vocabulary for t in tokens)), _FOR_OTHERS)
 
 
-def _step_tokens(model: Model, document: Constitution) -> StepTokens:
+def _step_tokens(model: ModelFacts, document: Constitution) -> StepTokens:
     """The lengths of the steps' prompts for the principle that takes most."""
     conversation: Messages = [{"role": "user", "content": "x"}]
     templates, alone = model.templates, model.prompt_tokens(conversation)

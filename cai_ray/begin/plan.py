@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cai_ray.begin.lengths import Lengths
 from cai_ray.begin.machine import Machine
-from cai_ray.begin.model import Model
+from cai_ray.begin.model import ModelFacts
 
 _CPU_RATE, _GPU_RATE = 7e9, 1e13
 """Parameters times tokens that a core and a GPU generate in a second. Training a token takes twice as long."""
@@ -60,7 +60,7 @@ class Amounts(NamedTuple):
 
 
 def plan(
-    model: Model,
+    model: ModelFacts,
     lengths: Lengths,
     machine: Machine,
     counts: Mapping[str, int],
@@ -134,7 +134,7 @@ def choose_amounts(params: int, lengths: Lengths, machine: Machine, prompts: int
     )
 
 
-def _engine(model: Model, lengths: Lengths, machine: Machine) -> list[Setting]:
+def _engine(model: ModelFacts, lengths: Lengths, machine: Machine) -> list[Setting]:
     why = f"the longest prompts of the steps fit; the model has {model.shape.context}"
     context = Setting("engine.max_model_len", lengths.context, why)
     if machine.gpus:
@@ -154,7 +154,7 @@ def _engine(model: Model, lengths: Lengths, machine: Machine) -> list[Setting]:
 
 def _training(
     section: str,
-    model: Model,
+    model: ModelFacts,
     lengths: Lengths,
     machine: Machine,
     amounts: Amounts,

@@ -11,7 +11,7 @@ from cai_ray import constitution
 from cai_ray.begin.data import Ask, Data, Kind, read_data, split, write
 from cai_ray.begin.lengths import Lengths, choose_lengths, prompt_lengths
 from cai_ray.begin.machine import GIB, Machine, this_machine
-from cai_ray.begin.model import TEMPLATES, Model, look_at
+from cai_ray.begin.model import TEMPLATES, ModelFacts, look_at
 from cai_ray.begin.plan import SAVINGS, Setting, choose_amounts, plan
 from cai_ray.begin.write import nested, to_yaml
 from cai_ray.config.load import validate
@@ -104,7 +104,7 @@ def _places(out: str, overwrite: bool) -> Written:
 
 
 def _choose(
-    model: Model, lengths: Lengths, machine: Machine, parts: dict[str, list[Prompt]], written: Written
+    model: ModelFacts, lengths: Lengths, machine: Machine, parts: dict[str, list[Prompt]], written: Written
 ) -> list[Setting]:
     """All settings: the first of SAVINGS with which every stage fits into the memory."""
     from cai_ray.estimate.fit import memory_lines
@@ -137,7 +137,7 @@ def _fits(config: RunConfig, machine: Machine) -> bool:
 
 
 def _all_settings(
-    model: Model, planned: list[Setting], counts: dict[str, int], written: Written
+    model: ModelFacts, planned: list[Setting], counts: dict[str, int], written: Written
 ) -> list[Setting]:
     name = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9_.-]", "", written.config.stem) or "mine"
 
@@ -163,7 +163,7 @@ def _all_settings(
     return settings
 
 
-def _template_note(model: Model) -> str:
+def _template_note(model: ModelFacts) -> str:
     if model.has_template:
         return ", a chat template of its own"
     return f", no chat template: template set {model.templates_name} brings one"

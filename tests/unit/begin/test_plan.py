@@ -7,7 +7,7 @@ import yaml
 
 from cai_ray.begin.lengths import Lengths
 from cai_ray.begin.machine import Machine
-from cai_ray.begin.model import Model, StepTokens
+from cai_ray.begin.model import ModelFacts, StepTokens
 from cai_ray.begin.plan import SAVINGS, Setting, choose_amounts, plan
 from cai_ray.begin.write import nested, to_yaml
 from cai_ray.config.load import validate
@@ -18,9 +18,9 @@ LENGTHS = Lengths(prompt=100, answer=64, context=2048, seen="seen")
 COUNTS = {"train": 500, "development": 40, "held_out": 60}
 
 
-def model(params: float) -> Model:
+def model(params: float) -> ModelFacts:
     shape = Shape(int(params), 30, 576, 192, 1536, 49152, 0, 8192, False, ())
-    return Model("org/name", cast(Any, None), cast(Any, None), "general", True, shape)
+    return ModelFacts("org/name", cast(Any, None), cast(Any, None), "general", True, shape)
 
 
 def config(settings: list[Setting]) -> RunConfig:
