@@ -56,12 +56,14 @@ def _together(settings: Iterable[Setting]) -> list[Setting]:
 
 
 def _lines(indent: str, key: str, setting: Setting) -> list[str]:
-    why = f"# {setting.why}" if setting.why else ""
-    if isinstance(setting.value, list):
-        items = [f"{indent}  - {_flow(item)}" for item in setting.value]
-        return [f"{indent}{key}:".ljust(_WIDTH) + why if why else f"{indent}{key}:", *items]
-    line = f"{indent}{key}: {_flow(setting.value)}"
-    return [f"{line.ljust(_WIDTH)} {why}".rstrip()]
+    first, *items = _value(indent, key, setting.value)
+    return [f"{first.ljust(_WIDTH)} # {setting.why}" if setting.why else first, *items]
+
+
+def _value(indent: str, key: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"{indent}{key}:", *(f"{indent}  - {_flow(item)}" for item in value)]
+    return [f"{indent}{key}: {_flow(value)}"]
 
 
 def _flow(value: Any) -> str:
@@ -69,12 +71,17 @@ def _flow(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
-        plain = not any(mark in value for mark in "{}[],#:&*!|>'\"%@`\n\t") or value.startswith(("./", "/"))
-        try:
-            same = plain and yaml.safe_load(f"[{value}]") == [value] and yaml.safe_load(value) == value
-        except yaml.YAMLError:
-            same = False
-        return value if same else json.dumps(value, ensure_ascii=False)
+        return value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < value < 1e-3 else repr(value)
     return json.dumps(value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is itself where it stands without quotes, in a mapping on one line and before a comment."""
+    try:
+        return all(
+            yaml.safe_load(form.format(text)) == {"key": text} for form in ("{{key: {}}}", "key: {} # why")
+        )
+    except yaml.YAMLError:
+        return False
