@@ -65,8 +65,10 @@ def init(
 
 
 def _ask(question: str) -> str:
-    answer: str = typer.prompt(question, default="", show_default=False, err=True)
-    return answer.strip()
+    print(f"{question}: ", end="", file=sys.stderr, flush=True)
+    if not (line := sys.stdin.readline()):
+        raise InputError("init: no answer; give --model, and data with --red-team, --helpful or --data")
+    return line.strip()
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -174,22 +173,28 @@ def test_a_tokenizer_without_a_chat_template_gets_one_that_fits(
     assert main(["run", str(out), "--check", "--out", str(tmp_path / "run")]) == 0
 
 
-def test_on_a_terminal_it_asks(model: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_on_a_terminal_it_asks(
+    model: Path,
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cai_ray", "init", "--out", str(tmp_path / "mine.yaml")],
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(theirs)
-    os.write(ours, f"{model}\n{data['red']}\n{data['helpful']}\n".encode())
-    out, err = process.communicate(timeout=240)
-    os.close(ours)
-    assert process.returncode == 0, err
-    assert out == f"{tmp_path / 'mine.yaml'}\n"
-    assert "Model (folder or hub id)" in err and "24 red-team, 24 helpful" in err
+    with os.fdopen(theirs) as terminal, os.fdopen(ours, "wb", 0) as typed:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        typed.write(f"{model}\n{data['red']}\n{data['helpful']}\n".encode())
+        assert main(["init", "--out", str(tmp_path / "mine.yaml")]) == 0
+        said = capsys.readouterr()
+        assert said.out == f"{tmp_path / 'mine.yaml'}\n"
+        assert "Model (folder or hub id): " in said.err and "24 red-team, 24 helpful" in said.err
+        typed.write(b"benign\nhelpful\n")
+        words = ["--model", str(model), "--red-team", data["red"], "--data", data["helpful"]]
+        assert main(["init", *words, "--out", str(tmp_path / "again.yaml")]) == 0
+        assert capsys.readouterr().err.count("are its prompts red_team or helpful?") == 2
+        typed.write(b"\x04")
+        assert main(["init", "--out", str(tmp_path / "third.yaml")]) == 2
+        assert "no answer; give --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
