@@ -57,12 +57,14 @@ def choose_lengths(
     if not lengths:
         raise InputError(f"model {model.name}: its chat template refuses every prompt; name another model")
     usual, most = (256, 512) if machine.gpus else (64, 96)
-    answer, seen = usual, f"a usual length {'on GPUs' if machine.gpus else 'for a first run without a GPU'}"
+    answer, seen = usual, f"usual for a first run {'on GPUs' if machine.gpus else 'without a GPU'}"
     if answers:
         long = quantile([model.text_tokens(text) for text in answers], 0.9)
-        answer = min(max(-(-long // 16) * 16, 2 * _SHORTEST), most)
+        answer = min(max(-(-long // _SHORTEST) * _SHORTEST, usual), most)
         seen = f"90% of the data's answers have at most {long} tokens"
-        seen += f"; more than {most} take long here" if long > most else ""
+        # A model writes at its own length: what is short in the data would cut it off.
+        seen += f", and a model's own mostly {usual}" if long < usual else ""
+        seen += f", but more than {most} take long here" if long > most else ""
     prompt, context = quantile(lengths.values(), 0.95), model.shape.context
     while steps.needed(prompt, answer) > context and answer > _SHORTEST:
         answer = max(_SHORTEST, answer // 2)
