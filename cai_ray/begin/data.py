@@ -99,12 +99,14 @@ def split(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     given = {"dev": "development", "held": "held_out"}
     keeps = any(prompt["split"] in given for prompt in prompts)
     groups: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
+    kinds: dict[str, str] = {}
     for prompt in prompts:
         if keeps:
             parts[given.get(prompt["split"], "train")].append(prompt)
         else:
             first = next(m for m in prompt["messages"] if m["role"] == "user")
-            groups[prompt["kind"], derive_id(normalised([first]))].append(prompt)
+            begins = derive_id(normalised([first]))
+            groups[kinds.setdefault(begins, prompt["kind"]), begins].append(prompt)
     for kind in sorted({kind for kind, _ in groups}):
         of_kind = [rows for (k, _), rows in sorted(groups.items()) if k == kind]
         total, place = sum(map(len, of_kind)), 0
