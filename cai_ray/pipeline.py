@@ -27,6 +27,7 @@ from cai_ray.provenance.versions import versions
 from cai_ray.stages import STAGES, has_stage, needs_of, stages_of
 from cai_ray.storage import files
 from cai_ray.storage.object_stores import refusal
+from cai_ray.storage.pins import COMMITS, pin
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 
@@ -52,11 +53,12 @@ def run_stages(
     Raises:
         InputError: an input is at fault, or a complete stage has other inputs and `overwrite` is not given.
     """
+    config, commits = pin(config)
     run = Run(config)
     stages = list(stages)
     check_inputs(config, stages)
     check_run(run, stages, overwrite, keep)
-    _write_run(run)
+    _write_run(run, commits)
     for name in stages:
         if name in keep and (changed := changed_inputs(run, name)):
             say(f"{name}: kept as it is, though {', '.join(changed)} changed")
@@ -215,11 +217,16 @@ def _clear(run: Run, name: str) -> None:
         files.delete(run.path(name, leftover))
 
 
-def _write_run(run: Run) -> None:
-    """Writes run.json, and the constitution beside the results."""
+def _write_run(run: Run, commits: dict[str, str]) -> None:
+    """Writes run.json, and the constitution beside the results.
+
+    Args:
+        commits: of models and datasets of the hub (storage/pins.py).
+    """
     document, config = run.config.document, run.config
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     about = {"versions": versions(), "seed": config.seed, "constitution_sha": document.sha}
+    about |= {COMMITS: commits}
     files.write_json(run.path("run.json"), {"config": config.model_dump(mode="json"), **about})
 
 

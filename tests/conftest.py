@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.hub import Hub
 
 # One thread per process: engines and trainers share few cores here, and spinning threads starve each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +37,7 @@ REST = (
     "tests/e2e/test_kill.py",
     "tests/e2e/test_cost.py",
     "tests/e2e/test_any_model.py",
+    "tests/e2e/test_init.py",
     "tests/e2e/test_serve",
     "tests/e2e/test_wheel.py",
     "tests/e2e/test_town.py::test_another_method",
@@ -66,6 +70,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if marked and not _cuda():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs CUDA, and this machine has none"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of the test's own with an empty cache, for this process and those that it starts."""
+    from huggingface_hub import constants
+
+    from cai_ray.storage import hub as ours
+
+    served = Hub()
+    home = tmp_path / "hf_home"
+    for name, value in (("HF_ENDPOINT", served.url), ("HF_HOME", str(home))):
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    # The library has read its environment by now.
+    for name, constant in (
+        ("ENDPOINT", served.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        ("HF_HUB_CACHE", str(home / "hub")),
+        ("HF_TOKEN_PATH", str(home / "token")),
+        ("HF_HUB_OFFLINE", False),
+    ):
+        monkeypatch.setattr(constants, name, constant)
+    ours.pin.cache_clear()
+    yield served
+    served.close()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

@@ -81,3 +81,27 @@ def save_model(
     if reward:
         (folder / "reward_head.json").write_text('{"mean": 0.5, "std": 2.0}')
     return folder
+
+
+def with_ends(folder: Path) -> Path:
+    """Makes a random model end its turn with a probability of about one in twenty at each token but the first.
+
+    A uniform one over a thousand tokens would hit every length limit. One dimension of the embedding is the same for
+    all tokens and large, so that it is nearly the same in every last hidden state; the end token's row of the head
+    reads it. The line break with which the template begins an answer has the opposite sign: none is empty.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    end = model.config.eos_token_id
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 0.3
+        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(folder)("\n").input_ids, 0] = -0.3
+        head = model.get_output_embeddings().weight
+        tied = head is model.get_input_embeddings().weight
+        others = 0.3 if tied else float(head[:, 0].mean())
+        hidden = model.model(torch.arange(20, 40)[None]).last_hidden_state[0, :, 0].mean()
+        head[end, 0] = others + 4.0 / float(hidden)  # e^4 in a thousand
+    model.save_pretrained(folder)
+    return folder

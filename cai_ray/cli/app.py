@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from cai_ray import __version__
-from cai_ray.cli import config, constitution, results, run, serve, studies, town
+from cai_ray.cli import config, constitution, init, results, run, serve, studies, town
 from cai_ray.cli.failures import report_failure, usage_line
 from cai_ray.cli.options import EstimateCommand, new_app
 from cai_ray.errors import EXIT_DONE, EXIT_INPUT
@@ -22,6 +22,7 @@ from cai_ray.stages import STAGES
 app = new_app("Constitutional AI on Ray: from a written constitution to a trained policy.")
 
 app.command("demo")(studies.demo)
+app.command("init", cls=init.InitCommand)(init.init)
 app.command("run", cls=EstimateCommand)(run.run)
 for _name, _stage in STAGES.items():
     app.command(_name, help=_stage.help, cls=EstimateCommand)(run.stage_command(_name))

@@ -81,12 +81,13 @@ def _contradictions(config: str, overrides: list[str], files: list[str]) -> dict
     from cai_ray import constitution
     from cai_ray.cluster.connect import connect, disconnect
     from cai_ray.config.load import load_config
+    from cai_ray.storage.pins import pin
     from cai_ray.storage.run import Run
     from cai_ray.studies.contradictions import contradictions
 
     findings = {}
     with tempfile.TemporaryDirectory(prefix="cai-ray-lint-") as folder:
-        settings = load_config(config, overrides)
+        settings = pin(load_config(config, overrides)).config
         try:
             connect(settings)
             for number, file in enumerate(files):
@@ -191,10 +192,11 @@ def check_examples(
     from cai_ray import constitution
     from cai_ray.cluster.connect import connect, disconnect
     from cai_ray.config.load import load_config
+    from cai_ray.storage.pins import pin
     from cai_ray.storage.run import Run
     from cai_ray.studies import examples
 
-    settings = load_config(config, overrides or [], out=out)
+    settings = pin(load_config(config, overrides or [], out=out)).config
     document = constitution.load(file or settings.constitution)
     try:
         connect(settings)

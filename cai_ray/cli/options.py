@@ -112,6 +112,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seeds = Annotated[int, typer.Option("--seeds", metavar="N", parser=positive, help="Number of seeds.")]
 
 
+class ListsCommand(TyperCommand):
+    """A command of which some options take several values, up to the next option."""
+
+    lists: tuple[str, ...] = ()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        option = ""  # the one that takes further values
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in self.lists else ""
+                words.append(word)
+            elif option and words[-1] != option:
+                words += [option, word]
+            else:
+                words.append(word)
+        return super().parse_args(ctx, words)
+
+
 class EstimateCommand(TyperCommand):
     """A command whose option `--estimate` may stand without a number."""
 

@@ -168,11 +168,13 @@ def print_check(
     from cai_ray import pipeline
     from cai_ray.estimate.fit import memory_lines
     from cai_ray.estimate.shape import elsewhere
+    from cai_ray.storage.pins import pin
     from cai_ray.storage.run import Run
 
+    model_elsewhere = elsewhere(settings)
+    settings = pin(settings, models=not model_elsewhere).config
     for line in memory_lines(settings):
         print(line)
-    model_elsewhere = elsewhere(settings)
     pipeline.check_inputs(settings, names, model_elsewhere=model_elsewhere)
     pipeline.check_run(Run(settings), list(names), overwrite, keep)
     if model_elsewhere:

@@ -2,12 +2,21 @@
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
-from cai_ray.cli.options import Config, Json, Out, Overrides, Overwrite, RunFolder, Seeds, positive
+from cai_ray.cli.options import (
+    Config,
+    Json,
+    ListsCommand,
+    Out,
+    Overrides,
+    Overwrite,
+    RunFolder,
+    Seeds,
+    positive,
+)
 
 
 def demo(
@@ -33,21 +42,8 @@ def demo(
         print(json.dumps(report, ensure_ascii=False))
 
 
-class AblateCommand(TyperCommand):
-    """A command whose option `--without` takes several values, up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words: list[str] = []
-        inside = False
-        for word in args:
-            if word.startswith("-"):
-                inside = word == "--without"
-                words.append(word)
-            elif inside and words[-1] != "--without":
-                words += ["--without", word]
-            else:
-                words.append(word)
-        return super().parse_args(ctx, words)
+class AblateCommand(ListsCommand):
+    lists = ("--without",)
 
 
 def ablate(

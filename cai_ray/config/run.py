@@ -30,7 +30,7 @@ class RunConfig(Section):
     seed: int = 0
     """Seed of everything that is drawn at random."""
     model: str = by_content("model")
-    """The helpful model to train: a Hugging Face folder or id."""
+    """The helpful model to train: a folder, a URI, or an id of the Hugging Face hub, also `org/name@revision`."""
     constitution: str = by_content("files")
     """The constitution: the name of one that ships here, or a YAML or Markdown file."""
     without: tuple[str, ...] = ()

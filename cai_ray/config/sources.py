@@ -13,7 +13,8 @@ class PromptSource(Section):
     """A file or folder of prompts."""
 
     path: str = by_content("files")
-    """JSON lines, CSV, Parquet or Arrow: a file, a folder of files, or a pattern in a folder (any URI)."""
+    """JSON lines, CSV, Parquet or Arrow: a file, a folder of files, or a pattern in a folder (any URI, also
+    `hf://datasets/org/name@revision/file`)."""
     kind: Literal["red_team", "helpful"] | None = None
     """The kind of all its prompts. Needed if the rows have no `kind` of their own."""
     column: str | None = None

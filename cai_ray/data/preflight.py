@@ -54,7 +54,9 @@ class Preflight:
         key = derive_id(resolved.location, resolved.templates, resolved.template_args)
         if key not in self._renderers:
             chat_template = load_templates(resolved.templates).chat_template
-            self._renderers[key] = Renderer(resolved.fetch(), chat_template, resolved.template_args)
+            self._renderers[key] = Renderer(
+                resolved.fetch(weights=False), chat_template, resolved.template_args
+            )
         return self._renderers[key]
 
     def check_judge(self, key: str, judge: JudgeConfig, stage: str) -> None:

@@ -21,6 +21,7 @@ from cai_ray.provenance.inputs import inputs
 from cai_ray.report.text import columns, duration, price, token_counts
 from cai_ray.stages import STAGES, stages_of, upstream_of
 from cai_ray.storage import files
+from cai_ray.storage.pins import pin
 from cai_ray.storage.run import Run
 
 MODELS = ("sft", "rm")
@@ -40,6 +41,7 @@ def estimate(
     Raises:
         InputError: an input is at fault (`pipeline.check_inputs`), or a stage of the sample fails because of one.
     """
+    config = pin(config).config
     pipeline.check_inputs(config, stages)
     run = Run(config)
     todo = [name for name in stages if name != "report" and not _done(run, name)]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
 from cai_ray.stages import ROLES, maker_of
-from cai_ray.storage import files
+from cai_ray.storage import hub
+from cai_ray.storage.models import hub_model, local_model
 from cai_ray.storage.run import Run
 
 
@@ -36,7 +37,7 @@ def shape_of(config: RunConfig, role: str) -> Shape:
     """The shape of a model by its role. A model that is not trained yet has the shape of the one it starts from."""
     while stage := maker_of(role, config.method) if role in ROLES else None:
         role = getattr(getattr(config, stage), "init", "sl")
-    name = Run(config).model(role)
+    name = Run(config).locate(role)
     fields = config.check.model if name == config.model else None
     return _shape(name, tuple(sorted((k, repr(v)) for k, v in (fields or {}).items())))
 
@@ -82,18 +83,8 @@ def _shape(name: str, fields: tuple[tuple[str, str], ...]) -> Shape:
 
 def elsewhere(config: RunConfig) -> bool:
     """Whether the base model is only where the run will be, so that `check.model` alone describes it here."""
-    name = Run(config).model("base")
-    return config.check.model is not None and not files.exists(name) and _local_config(name) is None
-
-
-def _local_config(name: str) -> Any | None:
-    """config.json from the folder or the cache; None if it is in neither."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
-        return None
+    repo = hub_model(Run(config).locate("base")) if config.check.model is not None else None
+    return repo is not None and hub.config_folder(repo, download=False) is None
 
 
 def _read_config(name: str, given: dict[str, Any]) -> Any:
@@ -104,18 +95,21 @@ def _read_config(name: str, given: dict[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    local = _local_config(name)
-    if local is not None:
-        return local
-    if "model_type" in given:
+    repo = hub_model(name)
+    folder = hub.config_folder(repo, download=False) if repo else local_model(name)
+    if folder is None and "model_type" in given:
         try:
             return AutoConfig.for_model(given.pop("model_type"), **given)
         except (ValueError, TypeError) as e:
             raise InputError(f"check.model: {e}; give the fields of the model's config.json") from e
+    if folder is None and repo is not None:
+        try:
+            folder = hub.config_folder(repo)
+        except hub.Unreachable as e:
+            fields = "or give the fields of its config.json (model_type, hidden_size, …) under check.model"
+            raise InputError(f"{e}; {fields}") from e
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise InputError(
-            f"model {name}: its config.json is neither in a folder nor in the cache here, and cannot be downloaded; "
-            "download it, or give its fields (model_type, hidden_size, …) under check.model"
-        ) from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"model {name}: its config.json cannot be used ({reason})") from e

@@ -114,7 +114,9 @@ def check(run: Run, model_elsewhere: bool = False) -> list[SetRow]:
                 "that declines begins (see cai_ray/templates/general.yaml)"
             )
         if eval_set.kind == "choices" and not model_elsewhere:
-            renderer = renderer or Renderer(run.model("base"), templates.chat_template)
+            renderer = renderer or Renderer(
+                run.resolve_model("base").fetch(weights=False), templates.chat_template
+            )
             most = max(len(row["options"]) for row in rows)
             renderer.option_ids(eval_set.letters[:most], f"`letters` of evaluate.sets {eval_set.name!r}")
         every += rows

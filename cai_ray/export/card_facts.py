@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from cai_ray.judging.statistics import wilson
 from cai_ray.report import main_table
 from cai_ray.report.roles import title_of
 from cai_ray.report.text import interval, percent
+from cai_ray.storage.hub import parse_model
 
 # Where things lie on the machine that made them, and how the work was shared out, are nobody else's matter.
 _PRIVATE = {
@@ -98,7 +98,8 @@ def _public_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def hub_id(model: str) -> str | None:
     """A model's id on the Hub; None for what is a folder, or comes with this package."""
-    return model if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) else None
+    repo = parse_model(model)
+    return repo.name if repo and "/" in repo.name else None
 
 
 def public_name(model: str) -> str:

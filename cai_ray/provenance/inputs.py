@@ -20,7 +20,7 @@ from cai_ray.data.formats import data_files
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.stages import ROLES, STAGES, needs_of
-from cai_ray.storage import files
+from cai_ray.storage import files, hub
 from cai_ray.storage.filesystems import open_file, resolve
 from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import derive_id
@@ -49,7 +49,7 @@ def own_inputs(run: Run, name: str) -> dict[str, str]:
         InputError: a file or model is not there.
     """
     config, hashes = run.config, {"seed": str(run.config.seed)}
-    base = cache(lambda: model_sha(run.model("base")))  # read once: it may be large
+    base = cache(lambda: model_sha(run.locate("base")))  # read once: it may be large
     for key in STAGES[name].reads:
         value: Any = config.rollout_engine if (name, key) == ("ppo", "engine") else getattr(config, key)
         if key == "model":
@@ -98,7 +98,7 @@ def _content(run: Run, named: Content, base: Callable[[], str]) -> str:
         return model.location  # an endpoint knows it by its name alone
     if value == "base":
         return base()
-    return value if value in ROLES or value == JUDGE else model_sha(run.model(value))
+    return value if value in ROLES or value == JUDGE else model_sha(run.locate(value))
 
 
 def _folder_sha(path: str) -> str:
@@ -113,7 +113,7 @@ def _folder_sha(path: str) -> str:
 
 def _files_sha(path: str) -> str:
     """The content hash of a file of rows; of several files, a hash of their names and sizes."""
-    if path.startswith("town:"):
+    if path.startswith(("town:", hub.DATASETS)):  # a commit of the hub says what is in it
         return path
     fs, real = resolve(path)
     infos: list[Any] = fs.get_file_info(data_files(path))

@@ -24,6 +24,7 @@ from cai_ray.prompts.load import load_templates
 from cai_ray.serve.settings import ServeSettings, load
 from cai_ray.stages import POLICIES, ROLES, maker_of
 from cai_ray.storage import files
+from cai_ray.storage.pins import pin, pin_section
 from cai_ray.storage.run import Run, open_run
 
 APPLICATION = "cai-ray"
@@ -87,6 +88,7 @@ def complete(run: Run, settings: ServeSettings) -> ServeSettings:
     """
     from cai_ray.serve.keys import read_file
 
+    settings = pin_section(settings, pin(run.config).commits)
     models = settings.models or (_most_trained(run),)
     judge = settings.judge_of(run.config)
     for role in (*models, *({judge.model} & ROLES.keys() - {*models})):

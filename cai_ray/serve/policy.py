@@ -35,7 +35,7 @@ class Policy(EngineServer):
         model = await asyncio.to_thread(run.model, role)
         tokens = load_tokenizer(model).added_tokens_decoder.values()
         self.identity = {
-            "sha": await asyncio.to_thread(model_sha, model),
+            "sha": await asyncio.to_thread(model_sha, run.locate(role)),
             "control": sorted({t.content for t in tokens if t.special}),
         }
         # This description also has what only the model's files say, which the driver could not read.

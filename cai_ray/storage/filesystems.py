@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from cai_ray.errors import InputError
+from cai_ray.storage import hub
 from cai_ray.storage.object_stores import ATTEMPTS, open_store, refusal
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """The file system of a URI or plain path, and the path on it.
 
     Raises:
-        InputError: the scheme is unknown; a bucket does not exist, is closed to these credentials, or does not answer.
+        InputError: the scheme is unknown; a bucket does not exist, is closed to these credentials, or does not answer;
+            a dataset of the hub, of which this node gets a copy, cannot be fetched.
     """
     text = str(uri)
     scheme, separator, place = text.partition("://")
@@ -40,6 +42,8 @@ def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
     if scheme in ("s3", "gs", "gcs"):
         return open_store(scheme, place, text), place.rstrip("/")
+    if scheme == "hf":
+        return pafs.LocalFileSystem(), hub.fetch_dataset(hub.parse_dataset(text))
     try:
         return pafs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError, ValueError) as e:

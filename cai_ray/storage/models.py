@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from cai_ray.config.engine import EngineConfig
 from cai_ray.errors import InputError
+from cai_ray.storage import hub
 from cai_ray.storage.files import exists, list_files, local_folder, read_object
 from cai_ray.storage.filesystems import (
     COPY_BYTES,
@@ -39,30 +40,50 @@ class ResolvedModel(NamedTuple):
         """Whether the model is at an endpoint, which knows it by its name alone."""
         return self.engine.kind == "openai"
 
-    def fetch(self) -> str:
-        """The location on this node: if the model is remote, a copy of it is made first."""
-        return self.location if self.is_served else local_model(self.location)
+    def fetch(self, weights: bool = True) -> str:
+        """The location on this node: if the model is remote, a copy of it is made first (`local_model`)."""
+        return self.location if self.is_served else local_model(self.location, weights)
 
     def check(self) -> None:
-        """Raises what `fetch` raises for a model on this machine. No remote model is fetched."""
+        """Raises what `fetch` raises for a model on this machine or the hub. No remote weights are fetched."""
         if not self.is_served and is_local(resolve(self.location)[0]):
-            self.fetch()
+            self.fetch(weights=False)
 
     @property
     def sha(self) -> str:
-        """Content hash of the model folder; for an id or the name at an endpoint, a hash of it."""
-        return model_sha(self.fetch())
+        """Content hash of the model folder; of the hub's, a hash of id and commit; at an endpoint, of its name."""
+        return model_sha(self.location)
 
 
-def local_model(uri: str) -> str:
-    """A model's folder on this node, or its id: a name that is not a folder is an id of the Hugging Face hub, whose
-    library resolves and caches it.
+def hub_model(name: str) -> hub.Repo | None:
+    """The hub's model of this name; None if the name is a URI or an existing folder.
 
     Raises:
-        InputError: a URI does not exist; a folder has no configuration or no weights, or its weights are damaged.
+        InputError: it is neither a folder nor the name of a model.
     """
-    if "://" not in uri and not exists(uri):
-        return uri
+    if "://" in name or exists(name):
+        return None
+    if (repo := hub.parse_model(name)) is None:
+        raise InputError(
+            f"model {name}: no such folder; give a Hugging Face folder, or an id such as org/name"
+        )
+    return repo
+
+
+def local_model(uri: str, weights: bool = True) -> str:
+    """A model's folder on this node. What is not a folder or URI is a model of the Hugging Face hub.
+
+    Args:
+        weights: False leaves out the weights of a hub's model, where configuration and tokenizer are enough.
+
+    Raises:
+        InputError: there is no such folder or model; it has no configuration or no weights, or they are damaged.
+    """
+    if repo := hub_model(uri):
+        folder = hub.fetch_model(repo, weights)
+        if weights:
+            _check_model(uri, folder)
+        return folder
     try:
         folder = local_folder(uri)
     except InputError as e:
@@ -108,6 +129,8 @@ def folder_sha(uri: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_sha(model: str) -> str:
-    """Content hash of a model folder; for a hub id, a hash of the id."""
-    return folder_sha(model) if exists(model) else hashlib.sha256(model.encode()).hexdigest()[:16]
+def model_sha(location: str) -> str:
+    """Content hash of a model folder; of the hub's model, a hash of its id and commit."""
+    if "://" not in location and not exists(location):
+        return hashlib.sha256(location.encode()).hexdigest()[:16]
+    return folder_sha(local_model(location))

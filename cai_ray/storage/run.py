@@ -116,7 +116,7 @@ class Run:
         return uri
 
     def model(self, which: str) -> str:
-        """The model's folder on this node (a copy if it is remote), or its id; see `locate`."""
+        """The model's folder on this node, a copy if it is remote; see `locate`."""
         return local_model(self.locate(which))
 
     def resolve_model(self, model: PromptedModel | str) -> ResolvedModel:

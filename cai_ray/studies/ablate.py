@@ -63,7 +63,9 @@ def ablate(
         out = files.join(config.out, f"seed-{seed}") if seeds > 1 else config.out
         settings = config.model_copy(update={"out": out, "seed": seed})
         full = _run(settings, overwrite, say)
-        ablated = settings.model_copy(
+        # What it takes from the hub is named by commit, for this run without the principles and for the next seeds.
+        config = full.config.model_copy(update={"out": config.out, "seed": config.seed})
+        ablated = full.config.model_copy(
             update={
                 "out": full.path("without", "+".join(sorted(without))),
                 "without": tuple(sorted({*config.without, *without})),

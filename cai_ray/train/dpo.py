@@ -50,7 +50,7 @@ def run(run: Run) -> dict[str, Any]:
     result = fit(run, "dpo", loop, run.config.dpo, data.shared())
     return {
         **data.counts,
-        "init_sha": model_sha(source),
+        "init_sha": model_sha(run.locate("sl")),
         "model_sha": folder_sha(run.path("dpo", "model")),
         **result,
     }

@@ -60,7 +60,7 @@ def run(run: Run) -> dict[str, Any]:
     result = fit(run, "rm", loop, cfg, extra)
     return {
         **data.counts,
-        "init_sha": model_sha(source),
+        "init_sha": model_sha(run.locate(cfg.init)),
         "model_sha": folder_sha(run.path("rm", "model")),
         **result,
     }

@@ -78,7 +78,7 @@ def run(run: Run) -> dict[str, Any]:
             "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
         },
         "tokens": {"trained": sum(data.lengths) * cfg.epochs},
-        "init_sha": model_sha(source),
+        "init_sha": model_sha(run.locate(cfg.init)),
         "model_sha": folder_sha(run.path("sft", "model")),
         **result,
     }

@@ -222,7 +222,7 @@ def _config(
     settings = {
         "name": f"tiny-{family}",
         "out": str(folder / "run"),
-        "model": str(_that_ends(tiny.save_model(folder / "model", family))),
+        "model": str(tiny.with_ends(tiny.save_model(folder / "model", family))),
         "constitution": "harmless",
         "prompts": prompts or [{"path": lines("prompts.jsonl", rows)}],
         # A random model's revision may be blank or without an end; that row is an error, and the others go on.
@@ -255,30 +255,6 @@ def _config(
     return folder / "config.yaml"
 
 
-def _that_ends(folder: Path) -> Path:
-    """A random model that ends its turn with a probability of about one in twenty at each token but the first.
-
-    A uniform one over a thousand tokens would hit every length limit. One dimension of the embedding is the same for
-    all tokens and large, so that it is nearly the same in every last hidden state; the end token's row of the head
-    reads it. The line break with which the template begins an answer has the opposite sign: none is empty.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    end = model.config.eos_token_id
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 0.3
-        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(folder)("\n").input_ids, 0] = -0.3
-        head = model.get_output_embeddings().weight
-        tied = head is model.get_input_embeddings().weight
-        others = 0.3 if tied else float(head[:, 0].mean())
-        hidden = model.model(torch.arange(20, 40)[None]).last_hidden_state[0, :, 0].mean()
-        head[end, 0] = others + 4.0 / float(hidden)  # e^4 in a thousand
-    model.save_pretrained(folder)
-    return folder
-
-
 def _metrics(run: Run, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(run.path(stage, "metrics.jsonl")).read_text().splitlines()]
 
@@ -290,7 +266,9 @@ def test_a_random_model_ends_its_turns(tmp_path: Path) -> None:
 
     ids = torch.tensor([tiny.tokenizer()("<|im_start|>assistant\nOne answer, word by word").input_ids])
     for family in ("llama", "qwen2"):
-        model = AutoModelForCausalLM.from_pretrained(_that_ends(tiny.save_model(tmp_path / family, family)))
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny.with_ends(tiny.save_model(tmp_path / family, family))
+        )
         with torch.inference_mode():
             p = model(ids).logits.softmax(-1)[0, :, model.config.eos_token_id]
         first = ids[0].tolist().index(tiny.tokenizer()("\n").input_ids[0])

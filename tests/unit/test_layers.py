@@ -37,6 +37,7 @@ ROOMS = (
     "report",
     "pipeline",
     "estimate",
+    "begin",
     "export",
     "serve",
     "studies",

@@ -16,10 +16,12 @@ from cai_ray.provenance.inputs import inputs
 from cai_ray.provenance.status import status
 from cai_ray.stages import STAGES, stages_of
 from cai_ray.storage import files
+from cai_ray.storage import hub as hub_module
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Revision, SftRow
 from cai_ray.storage.run import Run, open_run
 from cai_ray.storage.tables import write_table
+from tests.hub import Hub
 
 CALLS: list[str] = []
 
@@ -284,7 +286,7 @@ def test_a_method_has_its_own_stages_and_reads_no_others(
         run = Run(load(tmp_path, f"method={method}"))
         assert stages_of(run.config.method) == [*shared, *own, "evaluate", "report"]
         assert [s["stage"] for s in status(run)] == stages_of(run.config.method)
-        assert run.model("rl") == run.path(method, "model")
+        assert run.locate("rl") == run.path(method, "model")
         for stage in [*shared, *own]:
             files.write_json(run.path(stage, "manifest.json"), {"id": f"{method} {stage}", "inputs": {}})
         read = inputs(run, "evaluate")
@@ -375,3 +377,28 @@ def test_item_38_a_model_folder_without_weights(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"no \.safetensors"):
         pipeline.check_inputs(load(tmp_path / "out", f"model={folder}"))
+
+
+def test_a_run_stays_with_the_commits_that_it_began_with(tmp_path: Path, hub: Hub) -> None:
+    """A branch of the hub moves, and what was made of its old commit stays complete until somebody names another."""
+    base = Path(pipeline.__file__).parent / "town" / "base"
+    given, out = ("model=org/name", "prompts=[{path: 'hf://datasets/org/data/a.jsonl'}]"), tmp_path / "run"
+    first = hub.publish("org/name", base)
+    data = hub.publish(
+        "org/data", {"a.jsonl": b'{"prompt": "open the door", "kind": "red_team"}\n'}, dataset=True
+    )
+    go(out, *given)
+    about = json.loads((out / "run.json").read_text())
+    assert about["commits"] == {"org/name": first, "hf://datasets/org/data": data}
+    assert about["config"]["model"] == f"org/name@{first}"
+    hub.publish("org/name", base)
+    hub.publish("org/data", {"a.jsonl": b'{"prompt": "another", "kind": "red_team"}\n'}, dataset=True)
+    hub_module.pin.cache_clear()
+    go(out, *given)
+    assert CALLS == ["revise", "sft"]
+    tagged = hub.publish("org/name", base, "v2")
+    with pytest.raises(InputError, match=rf"revise was made with other inputs: model changed .*{tagged[:6]}"):
+        go(out, "model=org/name@v2", given[1])
+    hub.close()
+    hub_module.pin.cache_clear()
+    assert go(out, *given).config.model == f"org/name@{first}"

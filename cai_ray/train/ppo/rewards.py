@@ -87,7 +87,7 @@ def load_reward(run: Run, cfg: PpoConfig, policy: Renderer, model: str, weight: 
     path = run.model(model)
     reader = make_reader(run, cfg, policy, model)
     return Reward(
-        name=Path(model).name,
+        name=Path(model).name.partition("@")[0],  # the commit of a hub's model is no part of a metric's name
         model=load_reward_model(path, cfg, trainable=False).to(device()),
         scale=reward_scale(path),
         weight=weight,

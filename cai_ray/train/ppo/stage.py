@@ -37,7 +37,7 @@ def run(run: Run) -> dict[str, Any]:
     prompts, errors = read_training_prompts(run, renderer, readers)
     inputs = derive_id(
         [(p["id"], p["ids"]) for p in prompts],
-        [model_sha(run.model(source.model)) for source in cfg.rewards],
+        [model_sha(run.locate(source.model)) for source in cfg.rewards],
     )
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu = uses_gpu(config)

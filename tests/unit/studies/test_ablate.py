@@ -78,6 +78,7 @@ def test_a_run_without_a_principle_lies_in_the_run_and_borrows_its_rows(
         if config.without:
             assert has_rows(files.join(config.out, "label", "before"))
         done = made(Path(config.out), judged({"privacy": [1]}, {"privacy": [0]}))
+        done.config = config
         done.write_rows("label", to_table([], Label))
         return done
 

@@ -1,0 +1,1 @@
+"""`cai-ray init`: from a model and data to a configuration that runs."""
