@@ -28,7 +28,7 @@ from cai_ray.storage.files import open_new
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, longest_first, pad, rank_shares, select, split_shares
-from cai_ray.train.dialogues import TOKENS, Dialogues, Packer, check_fits, context_length, render
+from cai_ray.train.dialogues import TOKENS, Dialogues, Packer, as_numpy, check_fits, context_length, render
 from cai_ray.train.runtime.ranks import rank, to_device, world_size
 
 # Metrics of the last evaluation that the manifest keeps, and their names there.
@@ -104,7 +104,7 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
                 human.append(row["source"] == "human")
                 held.append(is_held_out(row, cfg.eval_fraction, seed))
     order = np.argsort(np.array(ids), kind="stable")
-    train, held_out = (np.flatnonzero(np.array(held)[order] == part).tolist() for part in (0, 1))
+    train, held_out = (np.flatnonzero(as_numpy(held)[order] == part).tolist() for part in (0, 1))
     read = ai + left_out.total()
     if not train:
         raise InputError(
@@ -112,7 +112,7 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
         )
     responses = packer.dialogues(file).ordered(np.repeat(2 * order, 2) + np.tile([0, 1], len(order)))
     check_fits(stage, 2 * responses.longest, cfg.micro_batch_tokens)
-    of_people = np.array(human, bool)[order]
+    of_people = as_numpy(human)[order].astype(bool)
     counts = {
         "rows_in": read + about.total(),
         "rows_out": len(ids),
@@ -124,7 +124,7 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
         "tokens": {"trained": responses.tokens * cfg.epochs},
     }
     return ComparisonData(
-        np.array(ids)[order], np.array(p_a)[order], of_people, responses, train, held_out, renderer.pad_id, counts
+        np.array(ids)[order], as_numpy(p_a)[order], of_people, responses, train, held_out, renderer.pad_id, counts
     )  # fmt: skip
 
 
@@ -140,13 +140,11 @@ def render_pair(
     row: Mapping[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
 ) -> tuple[Example, Example] | None:
     """The tokens of a comparison's two responses; None if one does not fit the context of `limit` tokens."""
-    a, b = (
-        # human answers are complete
-        render(
-            renderer, templates, row["messages"], row[f"response_{side}"], limit, bool(row.get(f"truncated_{side}"))
-        )
-        for side in ("a", "b")
-    )  # fmt: skip
+    pair = []
+    for side in ("a", "b"):
+        truncated = bool(row.get(f"truncated_{side}"))  # human answers are complete
+        pair.append(render(renderer, templates, row["messages"], row[f"response_{side}"], limit, truncated))
+    a, b = pair
     return None if a is None or b is None else (a, b)
 
 

@@ -35,6 +35,7 @@ from cai_ray.train.dialogues import (
     TOKENS,
     Dialogues,
     Packer,
+    as_numpy,
     check_fits,
     context_length,
     render,
@@ -123,7 +124,7 @@ def write_records(
             rows.add(table)
         for _ in rows.write():
             pass
-    return packer.dialogues(file).ordered(np.argsort(np.array(order)))
+    return packer.dialogues(file).ordered(np.argsort(as_numpy(order)))
 
 
 def render_record(
@@ -164,8 +165,8 @@ def choose_records(
                 draws.append(id_number(derive_id(seed, "helpful", record["id"])))
             (helpful if record["kind"] == "helpful" else revisions).append(id_number(record["id"]))
     if revisions:
-        drawn = np.argsort(np.array(draws), kind="stable")[: round(cfg.helpful_per_revision * len(revisions))]
-        helpful = array("Q", np.array(helpful)[drawn].tobytes())
+        drawn = np.argsort(as_numpy(draws), kind="stable")[: round(cfg.helpful_per_revision * len(revisions))]
+        helpful = array("Q", as_numpy(helpful)[drawn].tobytes())
     return Choice(IdSet.of_numbers(revisions + helpful), kinds, count, errors)
 
 
