@@ -28,7 +28,7 @@ from cai_ray.storage.arrow import to_tables
 from cai_ray.storage.records import Label, Revision, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import iter_tables, write_tables
-from cai_ray.town import BASE
+from cai_ray.town import BASE, grammar
 
 TEXT_BYTES = 2200
 """Of an answer: a million of them are a column of more than two gigabytes."""
@@ -132,7 +132,7 @@ def sft(out: str, rows: int, actors: int) -> float:
     config, templates = SftConfig(), load_templates(run.config.templates)
     read = run.each_row("revise", ["id", "messages", "kind", "response", "truncated", "steps", "error"])
     choice = sft.choose_records(read, config, 0, templates.critiques)
-    records = sft.to_records(read, config, choice.ids, templates.critiques)
+    records = sft.to_records(read, config, choice.ids)
     data = sft.write_records(run, records, Renderer(BASE), templates, 1 << 20, choice.ids)
     assert len(data) == len(choice.ids) == rows, (len(data), len(choice.ids))
     return time.monotonic() - started
@@ -271,6 +271,5 @@ def text(seed: int, size: int = TEXT_BYTES) -> str:
 def _words() -> str:
     """Random words, more than a compressor looks back on."""
     rng = random.Random(0)
-    known = Renderer(BASE).tokenizer.get_vocab()
-    plain = sorted(word for word in known if word.isalpha() and word.islower())
+    plain = [word for word in grammar.words() if word.isalpha()]
     return " ".join(" ".join(rng.choices(plain, k=10_000)) for _ in range(300))

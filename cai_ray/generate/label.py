@@ -236,7 +236,7 @@ def run(run: Run) -> dict[str, Any]:
     gold = gold_rows(run)
     if gold:  # two people may have judged one comparison: it is labelled once
         once = {c["id"]: select(c, LabelTask) for c in gold}
-        tasks = {"gold": once.values()} | tasks
+        tasks = {"gold": once.values(), **tasks}
     judge = run.config.label.judge
     sets = {n: Rows(reuse.with_earlier(run, "label", rows, n), judge) for n, rows in tasks.items()}
     summaries = map_sets(run, "label", sets, chain, takes=LabelTask, gives=Label)

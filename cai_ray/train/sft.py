@@ -70,7 +70,7 @@ def run(run: Run) -> dict[str, Any]:
         )
     source = run.model(cfg.init)
     renderer = Renderer(source, templates.chat_template)
-    records = to_records(rows, cfg, choice.ids, templates.critiques)
+    records = to_records(rows, cfg, choice.ids)
     data = write_records(run, records, renderer, templates, context_length(source), choice.ids)
     if not len(data):
         raise InputError(f"sft: no row fits the context of {source} ({context_length(source)} tokens)")
@@ -145,12 +145,23 @@ class Choice(NamedTuple):
     errors: int
 
 
+class Candidate(NamedTuple):
+    """A record that could be trained on."""
+
+    record: dict[str, Any]
+    step: dict[str, Any] | None = None
+    """The step whose revision it is; None where it is a first response."""
+    before: str = ""
+    """The response that the step starts from."""
+
+
 def choose_records(
     rows: Iterable[dict[str, Any]], cfg: SftConfig, seed: int, critiques: Sequence[str] = ()
 ) -> Choice:
     """Chooses among the records of rows of schema `revisions`; rows with an error have none.
 
-    Helpfulness samples are drawn by their ids, at most `helpful_per_revision` times as many as there are revisions.
+    Revisions of a kind in `sft.drop` are left out. Helpfulness samples are drawn by their ids, at most
+    `helpful_per_revision` times as many as there are revisions.
 
     Args:
         critiques: rules of the template set that tell a critique from a revision.
@@ -160,10 +171,16 @@ def choose_records(
     revisions, helpful, draws = array("Q"), array("Q"), array("Q")
     for row in rows:
         count, errors = count + 1, errors + bool(row["error"])
-        for record in records_of(row, cfg, critiques, kinds):
+        for record, step, before in candidates(row, cfg):
+            number = id_number(record["id"])
             if record["kind"] == "helpful":
+                helpful.append(number)
                 draws.append(id_number(derive_id(seed, "helpful", record["id"])))
-            (helpful if record["kind"] == "helpful" else revisions).append(id_number(record["id"]))
+                continue
+            what = kind(step["revision"], before, step.get("critique") or "", critiques) if step else "sound"
+            kinds[what] += 1
+            if what not in cfg.drop:
+                revisions.append(number)
     if revisions:
         drawn = np.argsort(as_numpy(draws), kind="stable")[: round(cfg.helpful_per_revision * len(revisions))]
         helpful = array("Q", as_numpy(helpful)[drawn].tobytes())
@@ -171,40 +188,27 @@ def choose_records(
 
 
 def to_records(
-    rows: Iterable[dict[str, Any]], cfg: SftConfig, chosen: Container[str], critiques: Sequence[str] = ()
+    rows: Iterable[dict[str, Any]], cfg: SftConfig, chosen: Container[str]
 ) -> Iterator[dict[str, Any]]:
-    """The records that were chosen (`choose_records`), in the order of their rows."""
+    """Rows of schema `sft`: the records that were chosen (`choose_records`), in the order of their rows."""
     for row in rows:
-        yield from (r for r in records_of(row, cfg, critiques, Counter()) if r["id"] in chosen)
+        yield from (record for record, _, _ in candidates(row, cfg) if record["id"] in chosen)
 
 
-def records_of(
-    row: dict[str, Any], cfg: SftConfig, critiques: Sequence[str], kinds: Counter[str]
-) -> Iterator[dict[str, Any]]:
-    """Rows of schema `sft` from a row of schema `revisions`; one with an error has none.
-
-    A revised row gives its last revision, every round's, or those of the first rounds (`sft.revisions`), without kinds
-    in `sft.drop`.
-
-    Args:
-        kinds: counts the revisions by kind.
-    """
+def candidates(row: dict[str, Any], cfg: SftConfig) -> Iterator[Candidate]:
+    """A helpfulness sample; or a row's last revision, every round's, or those of the first (`sft.revisions`)."""
     if row["error"]:
         return
     if row["kind"] == "helpful":
-        yield _record(row, row["response"], "helpful", truncated=row["truncated"])
+        yield Candidate(_record(row, row["response"], "helpful", truncated=row["truncated"]))
         return
     steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
     before = [row["response"], *(s["revision"] for s in steps)]
     pairs = list(zip(steps, before, strict=False))
     for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
-        revision_kind = kind(step["revision"], response, step.get("critique") or "", critiques)
-        kinds[revision_kind] += 1
-        if revision_kind not in cfg.drop:
-            yield _record(row, step["revision"], "revision", step["round"])
+        yield Candidate(_record(row, step["revision"], "revision", step["round"]), step, response)
     if not steps:  # every slot was a disabled principle's: the response needed no revision
-        kinds["sound"] += 1
-        yield _record(row, row["response"], "revision", truncated=row["truncated"])
+        yield Candidate(_record(row, row["response"], "revision", truncated=row["truncated"]))
 
 
 def _record(

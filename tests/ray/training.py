@@ -84,7 +84,7 @@ def sft_records(
     from cai_ray.train import sft
 
     chosen = sft.choose_records(rows, cfg, seed, critiques).ids
-    return sorted(sft.to_records(rows, cfg, chosen, critiques), key=lambda record: record["id"])
+    return sorted(sft.to_records(rows, cfg, chosen), key=lambda record: record["id"])
 
 
 def write(run: Run, stage: Literal["revise", "label"], rows: list[dict[str, Any]]) -> None:

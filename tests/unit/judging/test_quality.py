@@ -237,7 +237,7 @@ def test_sft_counts_revisions_by_kind_and_leaves_out_those_it_is_told_to() -> No
         choice = choose_records(rows, cfg, 0, GENERAL.critiques)
         assert choice.kinds == wanted, "counted, whether dropped or not"
         assert (choice.rows, choice.errors) == (3, 1)
-        records = list(to_records(rows, cfg, choice.ids, GENERAL.critiques))
+        records = list(to_records(rows, cfg, choice.ids))
         assert {r["id"] for r in records} == choice.ids
         trained = [r["messages"][-1]["content"] for r in records]
         assert sorted(trained) == sorted([*texts, "Use steam."]), "a row without a round keeps its response"
