@@ -111,7 +111,11 @@ def to_comparisons(row: Samples, config: CompareConfig, model: str) -> Iterator[
     samples, counted = row.get("samples"), set[int]()
     about = {name: row[name] for name in ("prompt_id", "messages", "kind", "family")}  # type: ignore[literal-required]
     for first, second in _pairs(config):
-        comparison = {"id": _id(row["prompt_id"], first, second), **about, "error": row.get("error")}
+        comparison: dict[str, Any] = {
+            "id": _id(row["prompt_id"], first, second),
+            **about,
+            "error": row.get("error"),
+        }
         if samples:
             a, b = samples[first], samples[second]
             usage = sum((Usage(**samples[n]["usage"]) for n in {first, second} - counted), Usage())

@@ -81,7 +81,7 @@ def certificate(
         gold_labels: the feedback model's labels of them, by id.
     """
     counts: Counter[str] = Counter()
-    overall, principles = VoteCounts(), defaultdict[str, VoteCounts](VoteCounts)
+    overall, principles = VoteTally(), defaultdict[str, VoteTally](VoteTally)
     agreement, length_bias = Agreement(), LengthBias()
     for label in labels:
         if label is None:
@@ -120,7 +120,7 @@ def _share(part: float, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-class VoteCounts:
+class VoteTally:
     """Counts over votes, taken one by one."""
 
     def __init__(self) -> None:
@@ -229,7 +229,7 @@ def against_gold(gold: Sequence[GoldComparison], labels: Mapping[str, LabelFacts
     overall: list[tuple[float, bool]] = []
     sources: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     principles: dict[str, list[tuple[float, bool]]] = defaultdict(list)
-    decided, errors = VoteCounts(), 0
+    decided, errors = VoteTally(), 0
     for row in gold:
         label = labels.get(row["id"])
         if label is None:

@@ -76,7 +76,7 @@ def reference_set(ids: np.ndarray, human: np.ndarray, seed: int) -> list[int]:
         human: (comparisons,) bool.
     """
     own = np.flatnonzero(~human).tolist() or range(len(ids))
-    return nsmallest(REFERENCE, own, key=lambda i: derive_id(seed, "reference", ids[i].decode()))
+    return nsmallest(REFERENCE, own, key=lambda i: derive_id(seed, "reference", bytes(ids[i]).decode()))
 
 
 def loop(args: dict[str, Any]) -> dict[str, Any]:

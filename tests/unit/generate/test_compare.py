@@ -115,7 +115,7 @@ def thinks(messages: Any, sampling: Any) -> str:
 def test_comparisons_are_of_answers_without_their_thinking(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, thinking: Any
 ) -> None:
-    run = make(tmp_path, prompts, 2, thinking=thinking)
+    run = make(tmp_path, prompts, 2, thinking=thinking, templates="general")
     walk(run, monkeypatch, thinks)
     for row in run.rows("compare"):
         for side in ("response_a", "response_b"):

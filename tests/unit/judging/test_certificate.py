@@ -17,7 +17,7 @@ from cai_ray.errors import EXIT_STOPPED, InputError, Stopped
 from cai_ray.generate import label
 from cai_ray.judging import certificate
 from cai_ray.judging.calibration import measure_calibration, reliability
-from cai_ray.judging.certificate import Agreement, LabelFacts, LengthBias, VoteCounts, VoteFacts
+from cai_ray.judging.certificate import Agreement, LabelFacts, LengthBias, VoteTally, VoteFacts
 from cai_ray.judging.gates import failed_gates
 from cai_ray.stages import STAGES, Stage
 from cai_ray.storage import files
@@ -66,8 +66,8 @@ def test_item_05_slot_bias_is_over_the_votes_that_were_swapped() -> None:
         VoteFacts("b", 0.6, None),
         VoteFacts("b", None, None),
     ]
-    assert counted(VoteCounts(), votes).slot_bias == 0.5
-    assert VoteCounts().slot_bias is None
+    assert counted(VoteTally(), votes).slot_bias == 0.5
+    assert VoteTally().slot_bias is None
     found = certificate.certificate([LabelFacts(0.9, 3, tuple(votes))])
     assert found["slot_bias"] == found["principles"]["a"]["slot_bias"] == 0.5
     assert found["principles"]["b"] == {
