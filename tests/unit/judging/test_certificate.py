@@ -17,7 +17,7 @@ from cai_ray.errors import EXIT_STOPPED, InputError, Stopped
 from cai_ray.generate import label
 from cai_ray.judging import certificate
 from cai_ray.judging.calibration import measure_calibration, reliability
-from cai_ray.judging.certificate import Agreement, LabelFacts, LengthBias, VoteTally, VoteFacts
+from cai_ray.judging.certificate import Agreement, LabelFacts, LengthBias, VoteFacts, VoteTally
 from cai_ray.judging.gates import failed_gates
 from cai_ray.stages import STAGES, Stage
 from cai_ray.storage import files
