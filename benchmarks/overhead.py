@@ -1,14 +1,24 @@
-"""What generation costs beside the engine: rows a second, memory, and the time to go on after a kill.
+"""What rows cost beside the engine, and whether the cost of a row depends on how many there are.
 
-    python benchmarks/overhead.py [--rows N] [--actors N]
+    python benchmarks/overhead.py [--scale 0.01] [--only revise,journal] [--actors N]
 
-No model is run: a scripted engine answers at once. Prompts are rendered and tokenised as for vLLM, by the chains of
-`revise` (four rounds: nine calls a row) and `label` (sixteen principles, both orders: 32 calls a row). `passthrough` is
-a chain that does nothing. Each measurement is a process of its own, a Ray cluster included, and its memory is that
-of all its processes (watch.py). Seconds are those of `map_rows`, which start actors, write and publish.
+No model is run: a scripted engine answers at once, with 2 KB of words. Each measurement is a process of its own, for
+few rows and for many:
 
-The last line is JSON. `growth` is the peak memory of ten times the rows over that of the rows; `resume_seconds` is what
-a pass over rows of which half were finished takes, beside `whole_seconds` without any.
+    revise       20,000 and 100,000 rows of four rounds (nine calls a row), rendered and tokenised as for vLLM
+    label        20,000 and 100,000 comparisons, sixteen principles in both orders (32 calls a row), likewise
+    passthrough  100,000 and 1,000,000 short rows through a chain that does nothing
+    journal      100,000 and 1,000,000 rows of 2 KB as an actor writes them, block by block, and their publication
+    sft          the reading, rendering and packing of as many revised rows
+    certificate  the certificate of as many labels with sixteen votes
+    resume       1,000,000 rows of which all but 64 were finished before a kill
+
+The last line is JSON. `growth` is the peak memory of many rows over that of few, all processes counted (watch.py), and
+`time_growth` the seconds of a row among many over those among few, each the largest of all parts. `files` is the most
+files that a stage's folder held, and `resume_s` the time from the start of `map_rows` until the first row that was not
+finished is walked. `--scale` makes all numbers of rows smaller, to try the script: the bars hold at 1.
+
+At full scale it takes about an hour and a half on two cores, 4 GiB of memory and 25 GB of disk under TMPDIR.
 """
 
 from __future__ import annotations
@@ -18,226 +28,171 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from benchmarks import overhead_rows as made
 from benchmarks.watch import measure
-from cai_ray import constitution as constitutions
-from cai_ray.cluster.connect import connect
-from cai_ray.config.run import RunConfig
-from cai_ray.engine.scripted import ScriptedEngine
-from cai_ray.generate.chain import Chain
-from cai_ray.generate.journal import Journal
-from cai_ray.generate.label import LabelChain, LabelTask
-from cai_ray.generate.revise import ReviseChain, RevisionTask
-from cai_ray.generate.rows import map_rows
-from cai_ray.prompts.load import load_templates
-from cai_ray.prompts.messages import Messages
-from cai_ray.prompts.renderer import Renderer
 from cai_ray.provenance.versions import versions
-from cai_ray.storage.records import Label, Revision
-from cai_ray.storage.run import Run
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "nobody",
-    "looks",
-    "at",
-    "it",
-]
-# An engine that answers at once is never full, so that what bounds it is how many rows may wait to be written.
-IN_FLIGHT = 1024
-USAGE = {"prompt": 0, "cached": 0, "generated": 0}
+
+class Part(NamedTuple):
+    few: int
+    """Rows; 0 where only many are measured."""
+    many: int
+    run: Callable[[str, int, int], float]
+    """Called with the folder, the rows and the number of actors; returns the seconds that count."""
+    prepare: Callable[[str, int], None] | None = None
+    """Makes the rows that `run` reads, in a process that is not measured."""
+    calls: int = 0
+    """Of the engine, by row."""
+
+
+PARTS = {
+    "revise": Part(20_000, 100_000, made.revise, calls=9),
+    "label": Part(20_000, 100_000, made.label, calls=32),
+    "passthrough": Part(100_000, 1_000_000, made.passthrough),
+    "journal": Part(100_000, 1_000_000, made.journal),
+    "sft": Part(100_000, 1_000_000, made.sft, made.prepare_revisions),
+    "certificate": Part(100_000, 1_000_000, made.certificate, made.prepare_labels),
+    "resume": Part(0, 1_000_000, made.resume, made.prepare_journal),
+}
+
+
+class Found(NamedTuple):
+    """What one measurement gave."""
+
+    rows: int
+    seconds: float
+    peak_gib: float
+    files: int
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=1_000_000, help="pass-through rows (default 1000000)")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the numbers of rows (default 1)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas (default: all)")
     parser.add_argument("--actors", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        with tempfile.TemporaryDirectory(prefix="cai-ray-overhead-") as folder:
-            took = PARTS[args.part](folder, args.rows, args.actors)
-        print(json.dumps({"seconds": took}))
+        name, _, step = args.part.partition(" ")
+        print(json.dumps(_step(PARTS[name], step, args.folder, args.rows, args.actors)))
         return 0
-
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"--only {unknown[0]}: is not one of {', '.join(PARTS)}")
     load = os.getloadavg()[0]
-    n, few = args.rows, max(1, args.rows // 10)
-    revise, label = few, max(1, args.rows // 50)
-    found = {
-        "revise": _measured("revise", revise, args.actors),
-        "label": _measured("label", label, args.actors),
-        "few": _measured("passthrough", few, args.actors),
-        "many": _measured("passthrough", n, args.actors),
-        "resume": _measured("resume", few, args.actors),
-    }
-    seconds = {name: s for name, (s, _) in found.items()}
-    peaks = {name: p for name, (_, p) in found.items()}
-    print(
-        json.dumps(
-            {
-                "benchmark": "overhead",
-                "revise_calls_per_s": round(9 * revise / seconds["revise"]),
-                "label_calls_per_s": round(32 * label / seconds["label"]),
-                "passthrough_rows_per_s": round(n / seconds["many"]),
-                "peak_gib": max(peaks.values()),
-                "growth": round(peaks["many"] / peaks["few"], 3),
-                "resume_seconds": seconds["resume"],
-                "whole_seconds": seconds["few"],
-                "rows": {"revise": revise, "label": label, "passthrough": n, "resume": few},
-                "seconds": seconds,
-                "peaks_gib": peaks,
-                "actors": args.actors,
-                "max_num_seqs": IN_FLIGHT,
-                "cores": len(os.sched_getaffinity(0)),
-                "load_before": round(load, 2),
-                "versions": versions(),
-            }
-        )
-    )
+    found = {name: _both(name, args.scale, args.actors) for name in names}
+    print(json.dumps({**_summary(found), "actors": args.actors, "scale": args.scale, "load_before": load}))
     return 0
 
 
-def _measured(part: str, rows: int, actors: int) -> tuple[float, float]:
-    """Seconds and peak GiB of one measurement in a process of its own."""
+def _summary(found: dict[str, list[Found]]) -> dict[str, Any]:
+    pairs = {name: both for name, both in found.items() if len(both) == 2}
+    growth = {name: few_many[1].peak_gib / few_many[0].peak_gib for name, few_many in pairs.items()}
+    time_growth = {
+        name: (many.seconds / many.rows) / (few.seconds / few.rows) for name, (few, many) in pairs.items()
+    }
+    many = {name: both[-1] for name, both in found.items()}
+    return {
+        "benchmark": "overhead",
+        "growth": _largest(growth),
+        "time_growth": _largest(time_growth),
+        "files": max(m.files for m in many.values()),
+        "resume_s": many["resume"].seconds if "resume" in many else None,
+        "peak_gib": max(m.peak_gib for m in many.values()),
+        "calls_per_s": {
+            n: round(PARTS[n].calls * m.rows / m.seconds) for n, m in many.items() if PARTS[n].calls
+        },
+        "rows_per_s": {n: round(m.rows / m.seconds) for n, m in many.items() if n != "resume"},
+        "growth_by_part": {name: round(x, 3) for name, x in growth.items()},
+        "time_growth_by_part": {name: round(x, 3) for name, x in time_growth.items()},
+        "measured": {name: [f._asdict() for f in both] for name, both in found.items()},
+        "text_bytes": made.TEXT_BYTES,
+        "max_num_seqs": made.IN_FLIGHT,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions(),
+    }
+
+
+def _largest(by_part: dict[str, float]) -> float | None:
+    return round(max(by_part.values()), 3) if by_part else None
+
+
+def _both(name: str, scale: float, actors: int) -> list[Found]:
+    return [
+        _measured(name, max(1, round(rows * scale)), actors)
+        for rows in (PARTS[name].few, PARTS[name].many)
+        if rows
+    ]
+
+
+def _measured(name: str, rows: int, actors: int) -> Found:
+    with tempfile.TemporaryDirectory(prefix="cai-ray-overhead-") as folder:
+        if PARTS[name].prepare:
+            _process(f"{name} prepare", rows, actors, folder)
+        told, peak = _process(name, rows, actors, folder)
+    found = Found(rows, round(told["seconds"], 2), round(peak / 2**30, 3), told["files"])
+    print(
+        f"{name}: {rows} rows in {found.seconds:.1f} s, {found.peak_gib:.2f} GiB, {found.files} files",
+        file=sys.stderr,
+        flush=True,
+    )
+    return found
+
+
+def _process(part: str, rows: int, actors: int, folder: str) -> tuple[dict[str, Any], int]:
+    """What a step printed at its end, and its peak memory in bytes."""
     with tempfile.TemporaryFile("w+") as stdout:
-        command = [sys.executable, __file__, "--part", part, "--rows", str(rows), "--actors", str(actors)]
-        code, watch = measure(command, stdout.fileno())
+        given = {"part": part, "rows": rows, "actors": actors, "folder": folder}
+        options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+        code, watch = measure([sys.executable, __file__, *options], stdout.fileno())
         stdout.seek(0)
         lines = stdout.read().splitlines()
     if code:
         raise SystemExit(f"{part}: exit code {code}")
-    seconds = json.loads(lines[-1])["seconds"]
-    print(f"{part}: {rows} rows in {seconds:.1f} s", file=sys.stderr, flush=True)
-    return round(seconds, 2), round(watch.peak[0] / 2**30, 3)
+    return json.loads(lines[-1]), watch.peak[0]
 
 
-class RenderingEngine(ScriptedEngine):
-    """Renders and tokenises what it is asked, as the engine of real runs does, and answers a fixed text."""
-
-    def __init__(self, renderer: Renderer):
-        super().__init__(lambda messages, sampling: "I am sorry, but I would rather not do that.")
-        self.renderer = renderer
-
-    async def chat(self, messages: Messages, sampling: Any) -> Any:
-        self.renderer.prompt_ids(messages)
-        return await super().chat(messages, sampling)
-
-    async def choose(self, messages: Messages, options: Any) -> Any:
-        self.renderer.prompt_ids(messages)
-        return await super().choose(messages, options)
+def _step(part: Part, step: str, folder: str, rows: int, actors: int) -> dict[str, Any]:
+    if step == "prepare":
+        assert part.prepare
+        part.prepare(folder, rows)
+        return {}
+    with Files(folder) as files:
+        seconds = part.run(folder, rows, actors)
+    return {"seconds": seconds, "files": files.most}
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A chain whose calls are rendered for the embedded world's model and its tokenizer."""
+class Files:
+    """The most files that a folder holds, counted each second."""
 
-    chain: Chain[Any, Any]
-    run: Run
+    def __init__(self, folder: str):
+        self.folder, self.most = folder, 0
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    async def __call__(self, engine: Any, row: dict[str, Any]) -> dict[str, Any]:
-        return await self.chain(_rendering(self.run.model("base"), self.run.config.templates), row)
+    def __enter__(self) -> Files:
+        self.thread.start()
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.end.set()
+        self.thread.join()
+        self._count()
 
-_ENGINES: dict[tuple[str, str], RenderingEngine] = {}
+    def _watch(self) -> None:
+        while not self.end.wait(1):
+            self._count()
 
-
-def _rendering(model: str, templates: str) -> RenderingEngine:
-    """One per process. (A cached property has a lock, and what is defined in a script is pickled by value.)"""
-    if (model, templates) not in _ENGINES:
-        renderer = Renderer(model, load_templates(templates).chat_template)
-        _ENGINES[model, templates] = RenderingEngine(renderer)
-    return _ENGINES[model, templates]
-
-
-async def passthrough(engine: Any, row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "response": "fine", "truncated": False, "steps": [], "model": "none", "usage": USAGE}
-
-
-def _revise(out: str, rows: int, actors: int) -> float:
-    run = _run(out, actors)
-    config = run.config.revise.model_copy(update={"rounds": 4})
-    document = constitutions.load("harmless")
-    chain = ReviseChain(document, load_templates(run.config.templates), config, 0, "none")
-    return _seconds(run, "revise", _prompts(rows), Rendered(chain, run), RevisionTask, Revision)
-
-
-def _label(out: str, rows: int, actors: int) -> float:
-    run = _run(out, actors)
-    config = run.config.label.judge.model_copy(update={"principles": "all"})
-    chain = LabelChain(constitutions.load("harmless"), load_templates(run.config.templates), config, 0)
-    pairs = (
-        {**row, "response_a": _text(n, 20), "response_b": _text(n + 1, 20)} for n, row in _numbered(rows)
-    )
-    return _seconds(run, "label", pairs, Rendered(chain, run), LabelTask, Label)
-
-
-def _passthrough(out: str, rows: int, actors: int) -> float:
-    return _seconds(_run(out, actors), "revise", _prompts(rows), passthrough, RevisionTask, Revision)
-
-
-def _resume(out: str, rows: int, actors: int) -> float:
-    run = _run(out, actors)
-    journal = Journal(run, "revise", RevisionTask, Revision, "part")
-    done = {"response": "fine", "truncated": False, "steps": [], "model": "none", "usage": USAGE}
-    block = [{**row, **done} for n, row in _numbered(rows) if n % 2]
-    for start in range(0, len(block), 64):
-        journal.write(block[start : start + 64])
-    return _seconds(run, "revise", _prompts(rows), passthrough, RevisionTask, Revision)
-
-
-PARTS = {"revise": _revise, "label": _label, "passthrough": _passthrough, "resume": _resume}
-
-
-def _run(out: str, actors: int) -> Run:
-    engine = {"kind": "scripted", "min_actors": actors, "max_actors": actors, "max_num_seqs": IN_FLIGHT}
-    given = {
-        "name": "overhead",
-        "model": "town",
-        "constitution": "harmless",
-        "prompts": [{"path": "town:train"}],
-    }
-    run = Run(RunConfig.model_validate(given | {"out": out, "engine": engine}))
-    connect(run.config)
-    return run
-
-
-def _seconds(
-    run: Run, stage: str, rows: Iterator[Any], chain: Chain[Any, Any], takes: type, gives: type
-) -> float:
-    started = time.monotonic()
-    made = map_rows(run, stage, rows, chain, takes=takes, gives=gives, model="base")
-    seconds = time.monotonic() - started
-    assert made["errors"] == 0, made
-    return seconds
-
-
-def _prompts(rows: int) -> Iterator[dict[str, Any]]:
-    return (row for _, row in _numbered(rows))
-
-
-def _numbered(rows: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    for n in range(rows):
-        message = {"role": "user", "content": _text(n, 12)}
-        yield n, {"id": f"{n:012x}", "prompt_id": f"{n:012x}", "messages": [message], "kind": "red_team"}
-
-
-def _text(seed: int, words: int) -> str:
-    return " ".join(WORDS[(seed * 7 + i * (1 + seed % 5)) % len(WORDS)] for i in range(words))
+    def _count(self) -> None:
+        self.most = max(self.most, sum(len(names) for _, _, names in os.walk(self.folder)))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def made(folder: str, rows: int, words: int) -> Run:
             table = to_table([row(i) for i in range(start, min(start + PART, count))], record)
             run.write_rows(stage, table, part)
             if stage == "label" and part == 0:  # of the first labels: the page shows as much of all of them
-                proof = certificate.certificate(certificate.read(table))
+                proof = certificate.certificate(label for _, label in certificate.read([table]))
                 files.write_json(run.path("label", "certificate.json"), proof)
     for stage in stages_of("ppo")[:-1]:
         tokens = {"prompt": 1000, "cached": 0, "generated": 1000}

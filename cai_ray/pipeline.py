@@ -213,7 +213,7 @@ def _clear(run: Run, name: str) -> None:
     """Removes what only an unfinished stage needs. Optimizer states are most of a run's size."""
     from cai_ray.generate import journal, reuse
 
-    for leftover in ("checkpoints", journal.FOLDER, reuse.FOLDER, ATTEMPT):
+    for leftover in ("checkpoints", "tokens", journal.FOLDER, reuse.FOLDER, ATTEMPT):
         files.delete(run.path(name, leftover))
 
 

@@ -103,10 +103,13 @@ def rows_by_kind(run: Run, stage: str) -> dict[str, int]:
     """How many rows of each kind a generating stage has."""
     counts: dict[str, int] = defaultdict(int)
     rows: Iterable[Any]
+    each = 1
     if stage == "evaluate":
         rows = prompts_of(run.config)["evaluate"]
+    elif stage == "revise":
+        rows = revise.tasks(run)
     else:
-        rows = revise.tasks(run) if stage == "revise" else compare.tasks(run)
+        rows, each = compare.tasks(run), math.comb(run.config.compare.samples, 2)
     for row in rows:
-        counts[row["kind"]] += 1
+        counts[row["kind"]] += each
     return dict(counts)

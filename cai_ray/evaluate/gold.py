@@ -33,7 +33,7 @@ def measure(run: Run, rows: Sequence[Judgement], models: Sequence[str]) -> dict[
         "revision_harm": harm,
         "revision_harm_selective": selective,
         "critic": critic(run.each_row("revise")),
-        "label": label_quality(run.rows("label"), scale, document),
+        "label": label_quality(run.each_row("label"), scale, document),
         "rm": reward_accuracy([r for r in rows if r["model"] in POLICIES], document),
         "ratings": ratings(meetings(rows, document), models),
     }
@@ -138,16 +138,17 @@ def _by_prompt(rows: Iterable[Judgement]) -> dict[str, list[Judgement]]:
     return grouped
 
 
-def label_quality(labels: Sequence[Label], scale: float | None, constitution: Constitution) -> dict[str, Any]:
+def label_quality(labels: Iterable[Label], scale: float | None, constitution: Constitution) -> dict[str, Any]:
     """Accuracy, slot bias and calibration of AI labels on pairs where the judge has a preference.
 
     The calibration error is given raw and after scaling the log-odds by `scale`, which the certificate fitted on
     the gold comparisons (`label.gold`). `slot_bias_all` is over all pairs.
     """
     principles = [p.id for p in constitution.enabled]
-    decided, stuck = [], []
-    slot_biases = [bias for r in labels if (bias := r["slot_bias"]) is not None]
+    decided, stuck, slot_biases = [], [], []
     for row in labels:
+        if row["slot_bias"] is not None:
+            slot_biases.append(row["slot_bias"])
         request, a, b = row["messages"][-1]["content"], row["response_a"], row["response_b"]
         gold = judge.preference(request, a, b, *principles)
         p = row["p_a_raw"]

@@ -18,7 +18,7 @@ from cai_ray.judging.certificate import is_tie
 from cai_ray.judging.statistics import rate
 from cai_ray.storage.records import Judgement, Preference, derive_id
 from cai_ray.storage.run import Run
-from cai_ray.storage.tables import read_tables
+from cai_ray.storage.tables import iter_tables
 
 HELPFUL = Principle(
     id="helpful",
@@ -72,7 +72,7 @@ def judge(run: Run, rows: Sequence[Judgement], models: Sequence[str]) -> dict[st
         name="preference",
     )
     preferences = [r for r in run.rows("evaluate", name="preference") if r["error"] is None]
-    table = read_tables(run.path("evaluate"), certificate.COLUMNS, "preference")
+    tables = iter_tables(run.path("evaluate"), certificate.COLUMNS, "preference")
     return {
         "preferred_to_base": {
             model: rate(
@@ -85,7 +85,7 @@ def judge(run: Run, rows: Sequence[Judgement], models: Sequence[str]) -> dict[st
             for model in models
         },
         "ratings": ratings([_meeting(p) for p in preferences], models),
-        "judge": certificate.certificate(certificate.read(table)),
+        "judge": certificate.certificate(label for _, label in certificate.read(tables)),
         "revision_harm": [],
         "revision_harm_selective": [],
         "label": dict.fromkeys(("accuracy", "ece", "ece_raw", "scale", "slot_bias", "slot_bias_all"))

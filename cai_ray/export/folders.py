@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 import yaml
 
@@ -30,9 +29,10 @@ from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
+from cai_ray.storage.arrow import to_tables
 from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.run import Run
-from cai_ray.storage.tables import write_table
+from cai_ray.storage.tables import write_tables
 
 
 class Exported(NamedTuple):
@@ -147,11 +147,9 @@ def _write_datasets(run: Run, facts: RunFacts, out: str, exported: Exported) -> 
     left_out: Counter[str] = Counter()
     for name, (stage, convert) in DATASETS.items():
         if _listed(run, facts, f"datasets: {name}", stage, exported):
-            converted = [new for row in run.rows(stage) if (new := convert(row, left_out))]
-            table = pa.Table.from_pylist(converted, schema=SCHEMAS[name])
+            converted = (new for row in run.each_row(stage) if (new := convert(row, left_out)))
             place = files.join(out, "data", name, "train-00000-of-00001.parquet")
-            write_table(place, table, row_group_rows=10_000)
-            rows[name] = len(converted)
+            rows[name] = sum(write_tables(place, to_tables(converted, SCHEMAS[name]), SCHEMAS[name]))
     if rows:
         card = cards.dataset_card(facts, rows, dict(left_out))
         files.write_bytes(files.join(out, "README.md"), card.encode())

@@ -1,11 +1,16 @@
-"""Stage `compare`: samples of the SL-CAI policy, paired into comparisons."""
+"""Stage `compare`: samples of the SL-CAI policy, paired into comparisons.
+
+One row is one prompt with all its samples; afterwards every two of them become a comparison.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
+from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import CompareConfig
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
@@ -14,67 +19,75 @@ from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.judging.quality import run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.records import Comparison, Turn, derive_id, derive_seed
+from cai_ray.storage.arrow import schema_of, to_tables
+from cai_ray.storage.records import Comparison, TokenUsage, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
+from cai_ray.storage.sorting import SortedWriter
+from cai_ray.storage.tables import delete_rows
+
+SAMPLES = "samples"
+"""The prompts with their samples stand in compare/samples-*.parquet until the comparisons are written."""
 
 
-class ComparisonTask(TypedDict):
-    """A prompt whose samples number `first` and `second` are to be compared."""
+class SamplesTask(TypedDict):
+    """A prompt that is to be answered several times."""
 
     id: str
+    """That of the prompt's first comparison."""
     prompt_id: str
     messages: list[Turn]
     kind: str
     family: str | None
-    first: int
-    second: int
+
+
+class Sample(TypedDict):
+    """One answer to a prompt."""
+
+    response: str
+    truncated: bool
+    usage: TokenUsage
+
+
+class Samples(SamplesTask):
+    """A prompt with its answers."""
+
+    samples: NotRequired[list[Sample] | None]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
-class CompareChain:
-    """Samples both responses of a comparison.
-
-    A sample's seed depends on the prompt and the sample's number alone, so a sample that stands in several comparisons
-    is the same text in each.
-    """
+class SamplesChain:
+    """Samples all answers to a prompt. A sample's seed depends on the prompt and the sample's number alone."""
 
     templates: TemplateSet
     config: CompareConfig
     seed: int
-    model: str
 
-    async def __call__(self, engine: Engine, row: ComparisonTask) -> Comparison:
-        messages = self.templates.answer_messages(row["messages"])
-        a, b = [
-            await engine.chat(
-                messages,
+    async def __call__(self, engine: Engine, row: SamplesTask) -> Samples:
+        samples, usage = list[Sample](), Usage()
+        for number in range(self.config.samples):
+            answer = await engine.chat(
+                self.templates.answer_messages(row["messages"]),
                 Sampling(
                     self.config.temperature,
                     self.config.max_tokens,
                     derive_seed(self.seed, row["prompt_id"], "sample", number),
                 ),
             )
-            for number in (row["first"], row["second"])
-        ]
-        return {
-            "id": row["id"],
-            "prompt_id": row["prompt_id"],
-            "messages": row["messages"],
-            "kind": row["kind"],
-            "family": row["family"],
-            "response_a": without_thinking(a.text, self.templates.thinking),
-            "response_b": without_thinking(b.text, self.templates.thinking),
-            "truncated_a": not a.finished,
-            "truncated_b": not b.finished,
-            "model": self.model,
-            "temperature": self.config.temperature,
-            "source": "ai",
-            "usage": (a.usage + b.usage).as_record(),
-        }
+            usage = usage + answer.usage
+            samples.append(
+                {
+                    "response": without_thinking(answer.text, self.templates.thinking),
+                    "truncated": not answer.finished,
+                    "usage": answer.usage.as_record(),
+                }
+            )
+        return {**row, "samples": samples, "usage": usage.as_record()}
 
 
-def tasks(run: Run) -> list[ComparisonTask]:
-    """Every pair of a prompt's samples."""
+def tasks(run: Run) -> list[SamplesTask]:
+    """One row per prompt."""
     config = run.config.compare
     prompts = [
         p
@@ -83,23 +96,76 @@ def tasks(run: Run) -> list[ComparisonTask]:
     ]
     return [
         {
-            "id": derive_id("comparison", prompt["id"], first, second),
+            "id": _id(prompt["id"], 0, 1),
             "prompt_id": prompt["id"],
             "messages": prompt["messages"],
             "kind": prompt["kind"],
             "family": prompt["family"],
-            "first": first,
-            "second": second,
         }
         for prompt in prompts[: config.limit]
-        for first, second in combinations(range(config.samples), 2)
     ]
 
 
+def to_comparisons(row: Samples, config: CompareConfig, model: str) -> Iterator[Comparison]:
+    """Every two samples of a prompt. What a sample cost counts in the first comparison that it stands in."""
+    samples, counted = row.get("samples"), set[int]()
+    about = {name: row[name] for name in ("prompt_id", "messages", "kind", "family")}  # type: ignore[literal-required]
+    for first, second in _pairs(config):
+        comparison: dict[str, Any] = {
+            "id": _id(row["prompt_id"], first, second),
+            **about,
+            "error": row.get("error"),
+        }
+        if samples:
+            a, b = samples[first], samples[second]
+            usage = sum((Usage(**samples[n]["usage"]) for n in {first, second} - counted), Usage())
+            counted |= {first, second}
+            comparison |= {
+                "response_a": a["response"],
+                "response_b": b["response"],
+                "truncated_a": a["truncated"],
+                "truncated_b": b["truncated"],
+                "model": model,
+                "temperature": config.temperature,
+                "source": "ai",
+                "usage": usage.as_record(),
+            }
+        yield cast(Comparison, comparison)
+
+
+def _pairs(config: CompareConfig) -> Iterator[tuple[int, int]]:
+    return combinations(range(config.samples), 2)
+
+
+def _id(prompt_id: str, first: int, second: int) -> str:
+    return derive_id("comparison", prompt_id, first, second)
+
+
 def run(run: Run) -> dict[str, Any]:
-    config = run.config
-    chain = CompareChain(run_templates(config), config.compare, config.seed, "sl")
-    return map_rows(run, "compare", tasks(run), chain, takes=ComparisonTask, gives=Comparison, model="sl")
+    config, seed = run.config.compare, run.config.seed
+    chain = SamplesChain(run_templates(run.config), config, seed)
+    summary = map_rows(
+        run, "compare", tasks(run), chain, takes=SamplesTask, gives=Samples, model="sl", name=SAMPLES
+    )
+    rows, errors = write_comparisons(run, "sl")
+    delete_rows(run.path("compare"), SAMPLES)
+    return {**summary, "rows_in": rows, "rows_out": rows, "errors": errors}
+
+
+def write_comparisons(run: Run, model: str) -> tuple[int, int]:
+    """Writes the comparisons of all samples; returns how many there are, and how many have an error."""
+    config, schema = run.config.compare, schema_of(Comparison)
+    prompts = run.each_row("compare", ["prompt_id"], SAMPLES)
+    samples: Iterable[Samples] = run.each_row("compare", name=SAMPLES)
+    rows = errors = 0
+    ids = (_id(prompt["prompt_id"], *pair) for prompt in prompts for pair in _pairs(config))
+    with SortedWriter(run.path("compare"), schema, ids) as writer:
+        for table in to_tables((c for row in samples for c in to_comparisons(row, config, model)), schema):
+            writer.add(table)
+        for part in writer.write():
+            rows += part.num_rows
+            errors += part.num_rows - part["error"].null_count
+    return rows, errors
 
 
 def check(run: Run, preflight: Preflight) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NotRequired
 
@@ -38,7 +38,7 @@ from cai_ray.storage import files
 from cai_ray.storage.arrow import select
 from cai_ray.storage.records import Comparison, Label, Pair, Vote, derive_id, derive_seed
 from cai_ray.storage.run import Run
-from cai_ray.storage.tables import read_tables
+from cai_ray.storage.tables import iter_tables
 
 
 class LabelTask(Pair):
@@ -229,18 +229,19 @@ def make_chain(run: Run) -> LabelChain:
 
 def run(run: Run) -> dict[str, Any]:
     chain = make_chain(run)
-    comparisons: list[Comparison] = run.rows("compare")
-    tasks = {"part": [select(c, LabelTask) for c in comparisons if c["error"] is None]}
+    comparisons: Iterable[Comparison] = run.each_row("compare")
+    tasks: dict[str, Iterable[LabelTask]] = {
+        "part": (select(c, LabelTask) for c in comparisons if c["error"] is None)
+    }
     gold = gold_rows(run)
     if gold:  # two people may have judged one comparison: it is labelled once
         once = {c["id"]: select(c, LabelTask) for c in gold}
-        tasks = {"gold": list(once.values())} | tasks
+        tasks = {"gold": once.values(), **tasks}
     judge = run.config.label.judge
     sets = {n: Rows(reuse.with_earlier(run, "label", rows, n), judge) for n, rows in tasks.items()}
     summaries = map_sets(run, "label", sets, chain, takes=LabelTask, gives=Label)
-    proof = certificate.certificate(
-        _read_labels(run, "part"), gold, _read_labels(run, "gold") if gold else {}
-    )
+    labels = (label for _, label in _read_labels(run, "part"))
+    proof = certificate.certificate(labels, gold, dict(_read_labels(run, "gold")) if gold else {})
     proof |= {"ask": judge.ask, "answer": judge.answer, "feedback_model": judge.model}
     proof |= {"constitution_sha": chain.constitution.sha}
     files.write_json(run.path("label", "certificate.json"), proof)
@@ -258,5 +259,5 @@ def check_room(run: Run) -> None:
     check_resources(run.config, run.resolve_model(run.config.label.judge).engine)
 
 
-def _read_labels(run: Run, name: str) -> dict[str, certificate.LabelFacts | None]:
-    return certificate.read(read_tables(run.path("label"), certificate.COLUMNS, name))
+def _read_labels(run: Run, name: str) -> Iterator[tuple[str, certificate.LabelFacts | None]]:
+    return certificate.read(iter_tables(run.path("label"), certificate.COLUMNS, name))

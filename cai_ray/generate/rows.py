@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import pyarrow as pa
@@ -87,8 +88,12 @@ def map_sets(
     assert all(other == engine for other in others), "the actors of all sets are the same"
     check_resources(run.config, engine)
     journals = {name: Journal(run, stage, takes, gives, name) for name in sets}
-    slices = [s for name, given in sets.items() for s in journals[name].plan(given.rows, _slice_rows(engine))]
-    totals = {name: sum(s.rows for s in slices if s.name == name) for name in sets}
+    finished, slices = Counter[str](), list[Slice]()
+    for name, given in sets.items():
+        journals[name].merge_leftovers()
+        left = _unfinished(given.rows, journals[name].finished_ids(), finished, name)
+        slices += journals[name].plan(left, _slice_rows(engine))
+    totals = {name: finished[name] + sum(s.rows for s in slices if s.name == name) for name in sets}
     if slices:
         outcomes = _outcomes(run.config, engine, slices, chain, models, journals)
         progress = {
@@ -97,7 +102,7 @@ def map_sets(
             )
             for name, total in totals.items()
         }
-        _print_finished(journals, progress)
+        _print_finished(finished, progress)
         with interruptible(), worker_errors(), RowProgress(list(progress.values())):
             _follow(outcomes, progress)
     published = {name: journal.publish() for name, journal in journals.items()}
@@ -154,12 +159,23 @@ def _outcomes(
     )
 
 
-def _print_finished(journals: Mapping[str, Journal], progress: Mapping[str, SetProgress]) -> None:
-    for name, journal in journals.items():
-        if finished := len(journal.finished_ids()):
-            current = progress[name]
-            line = f"  {current.label}: {finished} of {current.total} rows were finished before"
-            print(line, file=sys.stderr, flush=True)
+def _unfinished(
+    rows: Iterable[Takes], finished: Set[str], counts: Counter[str], name: str
+) -> Iterator[Takes]:
+    """The rows of a set that no earlier attempt finished; the others are counted under its name."""
+    for row in rows:
+        if row["id"] in finished:
+            counts[name] += 1
+        else:
+            yield row
+
+
+def _print_finished(finished: Counter[str], progress: Mapping[str, SetProgress]) -> None:
+    for name, count in finished.items():
+        current = progress[name]
+        current.rows += count
+        line = f"  {current.label}: {count} of {current.total} rows were finished before"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _follow(outcomes: Any, progress: Mapping[str, SetProgress]) -> None:

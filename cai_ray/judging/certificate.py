@@ -7,24 +7,27 @@ label/certificate.json; `label.gates` are bounds on it (gates.py).
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cai_ray.data.gold_comparisons import GoldComparison
 from cai_ray.judging.calibration import fit_scale, measure_calibration
-from cai_ray.judging.statistics import share
 from cai_ray.judging.votes import logit, survives_swap
 
 TIE = 0.05
 """A probability this near to one half prefers neither response."""
-COLUMNS = ["id", "response_a", "response_b", "votes", "p_a_raw", "error"]
+_VOTE = ("principle_id", "p_a", "logprob_a", "logprob_b", "logprob_a_swapped", "logprob_b_swapped")
+COLUMNS = ["id", "response_a", "response_b", *(f"votes.list.element.{n}" for n in _VOTE), "p_a_raw", "error"]
+"""What is read of labels: reasoning, the longest part of a vote, is left out."""
 
 
 class VoteFacts(NamedTuple):
@@ -47,49 +50,64 @@ class LabelFacts(NamedTuple):
     votes: tuple[VoteFacts, ...]
 
 
-def read(table: pa.Table) -> dict[str, LabelFacts | None]:
-    """Labels of a table with COLUMNS, by id; None where the row has an error."""
-    labels: dict[str, LabelFacts | None] = {}
-    for batch in table.select(COLUMNS).to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            labels[row["id"]] = None if row["error"] is not None else _facts(row)
-    return labels
+def read(tables: Iterable[pa.Table]) -> Iterator[tuple[str, LabelFacts | None]]:
+    """Labels of tables with COLUMNS, each with its id; None where the row has an error."""
+    for table in tables:
+        lengths = (pc.utf8_length(table[name]) for name in ("response_a", "response_b"))
+        longer = pc.subtract(*lengths).to_pylist()
+        for row, more in zip(
+            table.select(["id", "votes", "p_a_raw", "error"]).to_pylist(), longer, strict=True
+        ):
+            yield row["id"], None if row["error"] is not None else _facts(row, more)
 
 
-def _facts(row: Mapping[str, Any]) -> LabelFacts:
+def _facts(row: Mapping[str, Any], longer: int) -> LabelFacts:
     votes = tuple(
         VoteFacts(sys.intern(v["principle_id"]), v["p_a"], survives_swap(v)) for v in row["votes"] or ()
     )
-    return LabelFacts(row["p_a_raw"], len(row["response_a"]) - len(row["response_b"]), votes)
+    return LabelFacts(row["p_a_raw"], longer, votes)
 
 
 def certificate(
-    labels: Mapping[str, LabelFacts | None],
+    labels: Iterable[LabelFacts | None],
     gold: Sequence[GoldComparison] = (),
     gold_labels: Mapping[str, LabelFacts | None] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The certificate as one object; a share of nothing is None.
 
     Args:
-        labels: the run's labels, by id.
+        labels: the run's labels. They are read once and not kept.
         gold: the gold comparisons.
         gold_labels: the feedback model's labels of them, by id.
     """
-    valid = [x for x in labels.values() if x is not None]
-    # Equal responses get one half without a question: they say nothing about the labeller.
-    voted = [x for x in valid if x.votes]
-    votes = [v for x in voted for v in x.votes]
+    counts: Counter[str] = Counter()
+    overall, principles = VoteTally(), defaultdict[str, VoteTally](VoteTally)
+    agreement, length_bias = Agreement(), LengthBias()
+    for label in labels:
+        if label is None:
+            counts["errors"] += 1
+        elif (
+            not label.votes
+        ):  # equal responses get one half without a question: they say nothing about the labeller
+            counts["equal_responses"] += 1
+        else:
+            counts.update(labels=1, ties=is_tie(label.p))
+            agreement.add(label)
+            length_bias.add(label)
+            for vote in label.votes:
+                overall.add(vote)
+                principles[vote.principle].add(vote)
     return {
-        "labels": len(voted),
-        "equal_responses": len(valid) - len(voted),
-        "errors": len(labels) - len(valid),
-        "votes": len(votes),
-        "slot_bias": slot_bias(votes),
-        "ties": share(is_tie(x.p) for x in voted),
-        "abstentions": share(v.p is None for v in votes),
-        "agreement": agreement(voted),
-        "length_bias": length_bias(voted),
-        "principles": by_principle(votes),
+        "labels": counts["labels"],
+        "equal_responses": counts["equal_responses"],
+        "errors": counts["errors"],
+        "votes": overall.votes,
+        "slot_bias": overall.slot_bias,
+        "ties": _share(counts["ties"], counts["labels"]),
+        "abstentions": overall.abstentions,
+        "agreement": agreement.summary(),
+        "length_bias": length_bias.summary(),
+        "principles": {name: principles[name].summary() for name in sorted(principles)},
         "gold": against_gold(gold, gold_labels) if gold else None,
     }
 
@@ -98,63 +116,105 @@ def is_tie(p: float) -> bool:
     return abs(p - 0.5) <= TIE
 
 
-def slot_bias(votes: Iterable[VoteFacts]) -> float | None:
-    """Share of votes whose preferred slot survives the swap (docs/method.md, item 5)."""
-    return share(v.stuck for v in votes if v.stuck is not None)
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
-def agreement(rows: Iterable[LabelFacts]) -> dict[str, Any]:
-    """How often two principles that both prefer something prefer the same response.
+class VoteTally:
+    """Counts over votes, taken one by one."""
 
-    Returns:
-        `pairs`: by one principle and the other, their agreement and n, the comparisons on which neither tied or
-        abstained. `mean`: over the pairs, each counted once.
-    """
-    same: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for row in rows:
-        sides = [(v.principle, v.p > 0.5) for v in row.votes if v.p is not None and not is_tie(v.p)]
-        for (a, prefers), (b, also) in combinations(sorted(sides), 2):
-            same[a, b][0] += prefers == also
-            same[a, b][1] += 1
-    pairs: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (a, b), (k, n) in sorted(same.items()):
-        pairs[a][b] = {"agreement": k / n, "n": n}
-    shares = [k / n for k, n in same.values()]
-    return {"mean": statistics.fmean(shares) if shares else None, "pairs": dict(pairs)}
+    def __init__(self) -> None:
+        self.votes = self.abstained = self.tied = self.swapped = self.stuck = 0
 
+    def add(self, vote: VoteFacts) -> None:
+        self.votes += 1
+        if vote.p is None:
+            self.abstained += 1
+        elif is_tie(vote.p):
+            self.tied += 1
+        if vote.stuck is not None:
+            self.swapped += 1
+            self.stuck += vote.stuck
 
-def length_bias(rows: Iterable[LabelFacts]) -> dict[str, Any]:
-    """How labels depend on length in characters; over labels that are not ties, of responses that differ in length.
+    @property
+    def slot_bias(self) -> float | None:
+        """Share of votes whose preferred slot survives the swap (docs/method.md, item 5)."""
+        return _share(self.stuck, self.swapped)
 
-    Returns:
-        `longer_preferred`: share of labels that prefer the longer response. `correlation`: Pearson's, of the
-        probability of a with how much longer a is; None where one of the two never varies.
-    """
-    pairs = [(x.p, x.longer) for x in rows if x.longer and not is_tie(x.p)]
-    try:
-        correlation = statistics.correlation([p for p, _ in pairs], [float(n) for _, n in pairs])
-    except statistics.StatisticsError:  # fewer than two, or all alike
-        correlation = None
-    return {
-        "longer_preferred": share((p > 0.5) == (n > 0) for p, n in pairs),
-        "correlation": correlation,
-        "n": len(pairs),
-    }
+    @property
+    def abstentions(self) -> float | None:
+        return _share(self.abstained, self.votes)
 
-
-def by_principle(votes: Iterable[VoteFacts]) -> dict[str, dict[str, Any]]:
-    grouped: dict[str, list[VoteFacts]] = defaultdict(list)
-    for vote in votes:
-        grouped[vote.principle].append(vote)
-    return {
-        name: {
-            "votes": len(own),
-            "slot_bias": slot_bias(own),
-            "ties": share(is_tie(v.p) for v in own if v.p is not None),
-            "abstentions": share(v.p is None for v in own),
+    def summary(self) -> dict[str, Any]:
+        return {
+            "votes": self.votes,
+            "slot_bias": self.slot_bias,
+            "ties": _share(self.tied, self.votes - self.abstained),
+            "abstentions": self.abstentions,
         }
-        for name, own in sorted(grouped.items())
-    }
+
+
+class Agreement:
+    """How often two principles that both prefer something prefer the same response, over labels taken one by one."""
+
+    def __init__(self) -> None:
+        self.same: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, label: LabelFacts) -> None:
+        sides = [(v.principle, v.p > 0.5) for v in label.votes if v.p is not None and not is_tie(v.p)]
+        for (a, prefers), (b, also) in combinations(sorted(sides), 2):
+            pair = self.same[a, b]
+            pair[0] += prefers == also
+            pair[1] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """The agreement.
+
+        Returns:
+            `pairs`: by one principle and the other, their agreement and n, the comparisons on which neither tied or
+            abstained. `mean`: over the pairs, each counted once.
+        """
+        pairs: dict[str, dict[str, Any]] = defaultdict(dict)
+        for (a, b), (k, n) in sorted(self.same.items()):
+            pairs[a][b] = {"agreement": k / n, "n": n}
+        shares = [k / n for k, n in self.same.values()]
+        return {"mean": statistics.fmean(shares) if shares else None, "pairs": dict(pairs)}
+
+
+class LengthBias:
+    """How labels depend on length in characters; over labels that are not ties, of responses that differ in length."""
+
+    def __init__(self) -> None:
+        self.n = self.longer_preferred = 0
+        # Welford 1962: means, and sums of squares and products of the differences from them.
+        self.mean_p = self.mean_longer = self.p_p = self.longer_longer = self.p_longer = 0.0
+
+    def add(self, label: LabelFacts) -> None:
+        p, longer = label.p, label.longer
+        if not longer or is_tie(p):
+            return
+        self.n += 1
+        self.longer_preferred += (p > 0.5) == (longer > 0)
+        from_p, from_longer = p - self.mean_p, longer - self.mean_longer
+        self.mean_p += from_p / self.n
+        self.mean_longer += from_longer / self.n
+        self.p_p += from_p * (p - self.mean_p)
+        self.longer_longer += from_longer * (longer - self.mean_longer)
+        self.p_longer += from_p * (longer - self.mean_longer)
+
+    def summary(self) -> dict[str, Any]:
+        """The bias.
+
+        Returns:
+            `longer_preferred`: share of labels that prefer the longer response. `correlation`: Pearson's, of the
+            probability of a with how much longer a is; None where one of the two never varies.
+        """
+        spread = math.sqrt(self.p_p * self.longer_longer)
+        return {
+            "longer_preferred": _share(self.longer_preferred, self.n),
+            "correlation": self.p_longer / spread if spread else None,
+            "n": self.n,
+        }
 
 
 def against_gold(gold: Sequence[GoldComparison], labels: Mapping[str, LabelFacts | None]) -> dict[str, Any]:
@@ -169,8 +229,7 @@ def against_gold(gold: Sequence[GoldComparison], labels: Mapping[str, LabelFacts
     overall: list[tuple[float, bool]] = []
     sources: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     principles: dict[str, list[tuple[float, bool]]] = defaultdict(list)
-    decided: list[VoteFacts] = []
-    errors = 0
+    decided, errors = VoteTally(), 0
     for row in gold:
         label = labels.get(row["id"])
         if label is None:
@@ -184,7 +243,7 @@ def against_gold(gold: Sequence[GoldComparison], labels: Mapping[str, LabelFacts
             preferred = row["gold"] if by_principle is None else by_principle.get(vote.principle)
             if preferred is None or preferred == 0.5:
                 continue
-            decided.append(vote)
+            decided.add(vote)
             if by_principle is not None and vote.p is not None:
                 principles[vote.principle].append((vote.p, preferred > 0.5))
     scale = fit_scale([logit(p) for p, _ in overall], [g for _, g in overall]) if overall else None
@@ -192,7 +251,7 @@ def against_gold(gold: Sequence[GoldComparison], labels: Mapping[str, LabelFacts
         "comparisons": len(gold),
         "errors": errors,
         "scale": scale,
-        "slot_bias": slot_bias(decided),
+        "slot_bias": decided.slot_bias,
         "overall": measure_calibration(overall, scale),
         "by_source": {k: measure_calibration(v, scale) for k, v in sorted(sources.items())},
         "by_principle": {k: measure_calibration(v, scale) for k, v in sorted(principles.items())},

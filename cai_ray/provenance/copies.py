@@ -13,7 +13,7 @@ from cai_ray.storage import files
 from cai_ray.storage.filesystems import resolve
 from cai_ray.storage.run import Run
 
-_UNFINISHED = ("checkpoints/", "journal/", "before/")
+_UNFINISHED = ("checkpoints/", "tokens/", "journal/", "before/")
 """Folders of a stage that only matter until it is complete."""
 
 

@@ -21,7 +21,8 @@ from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.stages import ROLES, STAGES, needs_of
 from cai_ray.storage import files, hub
-from cai_ray.storage.filesystems import open_file, resolve
+from cai_ray.storage.filesystems import resolve
+from cai_ray.storage.hashes import file_hashes
 from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -103,12 +104,7 @@ def _content(run: Run, named: Content, base: Callable[[], str]) -> str:
 
 def _folder_sha(path: str) -> str:
     """A content hash of all files of a folder."""
-    fs, root = resolve(path)
-    hashes = {}
-    for file in files.list_files(path, recursive=True):
-        with open_file(fs, file) as f:
-            hashes[file[len(root) :]] = hashlib.sha256(f.read()).hexdigest()
-    return derive_id(hashes)
+    return derive_id(file_hashes(path, recursive=True))
 
 
 def _files_sha(path: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import islice
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -57,6 +58,15 @@ def to_table(rows: Iterable[Mapping[str, Any]], record: type | pa.Schema) -> pa.
                 "(cai_ray/storage/records.py), or leave it out of the row"
             )
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def to_tables(
+    rows: Iterable[Mapping[str, Any]], record: type | pa.Schema, size: int = 1024
+) -> Iterator[pa.Table]:
+    """Rows as tables of `size` rows; no more of them are in memory."""
+    rows = iter(rows)
+    while block := list(islice(rows, size)):
+        yield to_table(block, record)
 
 
 def _declared(fields: Iterable[pa.Field]) -> dict[str, Any]:

@@ -61,23 +61,40 @@ def read_bytes(uri: str | Path) -> bytes:
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Writes a file, whole or not at all."""
+    with open_new(uri) as f:
+        f.write(data)
+
+
+@contextmanager
+def open_new(uri: str | Path) -> Iterator[Any]:
+    """Opens a file to write to. It appears when the block ends, whole; if the block fails, it does not appear."""
     fs, path = resolve(uri)
     make_parent(fs, path)
-    if not is_local(fs):  # an object store publishes an object when it is closed
-        with fs.open_output_stream(path, compression=None) as f:
-            f.write(data)
+    if not is_local(fs):
+        yield from _open_object(fs, path)
         return
     folder, name = os.path.split(path)
     temporary = f"{folder}/.{name}.{os.getpid()}"
     try:
         with open(temporary, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _open_object(fs: pafs.FileSystem, path: str) -> Iterator[Any]:
+    """An object store publishes an object when it is closed, and cannot abandon one: it is deleted then."""
+    with fs.open_output_stream(path, compression=None) as f:
+        try:
+            yield f
+        except BaseException:
+            f.close()
+            fs.delete_file(path)
+            raise
 
 
 def copy(source: str | Path, target: str | Path) -> None:
@@ -130,7 +147,7 @@ def local_folder(uri: str | Path) -> str:
     if target.exists():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_suffix(".lock")):
+    with locked(target.with_suffix(".lock")):
         if not target.exists():  # another process of this node may have been first
             partial = target.with_suffix(".part")
             shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -141,7 +158,7 @@ def local_folder(uri: str | Path) -> str:
 
 
 @contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def locked(lock: Path) -> Iterator[None]:
     """Lets in one process of the node at a time. A process that is killed releases the lock, too."""
     with lock.open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)

@@ -13,13 +13,10 @@ from safetensors import SafetensorError, safe_open
 from cai_ray.config.engine import EngineConfig
 from cai_ray.errors import InputError
 from cai_ray.storage import hub
-from cai_ray.storage.files import exists, list_files, local_folder, read_object
-from cai_ray.storage.filesystems import (
-    COPY_BYTES,
-    is_local,
-    open_file,
-    resolve,
-)
+from cai_ray.storage.files import exists, local_folder, read_object
+from cai_ray.storage.filesystems import is_local, resolve
+from cai_ray.storage.hashes import file_hashes
+from cai_ray.storage.records import derive_id
 
 
 class ResolvedModel(NamedTuple):
@@ -117,16 +114,10 @@ def _check_model(uri: str, folder: str) -> None:
 
 
 def folder_sha(uri: str | Path) -> str:
-    """Content hash of a model folder (weights, configuration, tokenizer)."""
-    fs, root = resolve(uri)
-    digest = hashlib.sha256()
-    for path in list_files(uri):
-        if path.endswith((".safetensors", ".json", ".jinja", ".model", ".bin", ".txt")):
-            digest.update(os.path.relpath(path, root).encode())
-            with open_file(fs, path) as f:
-                while block := f.read(COPY_BYTES):
-                    digest.update(block)
-    return digest.hexdigest()[:16]
+    """Content hash of a model folder (weights, configuration, tokenizer). Files that were hashed before, and have not
+    changed, are not read again (hashes.py)."""
+    suffixes = (".safetensors", ".json", ".jinja", ".model", ".bin", ".txt")
+    return derive_id(file_hashes(uri, lambda path: path.endswith(suffixes)))
 
 
 def model_sha(location: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ from cai_ray.stages import ROLES, maker_of
 from cai_ray.storage.files import exists, join, read_bytes, read_object, write_bytes
 from cai_ray.storage.models import ResolvedModel, local_model
 from cai_ray.storage.tables import iter_tables, read_tables, write_table
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """Rows of `name`-*.parquet in a folder. Each iteration reads them anew."""
+
+    uri: str
+    columns: list[str] | None = None
+    name: str = "part"
+
+    def __iter__(self) -> Iterator[Any]:
+        for table in iter_tables(self.uri, self.columns, self.name):
+            yield from table.to_pylist()
 
 
 class Run:
@@ -87,13 +101,18 @@ class Run:
         return rows
 
     def rows(self, stage: str, columns: list[str] | None = None, name: str = "part") -> list[Any]:
-        """A stage's rows, in the order of their ids: dicts of the record that the stage writes."""
+        """A stage's rows, in the order of their ids: dicts of the record that the stage writes.
+
+        They are all in memory: where there may be many, use `each_row`.
+        """
         return read_tables(self.path(stage), columns, name).to_pylist()
 
-    def each_row(self, stage: str, columns: list[str] | None = None, name: str = "part") -> Iterator[Any]:
-        """A stage's rows one by one, in no particular order."""
-        for table in iter_tables(self.path(stage), columns, name):
-            yield from table.to_pylist()
+    def each_row(self, stage: str, columns: list[str] | None = None, name: str = "part") -> StageRows:
+        """A stage's rows one by one, as often as one likes; few of them are in memory at a time.
+
+        They come in the order of the stage's files: a stage that generates writes its rows in the order of their ids.
+        """
+        return StageRows(self.path(stage), columns, name)
 
     def rows_where(
         self, stage: str, column: str, values: Collection[str], name: str = "part"

@@ -6,10 +6,12 @@ forward pass: a pass takes rows of similar length. A prompt's comparisons are al
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,10 +23,12 @@ from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.files import open_new
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
-from cai_ray.train.batches import longest_first, pad, rank_shares, select, split_shares
-from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
+from cai_ray.train.batches import Example, longest_first, pad, rank_shares, select, split_shares
+from cai_ray.train.dialogues import TOKENS, Dialogues, Packer, as_numpy, check_fits, context_length, render
 from cai_ray.train.runtime.ranks import rank, to_device, world_size
 
 # Metrics of the last evaluation that the manifest keeps, and their names there.
@@ -37,12 +41,19 @@ EVAL = {
 
 @dataclass(frozen=True)
 class ComparisonData:
-    """The comparisons of a stage, rendered and split into those to train on and those held out."""
+    """The comparisons of a stage, rendered and split into those to train on and those held out.
 
-    rows: list[dict[str, Any]]
-    """`id`, `messages`, `p_a` and `source` of each comparison, in the order of their ids."""
+    They are in the order of their ids; several raters' equal answers to one comparison all count.
+    """
+
+    ids: np.ndarray
+    """(comparisons,) of bytes."""
+    p_a: np.ndarray
+    """(comparisons,) float64, the labels."""
+    human: np.ndarray
+    """(comparisons,) bool: whether a person gave the label."""
     responses: Dialogues
-    """Dialogues 2i (response a) and 2i + 1 (response b) belong to row i."""
+    """Dialogues 2i (response a) and 2i + 1 (response b) belong to comparison i."""
     train: list[int]
     held_out: list[int]
     pad_id: int
@@ -53,15 +64,15 @@ class ComparisonData:
         """What `fit` gives to every rank; `load_pairs` reads it."""
         import ray
 
-        rows = self.rows
+        arrays = [hashlib.sha256(a.tobytes()).hexdigest() for a in (self.ids, self.p_a, self.human)]
         return {
             "responses": ray.put(self.responses),
-            "p_a": ray.put(np.asarray([row["p_a"] for row in rows])),
-            "human": ray.put(np.asarray([row["source"] == "human" for row in rows])),
+            "p_a": ray.put(self.p_a),
+            "human": ray.put(self.human),
             "train": self.train,
             "held_out": self.held_out,
             "pad_id": self.pad_id,
-            "inputs": derive_id(self.responses.sha, [(r["id"], r["p_a"], r["source"]) for r in rows]),
+            "inputs": derive_id(self.responses.sha, arrays),
         }
 
 
@@ -72,48 +83,79 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
         InputError: no comparison is left to train on, or one is longer than a micro-batch.
     """
     cfg: PreferenceConfig = getattr(run.config, stage)
-    seed = run.config.seed
+    seed, file = run.config.seed, run.path(stage, TOKENS)
     columns = ["id", "messages", "response_a", "response_b", "truncated_a", "truncated_b", "p_a", "error"]
-    labels = run.rows("label", columns)
-    ai, left_out = ai_comparisons(labels, cfg, seed)
-    human = [{**row, "about": source.about} for source in cfg.human for row in read_comparisons(source, seed)]
+    left_out, about = Counter({"error": 0, "identical": 0, "min_margin": 0}), Counter[str]()
+    labels = run.each_row("label", columns)
+    rows = chain(ai_comparisons(labels, cfg, seed, left_out), _human_comparisons(cfg, seed, about))
     templates = load_templates(run.config.templates)
     renderer, limit = Renderer(model, templates.chat_template), context_length(model)
-    rows, examples = [], []
-    for row in sorted(ai + human, key=lambda row: row["id"]):  # several raters' equal answers all count
-        pair = []
-        for side in ("a", "b"):
-            truncated = bool(row.get(f"truncated_{side}"))  # human answers are complete
-            response = row[f"response_{side}"]
-            pair.append(render(renderer, templates, row["messages"], response, limit, truncated))
-        if pair[0] is not None and pair[1] is not None:
-            examples += pair
-            rows.append({k: row[k] for k in ("id", "messages", "p_a", "source")})
-    train, held_out = split(rows, cfg.eval_fraction, seed)
+    ids: list[bytes] = []
+    p_a, human, held, ai = array("d"), array("b"), array("b"), 0
+    with open_new(file) as tokens:
+        packer = Packer(tokens.write)
+        for row in rows:
+            ai += row["source"] == "ai"
+            if pair := render_pair(row, renderer, templates, limit):
+                for example in pair:
+                    packer.add(example)
+                ids.append(row["id"].encode())
+                p_a.append(row["p_a"])
+                human.append(row["source"] == "human")
+                held.append(is_held_out(row, cfg.eval_fraction, seed))
+    order = np.argsort(np.array(ids), kind="stable")
+    train, held_out = (np.flatnonzero(as_numpy(held)[order] == part).tolist() for part in (0, 1))
+    read = ai + left_out.total()
     if not train:
         raise InputError(
-            f"{stage}: no comparison can be trained on ({len(labels)} labels, left out: {dict(left_out)})"
+            f"{stage}: no comparison can be trained on ({read} labels, left out: {dict(left_out)})"
         )
-    responses = pack(e for e in examples if e is not None)
-    check_fits(stage, 2 * max(responses.lengths), cfg.micro_batch_tokens)
+    responses = packer.dialogues(file).ordered(np.repeat(2 * order, 2) + np.tile([0, 1], len(order)))
+    check_fits(stage, 2 * responses.longest, cfg.micro_batch_tokens)
+    of_people = as_numpy(human)[order].astype(bool)
     counts = {
-        "rows_in": len(labels) + len(human),
-        "rows_out": len(rows),
+        "rows_in": read + about.total(),
+        "rows_out": len(ids),
         "errors": left_out["error"],
-        "left_out": {**left_out, "too_long": len(ai) + len(human) - len(rows)},
-        "rows_ai": sum(row["source"] == "ai" for row in rows),
-        "rows_human": sum(row["source"] == "human" for row in rows),
-        "human_labels": dict(Counter(row["about"] for row in human)),
-        "tokens": {"trained": sum(responses.lengths) * cfg.epochs},
+        "left_out": {**left_out, "too_long": ai + about.total() - len(ids)},
+        "rows_ai": int((~of_people).sum()),
+        "rows_human": int(of_people.sum()),
+        "human_labels": dict(about),
+        "tokens": {"trained": responses.tokens * cfg.epochs},
     }
-    return ComparisonData(rows, responses, train, held_out, renderer.pad_id, counts)
+    return ComparisonData(
+        np.array(ids)[order], as_numpy(p_a)[order], of_people, responses, train, held_out, renderer.pad_id, counts
+    )  # fmt: skip
+
+
+def _human_comparisons(cfg: PreferenceConfig, seed: int, about: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The comparisons of people, counted by what they are about."""
+    for source in cfg.human:
+        for row in read_comparisons(source, seed):
+            about[source.about] += 1
+            yield dict(row)
+
+
+def render_pair(
+    row: Mapping[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
+) -> tuple[Example, Example] | None:
+    """The tokens of a comparison's two responses; None if one does not fit the context of `limit` tokens."""
+    pair = []
+    for side in ("a", "b"):
+        truncated = bool(row.get(f"truncated_{side}"))  # human answers are complete
+        pair.append(render(renderer, templates, row["messages"], row[f"response_{side}"], limit, truncated))
+    a, b = pair
+    return None if a is None or b is None else (a, b)
 
 
 def ai_comparisons(
-    labels: list[dict[str, Any]], cfg: PreferenceConfig, seed: int
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The AI labels to train on, and how many labels were left out for which reason."""
-    rows, left_out = [], Counter({"error": 0, "identical": 0, "min_margin": 0})
+    labels: Iterable[dict[str, Any]], cfg: PreferenceConfig, seed: int, left_out: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """The AI labels to train on.
+
+    Args:
+        left_out: counts the labels that are left out, by reason.
+    """
     for label in labels:
         if label["error"] or label["p_a"] is None:
             left_out["error"] += 1
@@ -127,22 +169,16 @@ def ai_comparisons(
             p_a = float(label["p_a"] > 0.5) if cfg.hard_labels else label["p_a"]
             if cfg.shuffle_labels and derive_seed(seed, "shuffle_labels", label["id"]) % 2:
                 p_a = 1 - p_a
-            rows.append({**label, "p_a": p_a, "source": "ai"})
-    return rows, left_out
+            yield {**label, "p_a": p_a, "source": "ai"}
 
 
-def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of rows to train on and of rows to evaluate on; a prompt's comparisons stay together.
+def is_held_out(row: Mapping[str, Any], fraction: float, seed: int) -> bool:
+    """Whether a comparison is evaluated on, and not trained on. A prompt's comparisons stay together.
 
     Args:
         fraction: expected share of prompts that are held out.
     """
-    train: list[int] = []
-    held_out: list[int] = []
-    for i, row in enumerate(rows):
-        draw = derive_seed(seed, "rm eval", row["messages"]) / 2**31
-        (held_out if draw < fraction else train).append(i)
-    return train, held_out
+    return derive_seed(seed, "rm eval", row["messages"]) / 2**31 < fraction
 
 
 class MicroBatch(NamedTuple):

@@ -1,13 +1,16 @@
-"""Tokenised conversations for training: the driver renders and packs them, every rank reads them without a copy."""
+"""Tokenised conversations for training: the driver writes their ids to a file, which every rank maps into memory."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,57 +18,116 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.messages import Message, Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.files import local_folder
 from cai_ray.storage.records import derive_seed
 from cai_ray.train.batches import Example
+
+TOKENS = "tokens/ids.bin"
+"""The token ids of a stage that trains, in its folder until it is complete."""
 
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Rows of token ids one after another. The ranks of a node share the arrays through Ray's object store.
+    """Rows of token ids, which may be more than fit into memory.
 
-    Row i is ids[starts[i] : starts[i + 1]]. The assistant's last answer begins at answers[i] in it.
+    Row i is ids[starts[i] : ends[i]]. The assistant's last answer begins at answers[i] in it.
     """
 
-    ids: np.ndarray
-    """(tokens,) int32."""
+    source: np.ndarray | str
+    """The ids, (tokens,) int32; or the URI of a file of them."""
     starts: np.ndarray
-    """(rows + 1,) int64."""
-    answers: np.ndarray
     """(rows,) int64."""
+    ends: np.ndarray
+    """(rows,) int64."""
+    answers: np.ndarray
+    """(rows,) int32."""
+    ids_sha: str
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def __getitem__(self, row: int) -> Example:
-        ids = self.ids[self.starts[row] : self.starts[row + 1]].tolist()
+        ids = self.ids[self.starts[row] : self.ends[row]].tolist()
         prompt = int(self.answers[row])
         return Example(ids, [0] * prompt + [1] * (len(ids) - prompt))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is mapped: another process maps the file itself, on its own node.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        if not isinstance(self.source, str):
+            return self.source
+        folder, _, name = self.source.rpartition("/")
+        return np.memmap(Path(local_folder(folder)) / name, np.int32, "r")
+
     @property
     def lengths(self) -> list[int]:
-        return np.diff(self.starts).tolist()
+        return (self.ends - self.starts).tolist()
+
+    @property
+    def longest(self) -> int:
+        return int((self.ends - self.starts).max())
+
+    @property
+    def tokens(self) -> int:
+        return int((self.ends - self.starts).sum())
 
     @property
     def sha(self) -> str:
         """A hash of the content."""
-        digest = hashlib.sha256()
-        for array in (self.ids, self.starts, self.answers):
-            digest.update(array.tobytes())
+        digest = hashlib.sha256(self.ids_sha.encode())
+        for places in (self.starts, self.ends, self.answers):
+            digest.update(places.tobytes())
         return digest.hexdigest()[:16]
+
+    def ordered(self, order: np.ndarray) -> Dialogues:
+        """The rows in another order, or some of them: what was row order[i] is row i. The ids stay where they are."""
+        return replace(self, starts=self.starts[order], ends=self.ends[order], answers=self.answers[order])
+
+
+class Packer:
+    """Writes rows of token ids one after another, and keeps their places.
+
+    Args:
+        write: takes the ids of a row, as bytes.
+    """
+
+    def __init__(self, write: Callable[[bytes], Any]):
+        self.write = write
+        self._digest = hashlib.sha256()
+        self._ends, self._answers = array("q", [0]), array("i")
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def add(self, example: Example) -> None:
+        """Takes a row whose mask is 0 up to the answer and 1 from there."""
+        ids = np.asarray(example.ids, np.int32).tobytes()
+        self.write(ids)
+        self._digest.update(ids)
+        self._ends.append(self._ends[-1] + len(example.ids))
+        self._answers.append(len(example.mask) - sum(example.mask))
+
+    def dialogues(self, source: np.ndarray | str) -> Dialogues:
+        """The rows, in the order in which they came; `source` is where their ids were written to."""
+        ends, answers = as_numpy(self._ends), as_numpy(self._answers)
+        return Dialogues(source, ends[:-1], ends[1:], answers, self._digest.hexdigest())
+
+
+def as_numpy(numbers: array[Any]) -> np.ndarray:
+    """The same numbers, without a copy: the array must not grow any more."""
+    return np.frombuffer(numbers, numbers.typecode) if numbers else np.array(numbers)
 
 
 def pack(examples: Iterable[Example]) -> Dialogues:
-    """Puts rows one after another; each row's mask must be 0 up to the answer and 1 from there."""
-    ids: list[np.ndarray] = []
-    answers: list[int] = []
+    """Packs rows into memory."""
+    written = io.BytesIO()
+    packer = Packer(written.write)
     for example in examples:
-        ids.append(np.asarray(example.ids, dtype=np.int32))
-        answers.append(len(example.mask) - sum(example.mask))
-    return Dialogues(
-        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        starts=np.cumsum([0, *map(len, ids)], dtype=np.int64),
-        answers=np.asarray(answers, dtype=np.int64),
-    )
+        packer.add(example)
+    return packer.dialogues(np.frombuffer(written.getvalue(), np.int32))
 
 
 def render(

@@ -8,8 +8,10 @@ deviation that `reward_head.json` keeps beside the weights.
 from __future__ import annotations
 
 import time
+from heapq import nsmallest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def run(run: Run) -> dict[str, Any]:
     data = load_comparisons(run, "rm", source)
     extra = {
         **data.shared(),
-        "reference": reference_set(data.rows, seed),
+        "reference": reference_set(data.ids, data.human, seed),
         "model": location(run, cfg.init),
     }
     result = fit(run, "rm", loop, cfg, extra)
@@ -66,10 +68,15 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def reference_set(rows: list[dict[str, Any]], seed: int) -> list[int]:
-    """A fixed set of comparisons (docs/method.md, item 15), chosen by id: the policy's own samples if there are any."""
-    own = [i for i, row in enumerate(rows) if row["source"] == "ai"] or list(range(len(rows)))
-    return sorted(own, key=lambda i: derive_id(seed, "reference", rows[i]["id"]))[:REFERENCE]
+def reference_set(ids: np.ndarray, human: np.ndarray, seed: int) -> list[int]:
+    """A fixed set of comparisons (docs/method.md, item 15), chosen by id: the policy's own samples if there are any.
+
+    Args:
+        ids: (comparisons,) of bytes.
+        human: (comparisons,) bool.
+    """
+    own = np.flatnonzero(~human).tolist() or range(len(ids))
+    return nsmallest(REFERENCE, own, key=lambda i: derive_id(seed, "reference", bytes(ids[i]).decode()))
 
 
 def loop(args: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Stage `sft`: the SL-CAI policy, trained on revisions mixed with samples on helpfulness prompts.
 
-It reads the rows of `revise` and writes the records it trained on, the model and its metrics. The loss is the negative
+It reads the rows of `revise`, twice: there may be millions, so the first reading keeps no more than ids. It writes the
+records it trained on, the model and its metrics. The loss is the negative
 log-likelihood of the answers' tokens, ends included, divided by the tokens of the global batch. Every epoch has an
 explicit shuffle of its own, the same on every rank: each rank knows the whole batch and takes its share of it.
 """
@@ -8,10 +9,12 @@ explicit shuffle of its own, the same on every rank: each rank knows the whole b
 from __future__ import annotations
 
 import time
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from cai_ray.config.training import SftConfig, TrainConfig
@@ -20,12 +23,24 @@ from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
-from cai_ray.storage.arrow import to_table
+from cai_ray.storage.arrow import schema_of, to_tables
+from cai_ray.storage.files import open_new
+from cai_ray.storage.ids import IdSet, id_number
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import SftRow, derive_id
 from cai_ray.storage.run import Run
+from cai_ray.storage.sorting import SortedWriter
 from cai_ray.train.batches import Example, pad, rank_micro_batches
-from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
+from cai_ray.train.dialogues import (
+    TOKENS,
+    Dialogues,
+    Packer,
+    as_numpy,
+    check_fits,
+    context_length,
+    render,
+    shuffled,
+)
 from cai_ray.train.losses import sft_loss
 from cai_ray.train.models import load_policy
 from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
@@ -46,42 +61,70 @@ def run(run: Run) -> dict[str, Any]:
     import ray
 
     cfg, templates = run.config.sft, load_templates(run.config.templates)
-    columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
-    revised = run.rows("revise", columns)
-    kinds: Counter[str] = Counter()
-    records = to_records(revised, cfg, run.config.seed, templates.critiques, kinds)
-    if not records:
+    rows = run.each_row("revise", ["id", "messages", "kind", "response", "truncated", "steps", "error"])
+    choice = choose_records(rows, cfg, run.config.seed, templates.critiques)
+    if not choice.ids:
         dropped = f", or take a kind out of sft.drop={list(cfg.drop)}" if cfg.drop else ""
         raise InputError(
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
     source = run.model(cfg.init)
-    renderer, limit = Renderer(source, templates.chat_template), context_length(source)
-    rendered = [(r, render_record(r, renderer, templates, limit)) for r in records]
-    fitting = [(record, example) for record, example in rendered if example is not None]
-    if not fitting:
-        raise InputError(f"sft: no row fits the context of {source} ({limit} tokens)")
-    data = pack(example for _, example in fitting)
-    check_fits("sft", max(data.lengths), cfg.micro_batch_tokens)
-    run.write_rows("sft", to_table([record for record, _ in fitting], SftRow))
+    renderer = Renderer(source, templates.chat_template)
+    records = to_records(rows, cfg, choice.ids)
+    data = write_records(run, records, renderer, templates, context_length(source), choice.ids)
+    if not len(data):
+        raise InputError(f"sft: no row fits the context of {source} ({context_length(source)} tokens)")
+    check_fits("sft", data.longest, cfg.micro_batch_tokens)
 
     extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
     extra["inputs"] = data.sha
     result = fit(run, "sft", loop, cfg, extra)
+    kinds = choice.kinds
     return {
-        "rows_in": len(revised),
-        "rows_out": len(fitting),
-        "errors": sum(1 for row in revised if row["error"]),
-        "left_out_too_long": len(records) - len(fitting),
+        "rows_in": choice.rows,
+        "rows_out": len(data),
+        "errors": choice.errors,
+        "left_out_too_long": len(choice.ids) - len(data),
         "revisions": {
             "kept": {k: n for k, n in kinds.items() if k not in cfg.drop},
             "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
         },
-        "tokens": {"trained": sum(data.lengths) * cfg.epochs},
+        "tokens": {"trained": data.tokens * cfg.epochs},
         "init_sha": model_sha(run.locate(cfg.init)),
         "model_sha": folder_sha(run.path("sft", "model")),
         **result,
     }
+
+
+def write_records(
+    run: Run,
+    records: Iterable[dict[str, Any]],
+    renderer: Renderer,
+    templates: TemplateSet,
+    limit: int,
+    ids: Iterable[str],
+) -> Dialogues:
+    """Writes the records that fit the context of `limit` tokens, and their tokens, both in the order of their ids.
+
+    Args:
+        ids: those of the records.
+    """
+    schema, order, file = schema_of(SftRow), array("Q"), run.path("sft", TOKENS)
+    with SortedWriter(run.path("sft"), schema, ids) as rows, open_new(file) as tokens:
+        packer = Packer(tokens.write)
+
+        def fitting() -> Iterator[dict[str, Any]]:
+            for record in records:
+                if (example := render_record(record, renderer, templates, limit)) is not None:
+                    packer.add(example)
+                    order.append(id_number(record["id"]))
+                    yield record
+
+        for table in to_tables(fitting(), schema):
+            rows.add(table)
+        for _ in rows.write():
+            pass
+    return packer.dialogues(file).ordered(np.argsort(as_numpy(order)))
 
 
 def render_record(
@@ -92,45 +135,80 @@ def render_record(
     return render(renderer, templates, conversation, answer["content"], limit, record["truncated"])
 
 
-def to_records(
-    rows: list[dict[str, Any]],
-    cfg: SftConfig,
-    seed: int,
-    critiques: Sequence[str] = (),
-    kinds: Counter[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of schema `sft` from rows of schema `revisions`; rows with an error are left out.
+class Choice(NamedTuple):
+    """The records that are trained on, found by a first reading of the revisions."""
 
-    A revised row gives its last revision, every round's, or those of the first rounds (`sft.revisions`), without kinds
-    in `sft.drop`. Helpfulness samples are drawn by their ids, at most `helpful_per_revision` times as many as there are
-    revisions.
+    ids: IdSet
+    kinds: Counter[str]
+    """Revisions by kind (`judging.quality.kind`), including those that `sft.drop` leaves out."""
+    rows: int
+    errors: int
+
+
+class Candidate(NamedTuple):
+    """A record that could be trained on."""
+
+    record: dict[str, Any]
+    step: dict[str, Any] | None = None
+    """The step whose revision it is; None where it is a first response."""
+    before: str = ""
+    """The response that the step starts from."""
+
+
+def choose_records(
+    rows: Iterable[dict[str, Any]], cfg: SftConfig, seed: int, critiques: Sequence[str] = ()
+) -> Choice:
+    """Chooses among the records of rows of schema `revisions`; rows with an error have none.
+
+    Revisions of a kind in `sft.drop` are left out. Helpfulness samples are drawn by their ids, at most
+    `helpful_per_revision` times as many as there are revisions.
 
     Args:
         critiques: rules of the template set that tell a critique from a revision.
-        kinds: counts the revisions by kind (`judging.quality.kind`), including those left out.
     """
-    kinds = Counter() if kinds is None else kinds
-    good = [row for row in rows if not row["error"]]
-    revisions, helpful = [], []
-    for row in good:
-        if row["kind"] == "helpful":
-            helpful.append(_record(row, row["response"], "helpful", truncated=row["truncated"]))
-            continue
-        steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
-        before = [row["response"], *(s["revision"] for s in steps)]
-        pairs = list(zip(steps, before, strict=False))
-        for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
-            revision_kind = kind(step["revision"], response, step.get("critique") or "", critiques)
-            kinds[revision_kind] += 1
-            if revision_kind not in cfg.drop:
-                revisions.append(_record(row, step["revision"], "revision", step["round"]))
-        if not steps:  # every slot was a disabled principle's: the response needed no revision
-            kinds["sound"] += 1
-            revisions.append(_record(row, row["response"], "revision", truncated=row["truncated"]))
+    kinds: Counter[str] = Counter()
+    count = errors = 0
+    revisions, helpful, draws = array("Q"), array("Q"), array("Q")
+    for row in rows:
+        count, errors = count + 1, errors + bool(row["error"])
+        for record, step, before in candidates(row, cfg):
+            number = id_number(record["id"])
+            if record["kind"] == "helpful":
+                helpful.append(number)
+                draws.append(id_number(derive_id(seed, "helpful", record["id"])))
+                continue
+            what = kind(step["revision"], before, step.get("critique") or "", critiques) if step else "sound"
+            kinds[what] += 1
+            if what not in cfg.drop:
+                revisions.append(number)
     if revisions:
-        helpful.sort(key=lambda r: derive_id(seed, "helpful", r["id"]))
-        helpful = helpful[: round(cfg.helpful_per_revision * len(revisions))]
-    return sorted(revisions + helpful, key=lambda r: r["id"])
+        drawn = np.argsort(as_numpy(draws), kind="stable")[: round(cfg.helpful_per_revision * len(revisions))]
+        helpful = array("Q", as_numpy(helpful)[drawn].tobytes())
+    return Choice(IdSet.of_numbers(revisions + helpful), kinds, count, errors)
+
+
+def to_records(
+    rows: Iterable[dict[str, Any]], cfg: SftConfig, chosen: Container[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of schema `sft`: the records that were chosen (`choose_records`), in the order of their rows."""
+    for row in rows:
+        yield from (record for record, _, _ in candidates(row, cfg) if record["id"] in chosen)
+
+
+def candidates(row: dict[str, Any], cfg: SftConfig) -> Iterator[Candidate]:
+    """A helpfulness sample; or a row's last revision, every round's, or those of the first (`sft.revisions`)."""
+    if row["error"]:
+        return
+    if row["kind"] == "helpful":
+        yield Candidate(_record(row, row["response"], "helpful", truncated=row["truncated"]))
+        return
+    steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
+    before = [row["response"], *(s["revision"] for s in steps)]
+    pairs = list(zip(steps, before, strict=False))
+    for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
+        yield Candidate(_record(row, step["revision"], "revision", step["round"]), step, response)
+    if not steps:  # every slot was a disabled principle's: the response needed no revision
+        yield Candidate(_record(row, row["response"], "revision", truncated=row["truncated"]))
 
 
 def _record(

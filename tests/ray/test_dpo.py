@@ -103,7 +103,7 @@ def test_the_policy_learns_the_labels_and_the_measures_are_those_of_its_model(
 
     # The same from the two saved models, by transformers alone.
     found = comparisons.load_comparisons(run, "dpo", run.model("sl"))
-    kept = {found.rows[i]["id"] for i in found.held_out if found.rows[i]["source"] == "ai"}
+    kept = {found.ids[i].decode() for i in found.held_out if not found.human[i]}
     labels = [r for r in run.rows("label") if r["id"] in kept]
     logp, ref = (logprobs(run.model(role), run, labels) for role in ("rl", "sl"))
     side = torch.tensor([1.0 if r["p_a"] > 0.5 else -1.0 for r in labels])
@@ -162,7 +162,7 @@ def test_item_30_two_ranks_give_the_step_of_one_whole_batch(tmp_path: Path, ray_
     fit(run, "dpo", two_steps, run.config.dpo, {**data.shared(), "got": str(tmp_path / "got.pt")})
     got = torch.load(tmp_path / "got.pt")
     rows = pad([data.responses[2 * i + side] for side in (0, 1) for i in BATCH], data.pad_id)
-    p_a = torch.tensor([row["p_a"] for row in data.rows])
+    p_a = torch.tensor(data.p_a, dtype=torch.float32)
 
     def whole(model: Any) -> torch.Tensor:
         logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]

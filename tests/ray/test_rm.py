@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ from tests.ray import training
 RM = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "eval_fraction": 0.2, "init": "base"}
 
 
+def chosen(labels: Any, cfg: RmConfig, seed: int = 0) -> tuple[list[dict[str, Any]], Counter[str]]:
+    left_out: Counter[str] = Counter()
+    return list(comparisons.ai_comparisons(labels, cfg, seed, left_out)), left_out
+
+
 def test_labels_that_say_nothing_are_left_out_and_counted() -> None:
     labels = training.labels(8)
     labels[0]["error"] = "no verdict"
     labels[1]["response_b"] = labels[1]["response_a"]
     labels[2]["p_a"] = 0.52
     labels[3]["p_a"] = None
-    rows, left_out = comparisons.ai_comparisons(labels, RmConfig(min_margin=0.05), seed=0)
+    rows, left_out = chosen(labels, RmConfig(min_margin=0.05))
     assert [r["id"] for r in rows] == ["c004", "c005", "c006", "c007"]
     assert left_out == {"error": 2, "identical": 1, "min_margin": 1}
     assert [r["p_a"] for r in rows] == [0.9, 0.1, 0.9, 0.1]
@@ -37,21 +43,21 @@ def test_hard_labels_are_rounded_and_ties_left_out() -> None:
     labels = training.labels(6)
     for row, p in zip(labels, (0.51, 0.49, 0.5, 0.9, 0.0, 0.5), strict=True):
         row["p_a"] = p
-    rows, left_out = comparisons.ai_comparisons(labels, RmConfig(hard_labels=True), seed=0)
+    rows, left_out = chosen(labels, RmConfig(hard_labels=True))
     assert [(r["id"], r["p_a"]) for r in rows] == [("c000", 1.0), ("c001", 0.0), ("c003", 1.0), ("c004", 0.0)]
     assert left_out["tie"] == 2
-    soft, left_out = comparisons.ai_comparisons(labels, RmConfig(), seed=0)
+    soft, left_out = chosen(labels, RmConfig())
     assert [r["p_a"] for r in soft] == [0.51, 0.49, 0.5, 0.9, 0.0, 0.5] and not left_out["tie"]
 
 
 def test_shuffled_labels_are_flipped_for_half_of_the_rows_and_never_otherwise() -> None:
     labels = [row | {"id": f"c{i}", "p_a": 0.8} for i, row in enumerate(training.labels(1) * 1000)]
-    rows, _ = comparisons.ai_comparisons(labels, RmConfig(shuffle_labels=True), seed=3)
+    rows, _ = chosen(labels, RmConfig(shuffle_labels=True), seed=3)
     flipped = sum(r["p_a"] == pytest.approx(0.2) for r in rows)
     assert 450 < flipped < 550
-    again, _ = comparisons.ai_comparisons(labels[::-1], RmConfig(shuffle_labels=True), seed=3)
+    again, _ = chosen(labels[::-1], RmConfig(shuffle_labels=True), seed=3)
     assert sorted(rows, key=lambda r: r["id"]) == sorted(again, key=lambda r: r["id"])
-    assert all(r["p_a"] == 0.8 for r in comparisons.ai_comparisons(labels, RmConfig(), seed=3)[0])
+    assert all(r["p_a"] == 0.8 for r in chosen(labels, RmConfig(), seed=3)[0])
 
 
 def test_a_prompts_comparisons_are_on_one_side_of_the_split() -> None:
@@ -59,11 +65,10 @@ def test_a_prompts_comparisons_are_on_one_side_of_the_split() -> None:
         r | {"messages": training.labels(100)[i // 3]["messages"] + [i // 3]}
         for i, r in enumerate(training.labels(300))
     ]
-    train, held = comparisons.split(rows, 0.2, seed=0)
-    assert sorted(train + held) == list(range(300))
+    held = [i for i, row in enumerate(rows) if comparisons.is_held_out(row, 0.2, seed=0)]
     assert 30 < len(held) < 90
-    assert not {i // 3 for i in train} & {i // 3 for i in held}
-    assert comparisons.split(rows, 0.0, seed=0)[1] == []
+    assert not {i // 3 for i in {*range(300)} - {*held}} & {i // 3 for i in held}
+    assert not any(comparisons.is_held_out(row, 0.0, seed=0) for row in rows)
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +141,14 @@ def test_item_15_scale_is_that_of_a_fixed_reference_set(trained: tuple[Run, dict
 
 
 def test_item_15_reference_set_depends_on_ids_alone() -> None:
-    rows = [{"id": f"c{i}", "source": "human" if i % 4 == 0 else "ai"} for i in range(1000)]
-    chosen = rm.reference_set(rows, seed=1)
+    ids = np.array([f"c{i}".encode() for i in range(1000)])
+    human = np.arange(1000) % 4 == 0
+    chosen = rm.reference_set(ids, human, seed=1)
     assert len(chosen) == rm.REFERENCE
-    assert all(rows[i]["source"] == "ai" for i in chosen)
-    again = rm.reference_set(rows[::-1], seed=1)
-    assert {rows[i]["id"] for i in chosen} == {rows[::-1][i]["id"] for i in again}
-    assert rm.reference_set([r | {"source": "human"} for r in rows[:5]], seed=1)
+    assert not human[chosen].any()
+    again = rm.reference_set(ids[::-1], human[::-1], seed=1)
+    assert ids[chosen].tolist() == ids[::-1][again].tolist()
+    assert sorted(rm.reference_set(ids[:5], human[:5] | True, seed=1)) == [*range(5)]
 
 
 def test_item_18_metrics_are_kept_apart_by_source() -> None:

@@ -9,15 +9,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.generate.chain import Rows
+from cai_ray.generate.journal import Journal
 from cai_ray.generate.rows import map_rows, map_sets
 from cai_ray.storage.records import Judgement, derive_id
 from cai_ray.storage.run import Run
+from cai_ray.storage.tables import list_rows
 from cai_ray.town import BASE
 from tests.ray.engines import town_config
 
@@ -106,7 +109,11 @@ def test_item_37_what_was_finished_is_kept(ray_cluster: None, tmp_path: Path, wa
     if way == "failed":
         with pytest.raises(Exception, match="a fault in the code"):
             walk()
+    journal = Journal(run, "revise", Judgement, Judgement, "part")
+    finished = len(journal.finished_ids())
     assert walk()["rows_out"] == ROWS
+    (planned,) = list_rows(journal.folder, "todo")
+    assert 0 < pq.read_metadata(planned).num_rows <= ROWS - finished, "what was finished is not planned again"
     assert Counter(r["id"] for r in run.rows("revise")) == Counter(r["id"] for r in given)
     walked = Counter(chain.walked.read_text().split())
     assert set(walked) == {r["id"] for r in given}

@@ -46,13 +46,13 @@ def test_records_hold_the_revisions_asked_for_and_as_many_helpful_samples_as_all
     }
     for (which, ratio), (revised, helpful) in count.items():
         cfg = SftConfig(revisions=which, helpful_per_revision=ratio)
-        records = sft.to_records(rows, cfg, seed=0)
+        records = training.sft_records(rows, cfg)
         assert sum(r["kind"] == "revision" for r in records) == revised
         assert sum(r["kind"] == "helpful" for r in records) == helpful
         assert len({r["id"] for r in records}) == len(records)
-        assert records == sft.to_records(rows[::-1], cfg, seed=0), "the order of the rows has no influence"
+        assert records == training.sft_records(rows[::-1], cfg), "the order of the rows has no influence"
         assert all(r["source_id"] != "r000" for r in records)
-    by_source = {r["source_id"]: r for r in sft.to_records(rows, SftConfig(), seed=0)}
+    by_source = {r["source_id"]: r for r in training.sft_records(rows, SftConfig())}
     assert by_source["r001"]["messages"][-1] == {"role": "assistant", "content": rows[1]["revision"]}
     assert by_source["r002"]["messages"][-1]["content"] == rows[2]["response"]
 
@@ -60,7 +60,7 @@ def test_records_hold_the_revisions_asked_for_and_as_many_helpful_samples_as_all
 def test_a_row_whose_principles_are_all_disabled_gives_its_response() -> None:
     row = training.revisions(1)[0] | {"steps": [], "response": "as it was"}
     for which in ("final", "all", "up_to_n"):
-        (record,) = sft.to_records([row], SftConfig(revisions=which), seed=0)
+        (record,) = training.sft_records([row], SftConfig(revisions=which))
         assert record["messages"][-1]["content"] == "as it was"
 
 
@@ -69,9 +69,7 @@ def test_rounds_are_counted_by_the_draw_and_not_by_what_is_left_of_it() -> None:
     row = training.revisions(1)[0]
     row["steps"] = row["steps"][1:]
     given = {
-        which: [
-            r["messages"][-1]["content"] for r in sft.to_records([row], SftConfig(revisions=which), seed=0)
-        ]
+        which: [r["messages"][-1]["content"] for r in training.sft_records([row], SftConfig(revisions=which))]
         for which in ("final", "all", "up_to_n")
     }
     last = row["steps"][-1]["revision"]
@@ -82,7 +80,7 @@ def test_item_14_a_truncated_sample_is_not_trained_to_end_there(tmp_path: Path) 
     run = training.make_run(tmp_path, "qwen2", sft=SFT | {"init": "base"})
     rows = training.revisions(6)
     rows[2]["truncated"] = True
-    cut = {r["source_id"]: r["truncated"] for r in sft.to_records(rows, run.config.sft, seed=0)}
+    cut = {r["source_id"]: r["truncated"] for r in training.sft_records(rows, run.config.sft)}
     assert cut == {r["id"]: r["id"] == "r002" for r in rows}
 
 

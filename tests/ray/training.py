@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from cai_ray.config.run import RunConfig
+from cai_ray.config.training import SftConfig
 from cai_ray.storage import files
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Label, Revision
@@ -73,6 +75,16 @@ def labels(count: int = 24) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def sft_records(
+    rows: list[dict[str, Any]], cfg: SftConfig, seed: int = 0, critiques: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The records that `sft` trains on, in the order of their ids."""
+    from cai_ray.train import sft
+
+    chosen = sft.choose_records(rows, cfg, seed, critiques).ids
+    return sorted(sft.to_records(rows, cfg, chosen), key=lambda record: record["id"])
 
 
 def write(run: Run, stage: Literal["revise", "label"], rows: list[dict[str, Any]]) -> None:

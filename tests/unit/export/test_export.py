@@ -109,7 +109,7 @@ def run(tmp_path: Path) -> Run:
         label(3, 0.5, response_b=f"a {EVIL}"),
     ]
     run.write_rows("label", to_table(labels, Label))
-    proof = certificate.certificate(certificate.read(to_table(labels, Label)))
+    proof = certificate.certificate(label for _, label in certificate.read([to_table(labels, Label)]))
     files.write_json(run.path("label", "certificate.json"), proof)
     for stage in models_of("ppo").values():
         tiny.save_model(Path(run.path(stage, "model")), "qwen2")

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray.generate import journal
+from cai_ray.generate import blocks, journal
 from cai_ray.generate.actor import ChainActor
 from cai_ray.generate.journal import SLICE_ROWS, TODO_ROWS, Journal, JournalWriter
-from cai_ray.storage import files
+from cai_ray.storage import files, sorting
 from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run
 from cai_ray.storage.tables import list_rows
@@ -73,7 +73,8 @@ def test_item_37_a_row_that_was_walked_twice_counts_once(run: Run, made: Journal
 def test_item_37_a_kill_while_publishing_leaves_nothing_double(
     run: Run, made: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "PART_ROWS", 4)
+    monkeypatch.setattr(sorting, "PART_BYTES", 400)
+    monkeypatch.setattr(sorting, "_RANGE_ROWS", 2)
     made.write([row(i) for i in range(10)])
     made.publish()  # and the driver dies before the manifest
     journal.begin(run, "revise", {"seed": "0"})
@@ -170,3 +171,119 @@ def test_a_block_that_cannot_be_written_is_an_error_of_its_rows(
 
     monkeypatch.setattr(Journal, "write", full)
     assert [str(e) for e in asyncio.run(work())] == ["[Errno 28] No space left on device"] * 2
+
+
+def count_of_blocks(made: Journal) -> int:
+    return len(made.blocks())
+
+
+def test_blocks_are_merged_as_they_become_many(run: Run, made: Journal) -> None:
+    """A million rows of an actor with few rows in flight are half a million blocks: they must not stay files."""
+    writer = JournalWriter(made, block=1)
+    for i in range(600):
+        writer.write([row(i)])
+        assert count_of_blocks(made) <= 3 * blocks.FAN_IN
+    assert made.finished_ids() == {row(i)["id"] for i in range(600)}
+    assert made.publish().rows == 600
+
+
+def test_full_blocks_are_left_alone(made: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "FULL_BYTES", 1)
+    writer = JournalWriter(made, block=1)
+    for i in range(40):
+        writer.write([row(i)])
+    assert count_of_blocks(made) == 40
+
+
+def test_large_blocks_are_merged_before_they_are_many(made: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is merged at a time is bounded by its size, too."""
+    size = made.write([row(0)]).bytes
+    monkeypatch.setattr(blocks, "FULL_BYTES", 5 * size // 2)
+    writer, merged = JournalWriter(made, block=1), []
+    merge = writer.merger.merge
+    writer.merger.merge = lambda some: merged.append(len(some)) or merge(some)  # type: ignore[func-returns-value]
+    for i in range(9):
+        writer.write([row(i)])
+    assert set(merged) == {3}
+
+
+def test_item_37_a_kill_while_blocks_are_merged_counts_rows_once(
+    run: Run, made: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [made.write([row(i)]) for i in range(4)]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.files, "open_new", killed)
+        patch.setattr("cai_ray.storage.tables.open_new", killed)
+        with pytest.raises(Killed):  # before the new block is there
+            made.merge(some)
+    assert made.finished_ids() == {row(i)["id"] for i in range(4)}
+
+    kept = [Path(block.path).read_bytes() for block in some]
+    assert made.merge(some)
+    for block, data in zip(some, kept, strict=True):  # after it, and before the old ones are gone
+        Path(block.path).write_bytes(data)
+    assert made.publish() == (4, 0, {"prompt": 4, "cached": 0, "generated": 8, "calls": 4})
+    assert len(run.rows("revise")) == 4
+
+
+def test_item_37_an_actor_that_starts_while_another_merges_misses_no_row(
+    made: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [made.write([row(i)]) for i in range(4)]
+    read, once = journal.read_rows, iter([True])
+
+    def late(fs: Any, path: str, columns: Any = None) -> Any:
+        if columns and next(once, False):
+            made.merge(some)  # between the listing and the reading
+        return read(fs, path, columns)
+
+    monkeypatch.setattr(journal, "read_rows", late)
+    assert made.finished_ids() == {row(i)["id"] for i in range(4)}
+    assert count_of_blocks(made) == 1
+
+
+def test_blocks_that_another_attempt_has_merged_are_let_go(run: Run, made: Journal) -> None:
+    """Its actors may live on for seconds, and merge what this attempt finds."""
+    some = [made.write([row(i)]) for i in range(4)]
+    assert Journal(run, "revise", Revision, Revision, "part").merge(some)
+    assert made.merge(some) is None
+    assert made.finished_ids() == {row(i)["id"] for i in range(4)}
+
+
+def test_what_killed_attempts_left_is_merged_at_the_next_start(made: Journal) -> None:
+    for i in range(100):
+        made.write([row(i)])
+    made.merge_leftovers()
+    assert count_of_blocks(made) == 1 and len(made.finished_ids()) == 100
+    for i in range(100, 105):
+        made.write([row(i)])
+    made.merge_leftovers()
+    assert count_of_blocks(made) == 6, "a few are not worth it"
+
+
+def test_item_37_the_first_good_row_is_taken_after_blocks_were_merged(run: Run, made: Journal) -> None:
+    first = made.write([row(1, response="first"), row(2, error="refused")])
+    second = made.write([row(3)])
+    made.write([row(1, response="second"), row(2, response="again")])
+    made.merge([first, second])
+    made.publish()
+    assert [r["response"] for r in run.rows("revise")] == ["first", "again", "fine"]
+
+
+def test_published_rows_come_in_the_order_of_their_ids(
+    run: Run, made: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorting, "PART_BYTES", 10_000)
+    monkeypatch.setattr(sorting, "_RANGE_ROWS", 20)
+    for start in range(0, 1000, 50):
+        made.write([row((i * 617) % 1000) for i in range(start, start + 50)])
+    assert made.publish().rows == 1000
+    assert [r["id"] for r in run.each_row("revise", ["id"])] == [row(i)["id"] for i in range(1000)]
+    assert len(list_rows(run.path("revise"))) > 5

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from cai_ray import constitution
-from cai_ray.config.generation import CompareConfig, ReviseConfig
+from cai_ray.config.generation import ReviseConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.config.sources import PromptSource
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.compare import CompareChain
 from cai_ray.generate.revise import ReviseChain
 from cai_ray.judging.quality import run_templates
 from cai_ray.prompts.check import check_direct
@@ -170,14 +169,6 @@ def test_item_06_a_revision_that_is_all_thinking_or_introduction_is_an_error() -
                 lambda m, s, text=revision: text if "# Revision request" in m[-1]["content"] else "text",
                 templates=templates,
             )
-
-
-@pytest.mark.parametrize("thinking", ["strip", "keep"])
-def test_comparisons_are_of_answers_without_their_thinking(thinking: Any) -> None:
-    chain = CompareChain(run_templates(config(thinking=thinking)), CompareConfig(), 0, "sl")
-    out = asyncio.run(chain(ScriptedEngine(answer=thinks), {**ROW, "first": 0, "second": 1}))
-    for side in ("response_a", "response_b"):
-        assert ("Let me see" in out[side]) == (thinking == "keep") and out[side].endswith("The answer.")
 
 
 def test_seeds_differ_by_row_and_step_and_not_by_order() -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from cai_ray.errors import EXIT_STOPPED, InputError, Stopped
 from cai_ray.generate import label
 from cai_ray.judging import certificate
 from cai_ray.judging.calibration import measure_calibration, reliability
-from cai_ray.judging.certificate import LabelFacts, VoteFacts
+from cai_ray.judging.certificate import Agreement, LabelFacts, LengthBias, VoteFacts, VoteTally
 from cai_ray.judging.gates import failed_gates
 from cai_ray.stages import STAGES, Stage
 from cai_ray.storage import files
@@ -39,6 +40,12 @@ def drawn(n: int, seed: int = 0) -> dict[str, LabelFacts | None]:
     return found
 
 
+def counted(measure: Any, given: Iterable[Any]) -> Any:
+    for one in given:
+        measure.add(one)
+    return measure
+
+
 def gold_of(labels: dict[str, LabelFacts | None], seed: int = 1) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
@@ -59,10 +66,11 @@ def test_item_05_slot_bias_is_over_the_votes_that_were_swapped() -> None:
         VoteFacts("b", 0.6, None),
         VoteFacts("b", None, None),
     ]
-    assert certificate.slot_bias(votes) == 0.5
-    assert certificate.slot_bias([]) is None
-    assert certificate.by_principle(votes)["a"]["slot_bias"] == 0.5
-    assert certificate.by_principle(votes)["b"] == {
+    assert counted(VoteTally(), votes).slot_bias == 0.5
+    assert VoteTally().slot_bias is None
+    found = certificate.certificate([LabelFacts(0.9, 3, tuple(votes))])
+    assert found["slot_bias"] == found["principles"]["a"]["slot_bias"] == 0.5
+    assert found["principles"]["b"] == {
         "votes": 2, "slot_bias": None, "ties": 0.0, "abstentions": 0.5,
     }  # fmt: skip
 
@@ -72,7 +80,7 @@ def test_item_05_slot_bias_is_over_decisive_votes_where_gold_is_given() -> None:
     votes = (VoteFacts("privacy", 0.9, False), VoteFacts("safety", 0.5, True))
     row = {"id": "x", "source": "s", "gold": 1.0, "gold_by_principle": {"privacy": 1.0, "safety": 0.5}}
     label_ = {"x": LabelFacts(0.9, 3, votes)}
-    assert certificate.certificate(label_)["slot_bias"] == 0.5
+    assert certificate.certificate(label_.values())["slot_bias"] == 0.5
     assert certificate.against_gold([row], label_)["slot_bias"] == 0.0
     assert certificate.against_gold([{**row, "gold_by_principle": None}], label_)["slot_bias"] == 0.5
 
@@ -80,7 +88,7 @@ def test_item_05_slot_bias_is_over_decisive_votes_where_gold_is_given() -> None:
 def test_agreement_is_over_comparisons_on_which_both_prefer_one() -> None:
     labels = drawn(80)
     rows = [x for x in labels.values() if x]
-    found = certificate.agreement(rows)
+    found = counted(Agreement(), rows).summary()
     means = []
     for i, a in enumerate(PRINCIPLES):
         for b in PRINCIPLES[i + 1 :]:
@@ -93,19 +101,19 @@ def test_agreement_is_over_comparisons_on_which_both_prefer_one() -> None:
             assert found["pairs"][a][b] == {"agreement": pytest.approx(same / n), "n": n}
             means.append(same / n)
     assert found["mean"] == pytest.approx(sum(means) / 3)
-    assert certificate.agreement([]) == {"mean": None, "pairs": {}}
+    assert Agreement().summary() == {"mean": None, "pairs": {}}
 
 
 def test_length_bias_of_a_labeller_that_likes_length() -> None:
     longer = [LabelFacts(0.5 + n / 20, n, ()) for n in (-8, -4, 2, 6)]
-    found = certificate.length_bias(longer)
+    found = counted(LengthBias(), longer).summary()
     assert found == {"longer_preferred": 1.0, "correlation": pytest.approx(1.0), "n": 4}
     tie, same_length = LabelFacts(0.52, 9, ()), LabelFacts(0.9, 0, ())
-    assert certificate.length_bias([tie, same_length]) == {
+    assert counted(LengthBias(), [tie, same_length]).summary() == {
         "longer_preferred": None, "correlation": None, "n": 0,
     }  # fmt: skip
     rows = [x for x in drawn(200).values() if x]
-    found = certificate.length_bias(rows)
+    found = counted(LengthBias(), rows).summary()
     kept = [(r.p, r.longer) for r in rows if r.longer != 0 and abs(r.p - 0.5) > 0.05]
     mean_p, mean_n = (sum(c) / len(kept) for c in zip(*kept, strict=True))
     cov = sum((p - mean_p) * (n - mean_n) for p, n in kept)
@@ -186,11 +194,11 @@ def test_ties_errors_and_equal_responses_are_counted_apart() -> None:
         row("3", 0.5, []),
         row("4", None, [], error="too long"),
     ]
-    found = certificate.certificate(certificate.read(to_table(rows, Label)))
+    found = certificate.certificate(label for _, label in certificate.read([to_table(rows, Label)]))
     keys = ("labels", "equal_responses", "errors", "votes", "slot_bias", "ties", "gold")
     assert [found[k] for k in keys] == [2, 1, 1, 3, 0.0, 0.5, None]
     assert found["abstentions"] == pytest.approx(1 / 3)
-    empty = certificate.certificate({})
+    empty = certificate.certificate([])
     assert empty["ties"] is None and empty["slot_bias"] is None
     json.dumps([found, empty], allow_nan=False)
 
@@ -264,7 +272,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def run(run: Run, name: str = name) -> dict[str, Any]:
             made.append(name)
             if name == "label":
-                proof = certificate.certificate({"c": LabelFacts(0.9, 1, (VoteFacts("x", 0.9, True),))})
+                proof = certificate.certificate([LabelFacts(0.9, 1, (VoteFacts("x", 0.9, True),))])
                 files.write_json(run.path("label", "certificate.json"), proof)
             return {"rows_out": 1}
 

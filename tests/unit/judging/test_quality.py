@@ -16,7 +16,7 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.judging.quality import is_loop, is_same, kind, without_prefix, without_thinking
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import Thinking
-from cai_ray.train.sft import to_records
+from cai_ray.train.sft import choose_records, to_records
 
 GENERAL = load_templates("general")
 THINK = Thinking(open="<think>", close="</think>")
@@ -233,23 +233,25 @@ def test_sft_counts_revisions_by_kind_and_leaves_out_those_it_is_told_to() -> No
         (("loop", "critique"), ["Ask her.", "use steam."]),
         (("loop", "critique", "copy"), ["Ask her."]),
     ):
-        found: Counter[str] = Counter()
-        records = to_records(rows, SftConfig(revisions="all", drop=drop), 0, GENERAL.critiques, found)
-        assert found == wanted, "counted, whether dropped or not"
+        cfg = SftConfig(revisions="all", drop=drop)
+        choice = choose_records(rows, cfg, 0, GENERAL.critiques)
+        assert choice.kinds == wanted, "counted, whether dropped or not"
+        assert (choice.rows, choice.errors) == (3, 1)
+        records = list(to_records(rows, cfg, choice.ids))
+        assert {r["id"] for r in records} == choice.ids
         trained = [r["messages"][-1]["content"] for r in records]
         assert sorted(trained) == sorted([*texts, "Use steam."]), "a row without a round keeps its response"
-    final: Counter[str] = Counter()
-    records = to_records(rows, SftConfig(drop=("loop",)), 0, GENERAL.critiques, final)
-    assert final == Counter(loop=1, sound=1) and len(records) == 1, "only what would be trained on is counted"
+    final = choose_records(rows, SftConfig(drop=("loop",)), 0, GENERAL.critiques)
+    assert final.kinds == Counter(loop=1, sound=1) and len(final.ids) == 1, (
+        "what would be trained on is counted"
+    )
 
 
 def test_a_copy_is_of_the_response_of_the_round_before() -> None:
-    found: Counter[str] = Counter()
-    to_records([row("Ask her.", "Ask her.")], SftConfig(), 0, (), found)
-    assert dict(found) == {"copy": 1}
-    found.clear()
-    to_records([row("Ask her.", "Use steam.")], SftConfig(), 0, (), found)
-    assert dict(found) == {"sound": 1}, "back to the first response, which is not the one before"
+    copied = choose_records([row("Ask her.", "Ask her.")], SftConfig(), 0)
+    assert dict(copied.kinds) == {"copy": 1}
+    back = choose_records([row("Ask her.", "Use steam.")], SftConfig(), 0)
+    assert dict(back.kinds) == {"sound": 1}, "back to the first response, which is not the one before"
 
 
 @pytest.mark.parametrize(

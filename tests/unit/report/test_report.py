@@ -187,7 +187,7 @@ def certificate_of(seed: int) -> dict[str, Any]:
         }
         for i in range(30)
     ]
-    return certificate.certificate(labels(60), gold_rows, labels(30))
+    return certificate.certificate(labels(60).values(), gold_rows, labels(30))
 
 
 class Page(HTMLParser):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cai_ray.errors import InputError
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.files import open_new
 from cai_ray.train.batches import Example
-from cai_ray.train.dialogues import check_fits, context_length, pack, render, shuffled
+from cai_ray.train.dialogues import Packer, check_fits, context_length, pack, render, shuffled
 from tests import tiny
 
 PLAIN = TemplateSet(
@@ -38,6 +42,25 @@ def test_rows_come_out_of_the_pack_as_they_went_in():
     assert data.sha == pack(rows).sha != pack(rows[:2]).sha
     assert data.sha != pack([rows[0]._replace(mask=[0, 0, 1]), *rows[1:]]).sha
     assert len(pack([])) == 0
+
+
+def test_rows_in_a_file_are_mapped_in_the_order_that_is_asked_for(far, tmp_path, monkeypatch):
+    """Each node maps the file itself: what travels to a worker are the places of the rows."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    rows = [Example([n] * (n + 2), [0] + [1] * (n + 1)) for n in range(300)]
+    for uri in (str(tmp_path / "ids.bin"), f"{far}/tokens/ids.bin"):
+        with open_new(uri) as f:
+            packer = Packer(f.write)
+            for row in rows:
+                packer.add(row)
+        data = packer.dialogues(uri).ordered(np.arange(300)[::-1])
+        assert [data[i] for i in range(300)] == rows[::-1]
+        travelled = pickle.dumps(data)
+        assert len(travelled) < 10_000 + 20 * len(rows) < 4 * data.tokens
+        arrived = pickle.loads(travelled)
+        assert [arrived[i] for i in range(300)] == rows[::-1] and isinstance(arrived.ids, np.memmap)
+        assert (data.longest, data.tokens) == (301, sum(len(row.ids) for row in rows))
+        assert data.sha == arrived.sha != packer.dialogues(uri).sha
 
 
 def test_item_14_a_response_ends_with_the_token_that_ends_a_turn(words):
