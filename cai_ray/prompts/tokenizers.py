@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from cai_ray.errors import InputError
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+# Added tokens that are plain text: blanks and words, and tags of HTML, of which some vocabularies have dozens.
+_TEXT = re.compile(
+    r"[^<>\[\]{}|＜＞｜]*|</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|i|img|li|ol|p|pre|s|span|strong|sub|sup"
+    r"|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
+)
+
+Place = Literal["start", "token", "text"]
+"""Where a text stands: at the very start, behind a control token, or behind other text."""
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -52,15 +61,25 @@ def _is_plain(folder: Path) -> bool:
     return plain and (folder / "tokenizer.json").exists()
 
 
-def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
-    """A copy of the tokenizer in which no text is special.
+class PlainText(NamedTuple):
+    """Copies of a tokenizer in which no text is a control token."""
 
-    Without added tokens no text is looked up before it is encoded. But many vocabularies contain the control tokens,
-    too: a unigram model finds whatever is in its vocabulary, and a BPE model whatever its merges lead to (or, with
-    `ignore_merges`, any whole word). The copy cannot reach them.
+    backends: Mapping[Place, Any]
+    """By where the text to be encoded stands."""
+    kept: frozenset[int]
+    """Ids of added tokens that are looked up in every text, such as runs of blanks."""
+
+
+def without_control_tokens(tokenizer: Any, control: set[int]) -> PlainText:
+    """Copies of the tokenizer in which no text is a control token.
+
+    Added tokens are not looked up, except those that are plain text themselves. But many vocabularies contain the
+    control tokens, too: a unigram model finds whatever is in its vocabulary, and a BPE model whatever its merges lead
+    to (or, with `ignore_merges`, any whole word). The copies cannot reach them.
+
+    Raises:
+        InputError: the tokenizer is not a fast one.
     """
-    from tokenizers import Tokenizer
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(
@@ -68,8 +87,19 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
             "encoded without special tokens"
         )
     data = json.loads(backend.to_str())
-    data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    model = data["model"]
+    kept = [t for t in data["added_tokens"] if t["id"] not in control and not is_control(t["content"], t["special"])]
+    data.update(added_tokens=kept, post_processor=None, truncation=None, padding=None)
+    _remove_control(data["model"], control)
+    return PlainText(_by_place(data, kept), frozenset(t["id"] for t in kept))
+
+
+def is_control(content: str, special: bool) -> bool:
+    """Whether an added token is kept out of contents: all that are special or look like marks, but not tags of HTML."""
+    return special or not _TEXT.fullmatch(content)
+
+
+def _remove_control(model: dict[str, Any], control: set[int]) -> None:
+    """Puts control tokens out of a model's reach."""
     vocab = model["vocab"]
     if isinstance(
         vocab, list
@@ -86,4 +116,31 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
         if "merges" in model:
             merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
             model["merges"] = [[a, b] for a, b in merges if removed.isdisjoint((a, b, a + b))]
-    return Tokenizer.from_str(json.dumps(data))
+
+
+def _by_place(data: dict[str, Any], kept: list[Any]) -> dict[Place, Any]:
+    """Tokenizers that put a blank before a text where the tokenizer of `data` would, were it the whole text's."""
+    from tokenizers import Tokenizer
+
+    model = data["model"]
+    if isinstance(model["vocab"], dict):  # an added token keeps its id only if the vocabulary has it
+        for token in kept:
+            model["vocab"].setdefault(token["content"], token["id"])
+    first = Tokenizer.from_str(json.dumps(data))
+    made: dict[Place, Any] = {"start": first, "token": first, "text": first}
+    for step in _steps(data["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
+            step["prepend_scheme"] = "never"
+            made["token"] = made["text"] = Tokenizer.from_str(json.dumps(data))
+    if any(step["type"] == "Prepend" for step in _steps(data["normalizer"], "normalizers")):
+        rest = [step for step in _steps(data["normalizer"], "normalizers") if step["type"] != "Prepend"]
+        data["normalizer"] = {"type": "Sequence", "normalizers": rest}
+        made["text"] = Tokenizer.from_str(json.dumps(data))
+    return made
+
+
+def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer."""
+    if part is None:
+        return []
+    return [inner for step in part[name] for inner in _steps(step, name)] if part["type"] == "Sequence" else [part]
