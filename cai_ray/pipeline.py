@@ -167,6 +167,7 @@ def _make(
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "constitution_sha": run.config.document.sha,
+        "today": run.today,
         "versions": versions(),
         **result,
     }
@@ -219,7 +220,9 @@ def _write_run(run: Run) -> None:
     """Writes run.json, and the constitution beside the results."""
     document, config = run.config.document, run.config
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
-    about = {"versions": versions(), "seed": config.seed, "constitution_sha": document.sha}
+    about = {
+        "versions": versions(), "seed": config.seed, "constitution_sha": document.sha, "today": run.today,
+    }  # fmt: skip
     files.write_json(run.path("run.json"), {"config": config.model_dump(mode="json"), **about})
 
 

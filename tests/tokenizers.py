@@ -15,9 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN_3_5 = _QWEN.replace(r"?\p{L}+|", r"?[\p{L}\p{M}]+|").replace(
     r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"
 )
@@ -127,7 +125,8 @@ TOYS: dict[str, Family] = {
         "gemma",
         "<bos>",
         "<end_of_turn>",
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
         "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
@@ -189,13 +188,18 @@ def messages(turns: list[str], system: str | None = None) -> list[dict[str, str]
 
 
 @cache
+def _backend(words: str) -> Any:
+    return _BUILDERS[words]()
+
+
+@cache
 def tokenizer(name: str) -> Any:
     """A family's tokenizer as a transformers object, with its chat template."""
     from transformers import PreTrainedTokenizerFast
 
     family = FAMILIES[name]
     made = PreTrainedTokenizerFast(
-        tokenizer_object=_BUILDERS[family.words](),
+        tokenizer_object=_backend(family.words),
         bos_token=family.bos,
         eos_token=family.eos,
         unk_token="<unk>" if family.words.startswith(("mistral", "gemma", "phi")) else None,
@@ -277,7 +281,9 @@ def _sentencepiece(
 
 
 def _tekken() -> Any:
-    data = json.loads((_package("mistral_common") / "data" / "tekken_240911.json").read_text(encoding="utf-8"))
+    data = json.loads(
+        (_package("mistral_common") / "data" / "tekken_240911.json").read_text(encoding="utf-8")
+    )
     config = data["config"]
     reserved = config["default_num_special_tokens"]
     named = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")

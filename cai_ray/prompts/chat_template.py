@@ -7,6 +7,7 @@ it treats the marks.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -20,6 +21,8 @@ from cai_ray.prompts.spans import Spans, joined, message_spans, stripped, text_o
 
 # Private-use characters. A content that holds a mark is harmless, since contents never meet the template.
 _MARK = re.compile("\ue000([0-9]+)\ue001")
+
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # Blanks around a mark show what a template strips: nothing, line breaks, or all blanks. The inner one is a rare blank
 # that stands in no template.
@@ -47,40 +50,29 @@ class _Skeleton(NamedTuple):
     """What is stripped from the beginning and the end of the content in each place (`spans.stripped`)."""
 
 
-def choose_template(tokenizer: Any, given: str | None, fallback: str | None) -> str:
-    """The chat template to use.
+def choose_template(tokenizer: Any, name: str | None, fallback: str | None) -> str:
+    """One of a tokenizer's own chat templates.
 
     Args:
-        given: a template, or the name of one of the tokenizer's own; None uses the tokenizer's default.
+        name: its name, where the tokenizer has several. By default the one named `default`.
         fallback: a template for a tokenizer that has none.
 
     Raises:
-        InputError: there is none, or the name is not one of the tokenizer's.
+        InputError: there is none, or none of that name.
     """
-    own, name = tokenizer.chat_template, tokenizer.name_or_path
-    if isinstance(own, dict):
-        wanted = given or "default"
-        if wanted in own:
-            return str(own[wanted])
-        if given is None or "{" not in given:
-            has = "has no default chat template" if given is None else f"has no chat template {given!r}"
-            raise InputError(
-                f"model {name}: its tokenizer {has}; set `chat_template` to one of: {', '.join(sorted(own))}"
-            )
-    elif given is not None and re.fullmatch(r"[\w.-]+", given) and own:
-        # A name: a tokenizer with one template has it by the name `default` alone.
-        if given != "default":
-            raise InputError(
-                f"model {name}: its tokenizer has no chat template {given!r}, only one without a name; leave out "
-                "`chat_template`"
-            )
-        return str(own)
-    template = given or own or fallback
-    if not template:
+    own, model = tokenizer.chat_template, tokenizer.name_or_path
+    templates = own if isinstance(own, dict) else {"default": own} if own else {}
+    template = templates.get(name or "default", None if templates else fallback)
+    if template:
+        return str(template)
+    if not templates:
         raise InputError(
-            f"model {name}: its tokenizer has no chat template; name one with `chat_template` in the template set"
+            f"model {model}: its tokenizer has no chat template; name one with `chat_template` in the template set"
         )
-    return str(template)
+    raise InputError(
+        f"model {model}: its tokenizer has no chat template named {name or 'default'!r}; set `chat_template` to one "
+        f"of: {', '.join(sorted(templates))}"
+    )
 
 
 class ChatTemplate:
@@ -92,9 +84,9 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, text: str, args: Mapping[str, Any], today: date | None = None):
-        self.tokenizer, self.text, self.args = tokenizer, text, dict(args)
-        if today is not None and "strftime_now" in text:
-            self.args.setdefault("strftime_now", today.strftime)
+        self.tokenizer, self.text, self.given, self.today = tokenizer, text, dict(args), today
+        dated = today is not None and "strftime_now" in text
+        self.args = ({"strftime_now": today.strftime} if today is not None and dated else {}) | self.given
         self._skeleton = lru_cache(maxsize=256)(self._make_skeleton)
 
     def render(self, messages: Messages, generation: bool) -> Rendered:
@@ -123,6 +115,17 @@ class ChatTemplate:
         if last is None:
             return Rendered(joined([*spans, Piece(tail, True)]), "")
         return Rendered(joined(spans), tail)
+
+    def standalone(self) -> str:
+        """The template with its arguments and its date as part of the text. Arguments of a request still win."""
+        sets = "".join(
+            f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}"
+            for name, value in self.given.items()
+        )
+        if self.today is None:
+            return sets + self.text
+        today = self.today
+        return sets + _DATE.sub(lambda call: json.dumps(today.strftime(call[2])), self.text)
 
     def strips_of_last(self, roles: Sequence[str]) -> tuple[str | None, str | None]:
         """What the template strips from the last message's content of a conversation with these roles."""
@@ -175,3 +178,14 @@ def _strips(probed: str, literal: str) -> tuple[str | None, str | None]:
         if left[::-1] + literal + right == probed:
             return before, behind
     return "", ""
+
+
+def _literal(value: Any) -> str:
+    """Plain data as an expression of Jinja."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value)

@@ -31,8 +31,9 @@ class Renderer:
 
     Args:
         model: a model folder or Hugging Face id, or a tokenizer already loaded with transformers.
-        chat_template: a Jinja template to use in the place of the model's own, or the name of one of its own.
+        chat_template: a Jinja template to use in the place of the model's own.
         template_args: further arguments of the chat template, such as `enable_thinking`.
+        name: the name of one of the model's own chat templates.
         thinking: the marks of thinking blocks, where the model may write any.
         today: the day that the template is told if it asks. Defaults to the day of each call.
         fallback: a Jinja template for models that have none of their own.
@@ -46,17 +47,22 @@ class Renderer:
         model: Any,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        name: str | None = None,
         thinking: Thinking | None = THINKING,
         today: date | None = None,
         fallback: str | None = None,
     ):
         self.tokenizer = load_tokenizer(model) if isinstance(model, str | Path) else model
-        self.template = choose_template(self.tokenizer, chat_template, fallback)
+        self.template = chat_template or choose_template(self.tokenizer, name, fallback)
+        self.template_args = dict(template_args or {})
         self.thinking = thinking
-        self._chat = ChatTemplate(self.tokenizer, self.template, template_args or {}, today)
+        self._chat = ChatTemplate(self.tokenizer, self.template, self.template_args, today)
         self._options: dict[tuple[str, str, bool], list[int]] = {}
         try:
-            prompt, turn = self._chat.render([_QUESTION], True), self._chat.render([_QUESTION, _ANSWER], False)
+            prompt, turn = (
+                self._chat.render([_QUESTION], True),
+                self._chat.render([_QUESTION, _ANSWER], False),
+            )
         except RowError as e:  # not a row's fault: every model must render a user's turn and its answer
             remedy = "correct" if chat_template else "name one with"
             raise InputError(
@@ -80,6 +86,12 @@ class Renderer:
         if messages[-1]["role"] == "assistant":
             return self._continued(messages)
         return self._encoder.encode(self._chat.render(messages, True).spans)[0]
+
+    def question_ids(self, messages: Messages) -> list[int]:
+        """Ids up to where the model answers at once: a thought that the template begins is closed."""
+        if messages[-1]["role"] == "assistant":
+            return self._continued(messages)
+        return self._encoder.encode(self._question(messages))[0]
 
     def dialogue_ids(self, messages: Messages, truncated: bool = False) -> tuple[list[int], list[int]]:
         """Ids of a conversation that ends with the assistant's message, and a mask of what it wrote.
@@ -135,6 +147,14 @@ class Renderer:
             return ""
         return self._open_thought(self._chat.render(messages, True).spans)
 
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a content that stands alone, as plain text.
+
+        Raises:
+            RowError: it is not valid Unicode, or has a character that the tokenizer does not know.
+        """
+        return self._encoder.encode_content(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without control tokens, but with the marks of thoughts."""
         visible = [i for i in ids if i not in self._hidden]
@@ -143,6 +163,10 @@ class Renderer:
         )
         return text
 
+    def served_template(self) -> str:
+        """The chat template for a server that renders messages itself: with the arguments and the date in it."""
+        return self._chat.standalone()
+
     def control_texts(self) -> list[str]:
         """The texts of all control tokens, which no content may become."""
         return sorted(t.content for i, t in self.tokenizer.added_tokens_decoder.items() if i in self.control)
@@ -150,16 +174,19 @@ class Renderer:
     def _answered(self, messages: Messages, closed: bool) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and those of the answer as the model would write it after them.
 
-        The prompt is what sampling saw: templates may write a past assistant turn differently. If its ids do not begin
-        those of the whole text, since tokens merge across the border, the answer is encoded as what follows them.
+        The prompt is what sampling saw: templates may write a past assistant turn differently.
 
         Args:
             closed: whether what ends the turn belongs to the answer.
         """
         prompt = self._chat.render(messages[:-1], True).spans
+        return self._follow(prompt, self._answer_spans(messages, prompt, closed))
+
+    def _follow(self, prompt: Spans, answer: Spans) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and those of what follows it."""
         ids, end = self._encoder.encode(prompt)
-        answer = self._answer_spans(messages, prompt, closed)
         whole, _ = self._encoder.encode([*prompt, *answer])
+        # Where tokens would merge across the border, the prompt is as sampling saw it, and the rest follows it.
         if whole[: len(ids)] == ids:
             return ids, whole[len(ids) :]
         return ids, self._encoder.encode(answer, end)[0]
@@ -213,9 +240,25 @@ class Renderer:
                 self._options.clear()
             said = [*before, Message(role="assistant", content=[*begun, Piece(option, True)])]
             self._options[key] = (
-                self._continuation(messages, said) if continues else self._answered(said, closed=False)[1]
+                self._continuation(messages, said)
+                if continues
+                else self._answer_to_question(messages, option)
             )
         return self._options[key]
+
+    def _answer_to_question(self, messages: Messages, option: str) -> list[int]:
+        """Ids of an option that is the beginning of the answer."""
+        said, prompt = Message(role="assistant", content=[Piece(option, True)]), self._question(messages)
+        opened = self._chat.render(messages, True).spans
+        closes = text_of(prompt) != text_of(opened)
+        answer = [Piece(option, True)] if closes else self._answer_spans([*messages, said], prompt, False)
+        return self._follow(prompt, answer)[1]
+
+    def _question(self, messages: Messages) -> Spans:
+        """A prompt with the thought closed that the template begins."""
+        prompt = self._chat.render(messages, True).spans
+        thought = self._open_thought(prompt)
+        return joined([*prompt, Piece(self._close_thought(thought, ""), True)]) if thought else prompt
 
     def _continuation(self, messages: Messages, longer: Messages) -> list[int]:
         """Ids of what a message that the model continues has more in `longer`, as they follow those of the prompt."""
@@ -223,7 +266,9 @@ class Renderer:
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         # It merges with what stands before it, which is written already.
-        more = after(message_spans(longer[-1]["content"]), len(text_of(message_spans(messages[-1]["content"]))))
+        more = after(
+            message_spans(longer[-1]["content"]), len(text_of(message_spans(messages[-1]["content"])))
+        )
         return self._encoder.encode(more, End("text"))[0]
 
     def _open_thought(self, prompt: Spans) -> str:
@@ -263,7 +308,9 @@ class Renderer:
         texts = ["".join(s.text for s in turn.spans if s.literal) + turn.tail for turn in turns]
         structure = {i for text in texts for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]}
         added = self.tokenizer.added_tokens_decoder.items()
-        control = {i for i, t in added if is_control(t.content, t.special) or (i in structure and t.content.strip())}
+        control = {
+            i for i, t in added if is_control(t.content, t.special) or (i in structure and t.content.strip())
+        }
         return control | set(self.tokenizer.all_special_ids)
 
     def _ids_without_text(self) -> set[int]:

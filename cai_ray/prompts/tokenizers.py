@@ -87,7 +87,11 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> PlainText:
             "encoded without special tokens"
         )
     data = json.loads(backend.to_str())
-    kept = [t for t in data["added_tokens"] if t["id"] not in control and not is_control(t["content"], t["special"])]
+    kept = [
+        t
+        for t in data["added_tokens"]
+        if t["id"] not in control and not is_control(t["content"], t["special"])
+    ]
     data.update(added_tokens=kept, post_processor=None, truncation=None, padding=None)
     _remove_control(data["model"], control)
     return PlainText(_by_place(data, kept), frozenset(t["id"] for t in kept))
@@ -143,4 +147,8 @@ def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer."""
     if part is None:
         return []
-    return [inner for step in part[name] for inner in _steps(step, name)] if part["type"] == "Sequence" else [part]
+    return (
+        [inner for step in part[name] for inner in _steps(step, name)]
+        if part["type"] == "Sequence"
+        else [part]
+    )

@@ -33,6 +33,12 @@ class ResolvedModel(NamedTuple):
     """The template set, by name or path."""
     template_args: Mapping[str, Any] = {}
     """Arguments of the model's chat template."""
+    chat_template: str | None = None
+    """The name of one of the model's chat templates; None is the default one."""
+    has_own_templates: bool = True
+    """Whether the template set was chosen for this model, rather than for the run's own models."""
+    today: str | None = None
+    """The day that the chat template is told, as YYYY-MM-DD: the same for the whole run."""
 
     @property
     def is_served(self) -> bool:

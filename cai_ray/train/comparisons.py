@@ -20,7 +20,7 @@ from cai_ray.config.training import PreferenceConfig, TrainConfig
 from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
-from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.models import run_renderer
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import longest_first, pad, rank_shares, select, split_shares
@@ -78,7 +78,7 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
     ai, left_out = ai_comparisons(labels, cfg, seed)
     human = [{**row, "about": source.about} for source in cfg.human for row in read_comparisons(source, seed)]
     templates = load_templates(run.config.templates)
-    renderer, limit = Renderer(model, templates.chat_template), context_length(model)
+    renderer, limit = run_renderer(run, cfg.init, model), context_length(model)
     rows, examples = [], []
     for row in sorted(ai + human, key=lambda row: row["id"]):  # several raters' equal answers all count
         pair = []

@@ -18,6 +18,7 @@ from cai_ray.config.training import SftConfig, TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import to_table
@@ -56,7 +57,7 @@ def run(run: Run) -> dict[str, Any]:
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
     source = run.model(cfg.init)
-    renderer, limit = Renderer(source, templates.chat_template), context_length(source)
+    renderer, limit = run_renderer(run, cfg.init, source), context_length(source)
     rendered = [(r, render_record(r, renderer, templates, limit)) for r in records]
     fitting = [(record, example) for record, example in rendered if example is not None]
     if not fitting:
