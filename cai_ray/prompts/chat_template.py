@@ -119,7 +119,7 @@ class ChatTemplate:
     def standalone(self) -> str:
         """The template with its arguments and its date as part of the text. Arguments of a request still win."""
         sets = "".join(
-            f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}"
+            f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}{{{{ '' }}}}"
             for name, value in self.given.items()
         )
         if self.today is None:

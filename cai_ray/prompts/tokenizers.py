@@ -18,6 +18,9 @@ _TEXT = re.compile(
     r"|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
 )
 
+# What tokenizers treat differently: blanks, line breaks, numbers, letters beyond ASCII.
+_SAMPLE = "It's 12345 + 678 = 13,023?\n\n  Ünï, 你好 🙂\tx_y  "
+
 Place = Literal["start", "token", "text"]
 """Where a text stands: at the very start, behind a control token, or behind other text."""
 
@@ -38,10 +41,30 @@ def load_tokenizer(model: str | Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(str(model))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        return _as_saved(AutoTokenizer.from_pretrained(str(model), trust_remote_code=False), path)
     except Exception as e:  # a broken file makes transformers raise almost anything
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"model {model}: its tokenizer cannot be loaded ({reason})") from e
+
+
+def _as_saved(loaded: Any, folder: Path) -> Any:
+    """The tokenizer as its tokenizer.json describes it, which transformers may have built anew by its family's rules.
+
+    Where a folder has no config.json, a name of a class in tokenizer_config.json is all that says which family that is:
+    a byte-level tokenizer by a class of SentencePiece loses every blank.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None or not file.exists():
+        return loaded
+    saved, rebuilt = (
+        tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+        for tokenizer in (Tokenizer.from_file(str(file)), backend)
+    )
+    return loaded if saved == rebuilt else PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
 def _is_plain(folder: Path) -> bool:

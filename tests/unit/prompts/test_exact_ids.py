@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from functools import cache
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_dialogue_has_the_ids_of_the_whole_template(family: str) -> None:
         assert ids[: len(prompt)] == prompt and mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
         assert ids.count(made.end_id) == whole(family, talk).count(made.end_id)
         right = upto_end(family, whole(family, talk))
-        if (family in DROP_SYSTEM and talk[0]["role"] == "system") or family == "deepseek":
+        if (family in DROP_SYSTEM and talk[0]["role"] == "system") or made.begun_thought(talk[:-1]):
             continue
         if right[: len(prompt)] == prompt:
             assert ids == right, talk
@@ -70,7 +71,7 @@ def test_a_dialogue_has_the_ids_of_the_whole_template(family: str) -> None:
             words = tokenizer(family)
             assert words.decode(ids) == words.decode(right), talk
             merged += 1
-    assert merged <= 0.1 * equal
+    assert merged <= 0.2 * equal
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,8 +89,6 @@ def test_text_comes_back_from_its_ids(family: str) -> None:
         same = made.decode(made.encode_content(text))
         blanks = made.tokenizer.backend_tokenizer.normalizer is not None or family == "mistral-v3"
         if family.startswith("qwen"):
-            import unicodedata
-
             assert same == unicodedata.normalize("NFC", text)
         else:  # SentencePiece writes blanks as ▁ and cannot tell the two apart
             assert same == (text.replace("▁", " ") if blanks else text)
