@@ -149,10 +149,10 @@ class Encoder:
 
     def _split_literal(self, text: str) -> tuple[str | Token, ...]:
         """A literal text as the control tokens in it and the text between them."""
-        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         parts: list[str | Token] = []
         place = 0
-        for number, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True):
+        for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             token = self._added.get(number)
             if token is None:
                 continue

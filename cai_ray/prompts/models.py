@@ -40,6 +40,7 @@ def make_renderer(model: ResolvedModel, folder: str | None = None) -> Renderer:
         model.template_args,
         name=model.chat_template,
         thinking=templates.thinking,
+        keeps_thoughts=model.keeps_thoughts,
         today=date.fromisoformat(model.today) if model.today else None,
         fallback=templates.chat_template,
     )

@@ -35,6 +35,8 @@ class Renderer:
         template_args: further arguments of the chat template, such as `enable_thinking`.
         name: the name of one of the model's own chat templates.
         thinking: the marks of thinking blocks, where the model may write any.
+        keeps_thoughts: whether answers are trained on with the thoughts that they begin with. If they are not, an answer
+            that holds such a mark holds it as plain text.
         today: the day that the template is told if it asks. Defaults to the day of each call.
         fallback: a Jinja template for models that have none of their own.
 
@@ -49,13 +51,14 @@ class Renderer:
         template_args: Mapping[str, Any] | None = None,
         name: str | None = None,
         thinking: Thinking | None = THINKING,
+        keeps_thoughts: bool = False,
         today: date | None = None,
         fallback: str | None = None,
     ):
         self.tokenizer = load_tokenizer(model) if isinstance(model, str | Path) else model
         self.template = chat_template or choose_template(self.tokenizer, name, fallback)
         self.template_args = dict(template_args or {})
-        self.thinking = thinking
+        self.thinking, self._keeps_thoughts = thinking, keeps_thoughts
         self._chat = ChatTemplate(self.tokenizer, self.template, self.template_args, today)
         self._options: dict[tuple[str, str, bool], list[int]] = {}
         try:
@@ -193,17 +196,30 @@ class Renderer:
 
     def _answer_spans(self, messages: Messages, prompt: Spans, closed: bool) -> Spans:
         """What follows the prompt in the text of a conversation."""
-        before, content = self._gap, message_spans(messages[-1]["content"])
-        written = self._whole(messages)
-        begins = text_of(prompt)
+        content, thought = message_spans(messages[-1]["content"]), self._open_thought(prompt)
+        left, right = self._chat.strips_of_last(["user", "assistant"])
+        end = [Piece(self._end, True)] if closed else []
+        if kept := self._kept_thought(content, thought):
+            return [*kept, *end]
+        written, begins = self._whole(messages), text_of(prompt)
         if written is not None and text_of(written.spans).startswith(begins):
-            answer = after(written.spans, len(begins))
-        else:
-            if thought := self._open_thought(prompt):
-                before = self._close_thought(thought, text_of(content))
-            left, right = self._chat.strips_of_last(["user", "assistant"])
-            answer = [Piece(before, True), *stripped(content, left, right)]
-        return [*answer, Piece(self._end, True)] if closed else answer
+            return [*after(written.spans, len(begins)), *end]
+        before = self._close_thought(thought) if thought else self._gap
+        return [Piece(before, True), *stripped(content, left, right), *end]
+
+    def _kept_thought(self, content: Spans, begun: str) -> Spans:
+        """An answer that begins with a thought, whose marks are tokens as the model wrote them; empty for others.
+
+        Args:
+            begun: the beginning of the thought that the prompt has already.
+        """
+        text = text_of(content).lstrip()
+        if self.thinking is None or not self._keeps_thoughts or not text.startswith(self.thinking.open):
+            return []
+        head, mark, answer = text.partition(self.thinking.close)
+        thought = head.removeprefix(begun) if begun and head.startswith(begun) else head[len(self.thinking.open) :]
+        opening = [] if begun else [Piece(self.thinking.open, True)]
+        return [*opening, Piece(thought, False), Piece(mark, True), Piece(answer, False)]
 
     def _continued(self, messages: Messages) -> list[int]:
         """Ids of a conversation whose last message the model continues: its end is not stripped."""
@@ -258,7 +274,7 @@ class Renderer:
         """A prompt with the thought closed that the template begins."""
         prompt = self._chat.render(messages, True).spans
         thought = self._open_thought(prompt)
-        return joined([*prompt, Piece(self._close_thought(thought, ""), True)]) if thought else prompt
+        return joined([*prompt, Piece(self._close_thought(thought), True)]) if thought else prompt
 
     def _continuation(self, messages: Messages, longer: Messages) -> list[int]:
         """Ids of what a message that the model continues has more in `longer`, as they follow those of the prompt."""
@@ -278,11 +294,9 @@ class Renderer:
         _, mark, rest = prompt[-1].text.rpartition(self.thinking.open)
         return mark + rest if mark and self.thinking.close not in rest else ""
 
-    def _close_thought(self, thought: str, answer: str) -> str:
-        """What closes a thought that the template has begun, unless the answer itself goes on with it."""
+    def _close_thought(self, thought: str) -> str:
+        """What closes a thought that the template has begun."""
         assert self.thinking is not None
-        if self.thinking.close in answer:
-            return ""
         gap = "" if thought.endswith("\n") else "\n"
         return f"{gap}{self.thinking.close}{_THOUGHT_GAP}"
 

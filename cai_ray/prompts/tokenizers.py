@@ -21,6 +21,8 @@ _TEXT = re.compile(
 # What tokenizers treat differently: blanks, line breaks, numbers, letters beyond ASCII.
 _SAMPLE = "It's 12345 + 678 = 13,023?\n\n  Ünï, 你好 🙂\tx_y  "
 
+_NEVER = -1e6  # the score of a piece that a unigram model takes only if it has no other
+
 Place = Literal["start", "token", "text"]
 """Where a text stands: at the very start, behind a control token, or behind other text."""
 
@@ -136,7 +138,7 @@ def _remove_control(model: dict[str, Any], control: set[int]) -> None:
                 piece[0] = f"\ue000{uuid4().hex}\ue001"
             elif model.get("byte_fallback") and _BYTE.fullmatch(piece[0]):
                 # Byte pieces are for characters without a piece, not for a text that reads "<0x0A>".
-                piece[1] = -1e6
+                piece[1] = _NEVER
     else:
         removed = {text for text, i in vocab.items() if i in control} - {model.get("unk_token")}
         model["vocab"] = {text: i for text, i in vocab.items() if text not in removed}
@@ -149,10 +151,7 @@ def _by_place(data: dict[str, Any], kept: list[Any]) -> dict[Place, Any]:
     """Tokenizers that put a blank before a text where the tokenizer of `data` would, were it the whole text's."""
     from tokenizers import Tokenizer
 
-    model = data["model"]
-    if isinstance(model["vocab"], dict):  # an added token keeps its id only if the vocabulary has it
-        for token in kept:
-            model["vocab"].setdefault(token["content"], token["id"])
+    _put_into_vocabulary(kept, data["model"]["vocab"])
     first = Tokenizer.from_str(json.dumps(data))
     made: dict[Place, Any] = {"start": first, "token": first, "text": first}
     for step in _steps(data["pre_tokenizer"], "pretokenizers"):
@@ -164,6 +163,18 @@ def _by_place(data: dict[str, Any], kept: list[Any]) -> dict[Place, Any]:
         data["normalizer"] = {"type": "Sequence", "normalizers": rest}
         made["text"] = Tokenizer.from_str(json.dumps(data))
     return made
+
+
+def _put_into_vocabulary(added: list[Any], vocab: dict[str, int] | list[Any]) -> None:
+    """Puts added tokens into a model's vocabulary: without it they would be given other ids."""
+    for token in added:
+        if isinstance(vocab, dict):
+            vocab.setdefault(token["content"], token["id"])
+            continue
+        while len(vocab) <= token["id"]:
+            vocab.append([f"\ue000{uuid4().hex}\ue001", _NEVER])
+        if vocab[token["id"]][0] != token["content"]:
+            vocab[token["id"]] = [token["content"], _NEVER]
 
 
 def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:

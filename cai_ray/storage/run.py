@@ -143,6 +143,7 @@ class Run:
             (config.template_args if own else {}) | settings.template_args,
             settings.chat_template or (config.chat_template if own else None),
             own or settings.templates is not None,
+            config.thinking == "keep",
             self.today,
         )
 

@@ -188,6 +188,20 @@ def test_a_thought_that_was_cut_is_not_the_answer() -> None:
     assert without_thinking(begun + "Let me see.\n</think>\n\nYes.", GENERAL.thinking) == "Yes."
 
 
+def test_a_thought_that_is_kept_is_trained_on_as_the_model_wrote_it() -> None:
+    words = tokenizer()
+    words.add_tokens(["<think>", "</think>"], special_tokens=False)
+    marks = words.convert_tokens_to_ids(["<think>", "</think>"])
+    for template in (WORDS.chat_template, BEGUN):
+        messages = talk("hi", "<think>\nWhy?\n</think>\n\nHello </think>")
+        kept, plain = (Renderer(words, template, keeps_thoughts=keeps) for keeps in (True, False))
+        ids, _ = kept.dialogue_ids(messages)
+        assert [i for i in ids if i in marks] == marks
+        assert words.decode(ids).endswith("assistant\n<think>\nWhy?\n</think>\n\nHello </think><|im_end|>")
+        plain_ids, mask = plain.dialogue_ids(messages)
+        assert plain_ids[mask.index(1) :].count(marks[0]) == 0, "a content is not a mark"
+
+
 def test_item_02_an_option_follows_a_closed_thought() -> None:
     renderer = Renderer(WORDS, BEGUN)
     asked = talk("A or B?")
