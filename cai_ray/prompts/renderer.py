@@ -13,6 +13,7 @@ from cai_ray.prompts.encoder import Encoder, End
 from cai_ray.prompts.messages import Message, Messages, Piece
 from cai_ray.prompts.spans import Spans, after, joined, message_spans, stripped, text_of
 from cai_ray.prompts.templates import THINKING, Thinking
+from cai_ray.prompts.thoughts import close_thought, open_thought, thought_spans
 from cai_ray.prompts.tokenizers import is_control, load_tokenizer
 
 _QUESTION = Message(role="user", content="?")
@@ -20,7 +21,6 @@ _ANSWER = Message(role="assistant", content="!")
 # The ids of options are kept by the end of the text before them, in characters.
 _CONTEXT = 64
 _KEPT_OPTIONS = 4096
-_THOUGHT_GAP = "\n\n"
 
 
 class Renderer:
@@ -148,7 +148,7 @@ class Renderer:
         """The beginning of a thought that the template itself writes, mark included; empty if it begins none."""
         if messages[-1]["role"] == "assistant":  # what is continued is the answer
             return ""
-        return self._open_thought(self._chat.render(messages, True).spans)
+        return open_thought(self._chat.render(messages, True).spans, self.thinking)
 
     def encode_content(self, text: str) -> list[int]:
         """Ids of a content that stands alone, as plain text.
@@ -196,30 +196,16 @@ class Renderer:
 
     def _answer_spans(self, messages: Messages, prompt: Spans, closed: bool) -> Spans:
         """What follows the prompt in the text of a conversation."""
-        content, thought = message_spans(messages[-1]["content"]), self._open_thought(prompt)
+        content, thought = message_spans(messages[-1]["content"]), open_thought(prompt, self.thinking)
         left, right = self._chat.strips_of_last(["user", "assistant"])
         end = [Piece(self._end, True)] if closed else []
-        if kept := self._kept_thought(content, thought):
+        if self._keeps_thoughts and (kept := thought_spans(text_of(content), self.thinking, thought)):
             return [*kept, *end]
         written, begins = self._whole(messages), text_of(prompt)
         if written is not None and text_of(written.spans).startswith(begins):
             return [*after(written.spans, len(begins)), *end]
-        before = self._close_thought(thought) if thought else self._gap
+        before = close_thought(thought, self.thinking) or self._gap
         return [Piece(before, True), *stripped(content, left, right), *end]
-
-    def _kept_thought(self, content: Spans, begun: str) -> Spans:
-        """An answer that begins with a thought, whose marks are tokens as the model wrote them; empty for others.
-
-        Args:
-            begun: the beginning of the thought that the prompt has already.
-        """
-        text = text_of(content).lstrip()
-        if self.thinking is None or not self._keeps_thoughts or not text.startswith(self.thinking.open):
-            return []
-        head, mark, answer = text.partition(self.thinking.close)
-        thought = head.removeprefix(begun) if begun and head.startswith(begun) else head[len(self.thinking.open) :]
-        opening = [] if begun else [Piece(self.thinking.open, True)]
-        return [*opening, Piece(thought, False), Piece(mark, True), Piece(answer, False)]
 
     def _continued(self, messages: Messages) -> list[int]:
         """Ids of a conversation whose last message the model continues: its end is not stripped."""
@@ -273,8 +259,8 @@ class Renderer:
     def _question(self, messages: Messages) -> Spans:
         """A prompt with the thought closed that the template begins."""
         prompt = self._chat.render(messages, True).spans
-        thought = self._open_thought(prompt)
-        return joined([*prompt, Piece(self._close_thought(thought), True)]) if thought else prompt
+        closes = close_thought(open_thought(prompt, self.thinking), self.thinking)
+        return joined([*prompt, Piece(closes, True)])
 
     def _continuation(self, messages: Messages, longer: Messages) -> list[int]:
         """Ids of what a message that the model continues has more in `longer`, as they follow those of the prompt."""
@@ -286,19 +272,6 @@ class Renderer:
             message_spans(longer[-1]["content"]), len(text_of(message_spans(messages[-1]["content"])))
         )
         return self._encoder.encode(more, End("text"))[0]
-
-    def _open_thought(self, prompt: Spans) -> str:
-        """The template's own text from where it opens a thought, if it leaves it open at the prompt's end."""
-        if self.thinking is None or not prompt or not prompt[-1].literal:
-            return ""
-        _, mark, rest = prompt[-1].text.rpartition(self.thinking.open)
-        return mark + rest if mark and self.thinking.close not in rest else ""
-
-    def _close_thought(self, thought: str) -> str:
-        """What closes a thought that the template has begun."""
-        assert self.thinking is not None
-        gap = "" if thought.endswith("\n") else "\n"
-        return f"{gap}{self.thinking.close}{_THOUGHT_GAP}"
 
     def _find_end(self, tail: str) -> tuple[str, int]:
         """What the template writes behind an answer up to the token that ends the turn, and that token."""
