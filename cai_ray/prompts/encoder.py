@@ -68,7 +68,7 @@ class TextCache:
             self.characters -= len(text)
 
 
-class Encoder:
+class SpanEncoder:
     """Encodes spans for one tokenizer.
 
     Args:

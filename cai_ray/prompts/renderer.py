@@ -9,7 +9,7 @@ from typing import Any
 
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.chat_template import ChatTemplate, Rendered, choose_template
-from cai_ray.prompts.encoder import Encoder, End
+from cai_ray.prompts.encoder import SpanEncoder, End
 from cai_ray.prompts.messages import Message, Messages, Piece
 from cai_ray.prompts.spans import Spans, after, joined, message_spans, stripped, text_of
 from cai_ray.prompts.templates import THINKING, Thinking
@@ -62,10 +62,8 @@ class Renderer:
         self._chat = ChatTemplate(self.tokenizer, self.template, self.template_args, today)
         self._options: dict[tuple[str, str, bool], list[int]] = {}
         try:
-            prompt, turn = (
-                self._chat.render([_QUESTION], True),
-                self._chat.render([_QUESTION, _ANSWER], False),
-            )
+            prompt = self._chat.render([_QUESTION], True)
+            turn = self._chat.render([_QUESTION, _ANSWER], False)
         except RowError as e:  # not a row's fault: every model must render a user's turn and its answer
             remedy = "correct" if chat_template else "name one with"
             raise InputError(
@@ -73,7 +71,7 @@ class Renderer:
                 f"{remedy} `chat_template` in the template set"
             ) from e
         self.control = self._control_ids([prompt, turn])
-        self._encoder = Encoder(self.tokenizer, self.control)
+        self._encoder = SpanEncoder(self.tokenizer, self.control)
         self._end, self.end_id = self._find_end(turn.tail)
         self._gap = self._find_gap(prompt, turn)
         pad = self.tokenizer.pad_token_id
@@ -161,10 +159,9 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without control tokens, but with the marks of thoughts."""
         visible = [i for i in ids if i not in self._hidden]
-        text: str = self.tokenizer.decode(
-            visible, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        return str(
+            self.tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
-        return text
 
     def served_template(self) -> str:
         """The chat template for a server that renders messages itself: with the arguments and the date in it."""
@@ -251,9 +248,8 @@ class Renderer:
     def _answer_to_question(self, messages: Messages, option: str) -> list[int]:
         """Ids of an option that is the beginning of the answer."""
         said, prompt = Message(role="assistant", content=[Piece(option, True)]), self._question(messages)
-        opened = self._chat.render(messages, True).spans
-        closes = text_of(prompt) != text_of(opened)
-        answer = [Piece(option, True)] if closes else self._answer_spans([*messages, said], prompt, False)
+        closed = bool(self.begun_thought(messages))
+        answer = [Piece(option, True)] if closed else self._answer_spans([*messages, said], prompt, False)
         return self._follow(prompt, answer)[1]
 
     def _question(self, messages: Messages) -> Spans:
