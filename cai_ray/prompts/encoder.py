@@ -22,6 +22,9 @@ from cai_ray.prompts.tokenizers import Place, without_control_tokens
 CACHED_CHARACTERS = 4_000_000
 _LONGEST_CACHED = 20_000
 
+# What a control token that swallows blanks takes for one. Python's own idea of a blank is a little wider.
+_BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
 
 class End(NamedTuple):
     """Where an encoded text ends, which decides how what follows it is encoded."""
@@ -97,7 +100,7 @@ class SpanEncoder:
         for span in joined(spans):
             for part in self._literal(span.text) if span.literal else (span.text,):
                 if isinstance(part, str):
-                    text = part.lstrip() if end.swallows and not segment else part
+                    text = part.lstrip(_BLANKS) if end.swallows and not segment else part
                     if text:
                         segment.append(Piece(text, span.literal))
                     continue
@@ -170,6 +173,6 @@ class SpanEncoder:
 
 
 def _without_last_blanks(segment: Spans) -> Spans:
-    while segment and not (text := segment[-1].text.rstrip()):
+    while segment and not (text := segment[-1].text.rstrip(_BLANKS)):
         segment = segment[:-1]
     return [*segment[:-1], Piece(text, segment[-1].literal)] if segment else []

@@ -89,7 +89,7 @@ class Renderer:
         return self._encoder.encode(self._chat.render(messages, True).spans)[0]
 
     def question_ids(self, messages: Messages) -> list[int]:
-        """Ids up to where the model answers at once: a thought that the template begins is closed."""
+        """Ids up to where the model answers at once, without a thought."""
         if messages[-1]["role"] == "assistant":
             return self._continued(messages)
         return self._encoder.encode(self._question(messages))[0]
@@ -248,14 +248,16 @@ class Renderer:
     def _answer_to_question(self, messages: Messages, option: str) -> list[int]:
         """Ids of an option that is the beginning of the answer."""
         said, prompt = Message(role="assistant", content=[Piece(option, True)]), self._question(messages)
-        closed = bool(self.begun_thought(messages))
+        closed = text_of(prompt) != text_of(self._chat.render(messages, True).spans)
         answer = [Piece(option, True)] if closed else self._answer_spans([*messages, said], prompt, False)
         return self._follow(prompt, answer)[1]
 
     def _question(self, messages: Messages) -> Spans:
-        """A prompt with the thought closed that the template begins."""
+        """A prompt whose answer comes at once: behind the thought that the template begins, or writes as an empty one."""
         prompt = self._chat.render(messages, True).spans
         closes = close_thought(open_thought(prompt, self.thinking), self.thinking)
+        if not closes and self.thinking and self.thinking.close in self._gap:
+            closes = self._gap
         return joined([*prompt, Piece(closes, True)])
 
     def _continuation(self, messages: Messages, longer: Messages) -> list[int]:
