@@ -144,7 +144,9 @@ def test_item_11_no_text_changes_the_structure(model: str, name: str, step: str)
         assert control_ids(model, ids) == harmless(model, name, step)[0]
         assert letters(model, ids) == expected_letters(model, name, step, contents)
         forges = any(mark in content for content in contents for mark in renderer(model).control_texts())
-        if not forges and asked[-1]["role"] != "assistant":
+        # The town's marks take the blanks beside them for their own in the whole text; contents keep theirs.
+        swallows = model == "town" and any(text != text.strip() for text in contents)
+        if not forges and not swallows and asked[-1]["role"] != "assistant":
             assert ids == whole(model, asked)
 
     check()
