@@ -169,6 +169,7 @@ def _make(
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "constitution_sha": run.config.document.sha,
+        "today": run.today,
         "versions": versions(),
         **result,
     }
@@ -225,8 +226,10 @@ def _write_run(run: Run, commits: dict[str, str]) -> None:
     """
     document, config = run.config.document, run.config
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
-    about = {"versions": versions(), "seed": config.seed, "constitution_sha": document.sha}
-    about |= {COMMITS: commits}
+    about = {
+        "versions": versions(), "seed": config.seed, "constitution_sha": document.sha, "today": run.today,
+        COMMITS: commits,
+    }  # fmt: skip
     files.write_json(run.path("run.json"), {"config": config.model_dump(mode="json"), **about})
 
 

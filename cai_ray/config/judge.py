@@ -20,6 +20,13 @@ _RENDERERS_OWN = {
 }  # fmt: skip
 
 
+def check_template_args(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError if one of the arguments of a chat template is set by the renderer itself."""
+    if taken := _RENDERERS_OWN & value.keys():
+        raise ValueError(f"{min(taken)}: the renderer itself sets it; leave it out")
+    return value
+
+
 class PromptedModel(Section):
     """A model that is prompted, and what belongs to it. Whatever is left out is the run's."""
 
@@ -31,14 +38,15 @@ class PromptedModel(Section):
     """The model's own template set, by name or path. Defaults to the run's."""
     template_args: dict[str, Any] = Field(default={})
     """Arguments of the model's chat template, such as {enable_thinking: false}. An endpoint receives them as
-    `chat_template_kwargs`."""
+    `chat_template_kwargs`. The run's own models also have those of the run."""
+    chat_template: str | None = None
+    """The name of one of the model's chat templates, where its tokenizer has several. Defaults to the one named
+    `default`; for the run's own models, to the run's setting."""
 
     @field_validator("template_args")
     @classmethod
     def _of_the_template_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := _RENDERERS_OWN & value.keys():
-            raise ValueError(f"{min(taken)}: the renderer itself sets it; leave it out")
-        return value
+        return check_template_args(value)
 
 
 class JudgeConfig(PromptedModel):

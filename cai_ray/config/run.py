@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cai_ray import constitution as constitutions
 from cai_ray.config.cost import BudgetConfig, CheckConfig, PricesConfig
 from cai_ray.config.engine import EngineConfig, RayConfig
 from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.config.generation import CompareConfig, LabelConfig, RedTeamConfig, ReviseConfig
-from cai_ray.config.judge import JudgeConfig
+from cai_ray.config.judge import JudgeConfig, check_template_args
 from cai_ray.config.ppo import PpoConfig
 from cai_ray.config.section import Section, by_content, operational
 from cai_ray.config.sources import PromptSource
@@ -37,6 +37,11 @@ class RunConfig(Section):
     """Ids of principles that are switched off in this run."""
     templates: str = by_content("files", "general")
     """The template set, which says how models are asked: the name of one that ships here, or a YAML file."""
+    template_args: dict[str, Any] = Field(default={})
+    """Arguments of the chat template of the run's own models, such as {enable_thinking: false}."""
+    chat_template: str | None = None
+    """The name of one of the chat templates of the run's own models, where their tokenizer has several. Defaults to
+    the one named `default`."""
     thinking: Literal["strip", "keep"] = "strip"
     """What happens to thinking blocks at the start of answers, critiques and revisions. `strip`: they are removed
     before the text is used. `keep`: they stay. The template set says how they are marked."""
@@ -128,6 +133,11 @@ class RunConfig(Section):
     def rollout_engine(self) -> EngineConfig:
         """PPO's, in the trainer's precision: log-probabilities of another one would be of another policy."""
         return self.engine.model_copy(update={"dtype": self.ppo.dtype, "quantization": None})
+
+    @field_validator("template_args")
+    @classmethod
+    def _of_the_template_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_template_args(value)
 
     @model_validator(mode="after")
     def _made_before(self) -> RunConfig:

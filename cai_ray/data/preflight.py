@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from cai_ray.config.judge import JudgeConfig, PromptedModel
 from cai_ray.config.sources import PromptSource
+from cai_ray.constitution import Principle
 from cai_ray.data.sources import check_disjoint, read_prompts
 from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
 from cai_ray.engine.options import check_options
-from cai_ray.errors import InputError
+from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.check import check_judge
 from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.messages import Message, Messages
+from cai_ray.prompts.models import make_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import ROLES
@@ -51,12 +54,15 @@ class Preflight:
         resolved = self.run.resolve_model(settings)
         if not self.models_here or resolved.is_served:
             return None
-        key = derive_id(resolved.location, resolved.templates, resolved.template_args)
+        asked = (
+            resolved.templates,
+            resolved.has_own_templates,
+            resolved.template_args,
+            resolved.chat_template,
+        )
+        key = derive_id(resolved.location, *asked)
         if key not in self._renderers:
-            chat_template = load_templates(resolved.templates).chat_template
-            self._renderers[key] = Renderer(
-                resolved.fetch(weights=False), chat_template, resolved.template_args
-            )
+            self._renderers[key] = make_renderer(resolved)
         return self._renderers[key]
 
     def check_judge(self, key: str, judge: JudgeConfig, stage: str) -> None:
@@ -73,16 +79,21 @@ class Preflight:
         check_engine(model.engine, f"{key}.engine" if judge.engine else "engine")
         templates = load_templates(model.templates)
         check_judge(templates, judge, key)
-        self.run.config.document_of(judge)
-        answers = [templates.options, *([templates.scores or ()] if judge.ask == "response" else [])]
+        principle = self.run.config.document_of(judge).principles[0]
+        questions = _questions(templates, judge, principle)
         if model.is_served:  # its tokenizer and chat template cannot be seen from here
-            for options in answers:
+            for options, _ in questions:
                 check_options(options)
             if stage in self.stages and self.models_here:
                 read_key(model.engine)
         elif renderer := self.renderer(judge):
-            for options in answers:
-                renderer.option_ids(options)
+            for options, messages in questions:
+                try:
+                    renderer.option_ids(options, after=messages)
+                except RowError as e:
+                    raise InputError(
+                        f"{key}: its prompt cannot be rendered ({e}); choose other templates"
+                    ) from e
 
     def trains_on_prompts(self, key: str, sources: Iterable[PromptSource]) -> None:
         """Notes the prompts of a setting as trained on.
@@ -106,3 +117,18 @@ class Preflight:
     def evaluates_on(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raises InputError if one of these rows is among those noted as trained on."""
         check_disjoint(self._trained_on, rows)
+
+
+def _questions(
+    templates: TemplateSet, judge: JudgeConfig, principle: Principle
+) -> list[tuple[Sequence[str], Messages]]:
+    """The options that a judge is given, each with a prompt that they follow."""
+    talk = [Message(role="user", content="?")]
+    if judge.answer == "reasoned":
+        asked = templates.verdict_messages(talk, "a", "b", principle, "c")
+    else:
+        asked = templates.feedback_messages(talk, "a", "b", principle)
+    questions: list[tuple[Sequence[str], Messages]] = [(templates.options, asked)]
+    if judge.ask == "response":
+        questions.append((templates.scores or (), templates.rating_messages(talk, "a", principle)))
+    return questions

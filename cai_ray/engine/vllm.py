@@ -13,9 +13,8 @@ from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Messages
-from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.models import make_renderer
 from cai_ray.storage.models import ResolvedModel
 
 
@@ -81,8 +80,8 @@ class VllmEngine:
 
         from cai_ray.compat.vllm_engine import AsyncLLM
 
-        folder, templates = model.fetch(), load_templates(model.templates)
-        self.renderer = Renderer(folder, templates.chat_template, model.template_args)
+        folder = model.fetch()
+        self.renderer = make_renderer(model, folder)
         args = AsyncEngineArgs(**engine_args(folder, model.engine, gpu), skip_tokenizer_init=True)
         with nullcontext() if gpu else engine_from_fork_server():
             self.llm = AsyncLLM.from_engine_args(args)
@@ -90,21 +89,19 @@ class VllmEngine:
         self._params = SamplingParams
         self._final = RequestOutputKind.FINAL_ONLY
         self._numbers = itertools.count()
-        self._options: dict[tuple[str, ...], list[int]] = {}
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         output, finished = await self._generate(self.renderer.prompt_ids(messages), sampling)
-        ids = output.outputs[0].token_ids
-        return Completion(self.renderer.decode(ids).strip(), finished, _usage(output))
+        written = self.renderer.decode(output.outputs[0].token_ids)
+        # With the beginning of the thought, whoever wrote it: what is read is the whole turn.
+        text = self.renderer.begun_thought(messages) + written
+        return Completion(text.strip(), finished, _usage(output))
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
-        key = tuple(options)
-        if key not in self._options:
-            self._options[key] = self.renderer.option_ids(options)
-        ids = self._options[key]
+        ids = self.renderer.option_ids(options, after=messages)
         # The options are asked for by id, so none can be missing from a list of the likeliest tokens.
         output = await self._request(
-            self.renderer.prompt_ids(messages), max_tokens=1, allowed_token_ids=ids, logprob_token_ids=ids
+            self.renderer.question_ids(messages), max_tokens=1, allowed_token_ids=ids, logprob_token_ids=ids
         )
         logprobs = output.outputs[0].logprobs[0]
         return [logprobs[i].logprob for i in ids], _usage(output)

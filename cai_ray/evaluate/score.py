@@ -43,7 +43,7 @@ def _score(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
     import torch
 
     from cai_ray.prompts.load import load_templates
-    from cai_ray.prompts.renderer import Renderer
+    from cai_ray.prompts.models import run_renderer
     from cai_ray.train.batches import micro_batches, pad
     from cai_ray.train.dialogues import render
     from cai_ray.train.models import load_reward_model, reward_scale
@@ -51,7 +51,7 @@ def _score(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
 
     folder, config = run.model("rm"), run.config
     templates = load_templates(config.templates)
-    renderer = Renderer(folder, templates.chat_template)
+    renderer = run_renderer(run, "rm", folder)
     device = "cuda" if uses_gpu(config) else "cpu"
     model = load_reward_model(folder, config.rm, trainable=False).to(device)
     scale = reward_scale(folder)

@@ -24,7 +24,7 @@ from cai_ray.generate.rows import map_sets
 from cai_ray.judging.quality import is_refusal, run_templates
 from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
-from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import SetAnswer, Turn, derive_id
@@ -114,9 +114,7 @@ def check(run: Run, model_elsewhere: bool = False) -> list[SetRow]:
                 "that declines begins (see cai_ray/templates/general.yaml)"
             )
         if eval_set.kind == "choices" and not model_elsewhere:
-            renderer = renderer or Renderer(
-                run.resolve_model("base").fetch(weights=False), templates.chat_template
-            )
+            renderer = renderer or run_renderer(run, "base")
             most = max(len(row["options"]) for row in rows)
             renderer.option_ids(eval_set.letters[:most], f"`letters` of evaluate.sets {eval_set.name!r}")
         every += rows

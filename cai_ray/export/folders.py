@@ -25,7 +25,7 @@ from cai_ray.export.card_facts import RunFacts
 from cai_ray.export.datasets import DATASETS, SCHEMAS
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
-from cai_ray.prompts.renderer import Renderer
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
@@ -135,7 +135,7 @@ def _write_model(run: Run, facts: RunFacts, role: str, templates: TemplateSet, o
         files.write_bytes(files.join(out, "chat_template.jinja"), templates.chat_template.encode())
     end, scale = "", None
     if role == "rm":
-        end = _end_token(source, templates)
+        end = _end_token(run, source)
         scale = run.facts("rm", "model/reward_head.json")
     card = cards.model_card(role, facts, end, scale)
     files.write_bytes(files.join(out, "README.md"), card.encode())
@@ -155,12 +155,12 @@ def _write_datasets(run: Run, facts: RunFacts, out: str, exported: Exported) -> 
         files.write_bytes(files.join(out, "README.md"), card.encode())
 
 
-def _end_token(model: str, templates: TemplateSet) -> str:
+def _end_token(run: Run, model: str) -> str:
     """The token that ends an answer, from a model's folder without its weights."""
     with tempfile.TemporaryDirectory() as folder:
         for path in files.list_files(model):
             if not path.endswith(".safetensors"):
                 name = Path(path).name
                 files.copy(files.join(model, name), Path(folder) / name)
-        renderer = Renderer(folder, templates.chat_template)
+        renderer = run_renderer(run, "rm", folder)
         return renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)

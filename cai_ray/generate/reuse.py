@@ -57,8 +57,8 @@ Keyed = TypeVar("Keyed", EarlierRevision, Step, Vote)
 def context(run: Run, model: ResolvedModel, *settings: object) -> str:
     """The part of a key that all rows of a stage share: who answers, and how it is asked."""
     who = model.location if model.is_served else model.sha
-    template_args = [model.template_args] if model.template_args else []
-    return derive_id(who, model.engine.answers_by, *template_args, *settings, run.config.seed)
+    asked = [how for how in (model.template_args, model.chat_template) if how]
+    return derive_id(who, model.engine.answers_by, *asked, *settings, run.config.seed)
 
 
 def set_aside(run: Run, stage: str) -> None:

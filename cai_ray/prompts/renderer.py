@@ -2,92 +2,134 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from cai_ray.errors import InputError, RowError
-from cai_ray.prompts.messages import Messages, Piece
-from cai_ray.prompts.tokenizers import load_tokenizer, without_control_tokens
+from cai_ray.prompts.chat_template import ChatTemplate, Rendered, choose_template
+from cai_ray.prompts.encoder import End, SpanEncoder
+from cai_ray.prompts.messages import Message, Messages, Piece
+from cai_ray.prompts.spans import Spans, after, joined, message_spans, stripped, text_of
+from cai_ray.prompts.templates import THINKING, Thinking
+from cai_ray.prompts.thoughts import close_thought, open_thought, thought_spans
+from cai_ray.prompts.tokenizers import is_control, load_tokenizer
 
-# Private-use characters mark where a content belongs while the chat template is rendered. Contents never meet the
-# template, so a content that holds the mark is harmless.
-_MARK = re.compile("\ue000([0-9]+)\ue001")
-
-# The longest text, in characters, whose ids are cached for the next prompt that holds it.
-_CACHED_LENGTH = 20_000
+_QUESTION = Message(role="user", content="?")
+_ANSWER = Message(role="assistant", content="!")
+# The ids of options are kept by the end of the text before them, in characters.
+_CONTEXT = 64
+_KEPT_OPTIONS = 4096
 
 
 class Renderer:
     """Renders messages to token ids through a model's chat template.
 
+    The ids are those of the whole text that the template makes, except that no content becomes a control token
+    (docs/prompts.md).
+
     Args:
         model: a model folder or Hugging Face id, or a tokenizer already loaded with transformers.
-        chat_template: a Jinja template for models that have none of their own.
+        chat_template: a Jinja template to use in the place of the model's own.
         template_args: further arguments of the chat template, such as `enable_thinking`.
+        name: the name of one of the model's own chat templates.
+        thinking: the marks of thinking blocks, where the model may write any.
+        keeps_thoughts: whether answers are trained on with the thoughts that they begin with. If they are not, an answer
+            that holds such a mark holds it as plain text.
+        today: the day that the template is told if it asks. Defaults to the day of each call.
+        fallback: a Jinja template for models that have none of their own.
+
+    Raises:
+        InputError: the model has no usable tokenizer or chat template.
     """
 
     def __init__(
-        self, model: Any, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
+        self,
+        model: Any,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        thinking: Thinking | None = THINKING,
+        keeps_thoughts: bool = False,
+        today: date | None = None,
+        fallback: str | None = None,
     ):
         self.tokenizer = load_tokenizer(model) if isinstance(model, str | Path) else model
-        self.template = chat_template or self.tokenizer.chat_template
-        if not self.template:
-            raise InputError(
-                f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template; name one with "
-                "`chat_template` in the template set"
-            )
-        self._template_args = dict(template_args or {})
-        self._short_ids = lru_cache(maxsize=65536)(self._encode_content)
-        self._skeleton = lru_cache(maxsize=256)(self._encode_skeleton)
-        self._literal_ids = lru_cache(maxsize=1024)(self._encode_literal)
+        self.template = chat_template or choose_template(self.tokenizer, name, fallback)
+        self.template_args = dict(template_args or {})
+        self.thinking, self._keeps_thoughts = thinking, keeps_thoughts
+        self._chat = ChatTemplate(self.tokenizer, self.template, self.template_args, today)
+        self._options: dict[tuple[str, str, bool], list[int]] = {}
         try:
-            self.end_id, self._control = self._end_id(), self._control_ids()
+            prompt = self._chat.render([_QUESTION], True)
+            turn = self._chat.render([_QUESTION, _ANSWER], False)
         except RowError as e:  # not a row's fault: every model must render a user's turn and its answer
             remedy = "correct" if chat_template else "name one with"
             raise InputError(
                 f"model {self.tokenizer.name_or_path}: its chat template cannot be used ({e}); "
                 f"{remedy} `chat_template` in the template set"
             ) from e
-        self._plain = without_control_tokens(self.tokenizer, self._control)
+        self.control = self._control_ids([prompt, turn])
+        self._encoder = SpanEncoder(self.tokenizer, self.control)
+        self._end, self.end_id = self._find_end(turn.tail)
+        self._gap = self._find_gap(prompt, turn)
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
+        self._hidden = self._ids_without_text()
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """Ids up to where the model writes. If the last message is the assistant's, the model continues it."""
-        continues = messages[-1]["role"] == "assistant"
-        parts, _ = self._render(messages, generation=not continues)
-        return [i for part in parts for i in part]
+        """Ids up to where the model writes. If the last message is the assistant's, the model continues it.
+
+        Raises:
+            RowError: the chat template refuses the messages, or a text cannot be encoded.
+        """
+        if messages[-1]["role"] == "assistant":
+            return self._continued(messages)
+        return self._encoder.encode(self._chat.render(messages, True).spans)[0]
+
+    def question_ids(self, messages: Messages) -> list[int]:
+        """Ids up to where the model answers at once, without a thought."""
+        if messages[-1]["role"] == "assistant":
+            return self._continued(messages)
+        return self._encoder.encode(self._question(messages))[0]
 
     def dialogue_ids(self, messages: Messages, truncated: bool = False) -> tuple[list[int], list[int]]:
         """Ids of a conversation that ends with the assistant's message, and a mask of what it wrote.
 
-        The mask is 1 on the last message's content and on the token that ends the turn: what a policy writes, and what
-        SFT and reward models are trained on. A truncated message has no such token, since the policy did not write one
-        (docs/method.md, item 14).
+        The mask is 1 on what follows the prompt's ids: the last message's content and the token that ends the turn,
+        with what the template writes between them. That is what a policy writes, and what SFT and reward models are
+        trained on. A truncated message has no end, since the policy did not write one (docs/method.md, item 14). If
+        the template begins a thought and the message has none, the thought is closed before it.
+
+        Raises:
+            RowError: the chat template refuses the messages, or a text cannot be encoded.
         """
         if messages[-1]["role"] != "assistant":
             raise ValueError("the last message of a dialogue must be the assistant's")
-        # The prompt as the policy saw it: templates may write a past assistant turn differently.
-        prompt = self.prompt_ids(messages[:-1])
-        content = self._message_ids(messages[-1]["content"])
-        answer = content if truncated else [*content, self.end_id]
-        return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+        prompt, ids = self._answered(messages, closed=not truncated)
+        if not truncated and ids[-1:] != [self.end_id]:
+            ids.append(self.end_id)
+        return prompt + ids, [0] * len(prompt) + [1] * len(ids)
 
-    def option_ids(self, options: Sequence[str], setting: str = "`options` in the template set") -> list[int]:
-        """The token id of each option, as the model would write it at the answer position.
+    def option_ids(
+        self,
+        options: Sequence[str],
+        setting: str = "`options` in the template set",
+        after: Messages = (_QUESTION,),
+    ) -> list[int]:
+        """The token id of each option, as the model would write it after a prompt.
 
         Args:
             setting: the setting that the options come from, for the error message.
+            after: the prompt; by default, any question of a user.
 
         Raises:
             InputError: an option is not exactly one token, or two options are the same token.
         """
         ids = []
         for option in options:
-            encoded = self._literal_ids(option)
+            encoded = self._option_ids(option, after)
             if len(encoded) != 1:
                 raise InputError(
                     f"option {option!r} is {len(encoded)} tokens for {self.tokenizer.name_or_path}; "
@@ -100,81 +142,164 @@ class Renderer:
             )
         return ids
 
+    def begun_thought(self, messages: Messages) -> str:
+        """The beginning of a thought that the template itself writes, mark included; empty if it begins none."""
+        if messages[-1]["role"] == "assistant":  # what is continued is the answer
+            return ""
+        return open_thought(self._chat.render(messages, True).spans, self.thinking)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a content that stands alone, as plain text.
+
+        Raises:
+            RowError: it is not valid Unicode, or has a character that the tokenizer does not know.
+        """
+        return self._encoder.encode_content(text)
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of ids, without control tokens, but with the marks of thoughts."""
+        visible = [i for i in ids if i not in self._hidden]
+        return str(
+            self.tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
-    def _render(self, messages: Messages, generation: bool) -> tuple[list[list[int]], list[int]]:
-        """Token ids in parts, up to the last content (or the generation prompt), and those that follow."""
-        literals = self._skeleton(tuple(m["role"] for m in messages), generation)
-        parts: list[list[int]] = []
-        for literal, message in zip(literals, [m["content"] for m in messages], strict=False):
-            parts.append(literal)
-            parts.append(self._message_ids(message))
-        tail = literals[-1]
-        if generation:
-            parts.append(tail)
-        return parts, tail
+    def served_template(self) -> str:
+        """The chat template for a server that renders messages itself: with the arguments and the date in it."""
+        return self._chat.standalone()
 
-    def _message_ids(self, content: str | list[Piece]) -> list[int]:
-        if isinstance(content, str):
-            return self._content_ids(content)
-        ids: list[int] = []
-        for piece in content:
-            ids += (self._literal_ids if piece.literal else self._content_ids)(piece.text)
-        return ids
+    def control_texts(self) -> list[str]:
+        """The texts of all control tokens, which no content may become."""
+        return sorted(t.content for i, t in self.tokenizer.added_tokens_decoder.items() if i in self.control)
 
-    def _encode_literal(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _answered(self, messages: Messages, closed: bool) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and those of the answer as the model would write it after them.
 
-    def _encode_content(self, text: str) -> list[int]:
+        The prompt is what sampling saw: templates may write a past assistant turn differently.
+
+        Args:
+            closed: whether what ends the turn belongs to the answer.
+        """
+        prompt = self._chat.render(messages[:-1], True).spans
+        return self._follow(prompt, self._answer_spans(messages, prompt, closed))
+
+    def _follow(self, prompt: Spans, answer: Spans) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and those of what follows it."""
+        ids, end = self._encoder.encode(prompt)
+        whole, _ = self._encoder.encode([*prompt, *answer])
+        # Where tokens would merge across the border, the prompt is as sampling saw it, and the rest follows it.
+        if whole[: len(ids)] == ids:
+            return ids, whole[len(ids) :]
+        return ids, self._encoder.encode(answer, end)[0]
+
+    def _answer_spans(self, messages: Messages, prompt: Spans, closed: bool) -> Spans:
+        """What follows the prompt in the text of a conversation."""
+        content, thought = message_spans(messages[-1]["content"]), open_thought(prompt, self.thinking)
+        left, right = self._chat.strips_of_last(["user", "assistant"])
+        end = [Piece(self._end, True)] if closed else []
+        if self._keeps_thoughts and (kept := thought_spans(text_of(content), self.thinking, thought)):
+            return [*kept, *end]
+        written, begins = self._whole(messages), text_of(prompt)
+        if written is not None and text_of(written.spans).startswith(begins):
+            return [*after(written.spans, len(begins)), *end]
+        before = close_thought(thought, self.thinking) or self._gap
+        return [Piece(before, True), *stripped(content, left, right), *end]
+
+    def _continued(self, messages: Messages) -> list[int]:
+        """Ids of a conversation whose last message the model continues: its end is not stripped."""
+        *_, last = messages
+        content = message_spans(last["content"])
+        whole = self._whole(messages)
+        if whole is None:  # the template writes a conversation only up to the assistant's turn
+            prompt, ids = self._answered(messages, closed=False)
+            return prompt + ids
+        kept = text_of(content)
+        ending = kept[len(kept.rstrip()) :]
+        spans = whole.spans
+        if ending and not text_of(spans).endswith(ending):
+            spans = [*spans, Piece(ending, bool(content[-1].literal))]
+        return self._encoder.encode(spans)[0]
+
+    def _whole(self, messages: Messages) -> Rendered | None:
+        """A conversation that ends with an answer; None if the template leaves something out or refuses it."""
         try:
-            ids = self._plain.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeError) as e:
-            raise RowError("text is not valid Unicode (a lone surrogate)") from e
-        if not self._control.isdisjoint(ids):
-            if self._control & set(ids) == {self.tokenizer.unk_token_id}:
-                raise RowError("text holds a character that this tokenizer does not know")
-            raise RowError("text encodes to a control token of this tokenizer")
-        return ids
+            return self._chat.render(messages, False)
+        except RowError:
+            return None
 
-    def _content_ids(self, text: str) -> list[int]:
-        # Long texts seldom come twice, and thousands of them would fill the memory.
-        return self._short_ids(text) if len(text) <= _CACHED_LENGTH else self._encode_content(text)
-
-    def _encode_skeleton(self, roles: tuple[str, ...], generation: bool) -> list[list[int]]:
-        """The template's own ids before each content and after the last one."""
-        marked = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                marked,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self._template_args,
+    def _option_ids(self, option: str, messages: Messages) -> list[int]:
+        *before, last = messages
+        if continues := last["role"] == "assistant":
+            begun = message_spans(last["content"])
+        else:
+            before, begun = list(messages), []
+        context = text_of(begun or self._chat.render(messages, True).spans)[-_CONTEXT:]
+        key = (option, context, continues)
+        if key not in self._options:
+            if len(self._options) >= _KEPT_OPTIONS:
+                self._options.clear()
+            said = [*before, Message(role="assistant", content=[*begun, Piece(option, True)])]
+            self._options[key] = (
+                self._continuation(messages, said)
+                if continues
+                else self._answer_to_question(messages, option)
             )
-        except Exception as e:  # the template's author chooses what it raises
-            raise RowError(f"the chat template refuses the roles {list(roles)}: {e}") from e
-        pieces = _MARK.split(text)
-        if [int(i) for i in pieces[1::2]] != list(range(len(roles))):
-            raise RowError(f"the chat template drops or repeats a message of {list(roles)}")
-        return [self._literal_ids(piece) for piece in pieces[0::2]]
+        return self._options[key]
 
-    def _end_id(self) -> int:
-        """The token that ends an assistant's turn: the first one after the content in the chat template."""
-        tail = self._skeleton(("user", "assistant"), False)[-1]
-        added = tail and tail[0] in self.tokenizer.added_tokens_decoder
-        end = tail[0] if added else self.tokenizer.eos_token_id
-        if end is None:
+    def _answer_to_question(self, messages: Messages, option: str) -> list[int]:
+        """Ids of an option that is the beginning of the answer."""
+        said, prompt = Message(role="assistant", content=[Piece(option, True)]), self._question(messages)
+        closed = text_of(prompt) != text_of(self._chat.render(messages, True).spans)
+        answer = [Piece(option, True)] if closed else self._answer_spans([*messages, said], prompt, False)
+        return self._follow(prompt, answer)[1]
+
+    def _question(self, messages: Messages) -> Spans:
+        """A prompt whose answer comes at once: behind the thought that the template begins, or writes as an empty one."""
+        prompt = self._chat.render(messages, True).spans
+        closes = close_thought(open_thought(prompt, self.thinking), self.thinking)
+        if not closes and self.thinking and self.thinking.close in self._gap:
+            closes = self._gap
+        return joined([*prompt, Piece(closes, True)])
+
+    def _continuation(self, messages: Messages, longer: Messages) -> list[int]:
+        """Ids of what a message that the model continues has more in `longer`, as they follow those of the prompt."""
+        prompt, whole = self._continued(messages), self._continued(longer)
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        # It merges with what stands before it, which is written already.
+        more = after(
+            message_spans(longer[-1]["content"]), len(text_of(message_spans(messages[-1]["content"])))
+        )
+        return self._encoder.encode(more, End("text"))[0]
+
+    def _find_end(self, tail: str) -> tuple[str, int]:
+        """What the template writes behind an answer up to the token that ends the turn, and that token."""
+        end = self._encoder.first_token(tail)
+        if end is not None:
+            return tail[: end.stop], end.id
+        if self.tokenizer.eos_token_id is None:
             raise InputError(f"model {self.tokenizer.name_or_path}: no token ends a turn; set eos_token")
-        return end
+        return "", int(self.tokenizer.eos_token_id)
 
-    def _control_ids(self) -> set[int]:
+    def _find_gap(self, prompt: Rendered, turn: Rendered) -> str:
+        """What the template writes between a prompt and the answer to it."""
+        begins, written = text_of(prompt.spans), text_of(turn.spans)
+        return written[len(begins) : -len("!")] if written.startswith(begins) else ""
+
+    def _control_ids(self, turns: Sequence[Rendered]) -> set[int]:
         """Tokens that no content may hold: special tokens, and others that the chat template builds turns from.
 
         The remaining added tokens are text: in some tokenizers line breaks and spaces are added tokens.
         """
-        turns = (self._skeleton(("user", "assistant"), False), self._skeleton(("user",), True))
-        structure = {i for skeleton in turns for piece in skeleton for i in piece}
+        texts = ["".join(s.text for s in turn.spans if s.literal) + turn.tail for turn in turns]
+        structure = {i for text in texts for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]}
         added = self.tokenizer.added_tokens_decoder.items()
-        control = {i for i, t in added if t.special or (i in structure and t.content.strip())}
+        control = {
+            i for i, t in added if is_control(t.content, t.special) or (i in structure and t.content.strip())
+        }
         return control | set(self.tokenizer.all_special_ids)
+
+    def _ids_without_text(self) -> set[int]:
+        """Special tokens other than the marks of thoughts."""
+        marks = {self.thinking.open, self.thinking.close} if self.thinking else set()
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {i for i, t in added if t.special and t.content not in marks}

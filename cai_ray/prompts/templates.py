@@ -22,7 +22,12 @@ class Thinking(BaseModel):
     open: str = Field(min_length=1)
     close: str = Field(min_length=1)
     begun: bool = False
-    """Whether the chat template writes the opening mark. A text without the closing mark is then all thought."""
+    """Whether the chat template of a model at an endpoint writes the opening mark, which cannot be seen from here. A
+    text without the closing mark is then all thought."""
+
+
+THINKING = Thinking(open="<think>", close="</think>")
+"""The marks that most reasoning models write."""
 
 
 class TemplateSet(BaseModel):

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from cai_ray.errors import InputError
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+# Added tokens that are plain text: blanks and words, and tags of HTML, of which some vocabularies have dozens.
+_TEXT = re.compile(
+    r"[^<>\[\]{}|＜＞｜]*|</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|i|img|li|ol|p|pre|s|span|strong|sub|sup"
+    r"|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
+)
+
+# What tokenizers treat differently: blanks, line breaks, numbers, letters beyond ASCII.
+_SAMPLE = "It's 12345 + 678 = 13,023?\n\n  Ünï, 你好 🙂\tx_y  "
+
+_NEVER = -1e6  # the score of a piece that a unigram model takes only if it has no other
+
+Place = Literal["start", "token", "text"]
+"""Where a text stands: at the very start, behind a control token, or behind other text."""
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -29,10 +43,30 @@ def load_tokenizer(model: str | Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(str(model))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        return _as_saved(AutoTokenizer.from_pretrained(str(model), trust_remote_code=False), path)
     except Exception as e:  # a broken file makes transformers raise almost anything
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"model {model}: its tokenizer cannot be loaded ({reason})") from e
+
+
+def _as_saved(loaded: Any, folder: Path) -> Any:
+    """The tokenizer as its tokenizer.json describes it, which transformers may have built anew by its family's rules.
+
+    Where a folder has no config.json, a name of a class in tokenizer_config.json is all that says which family that is:
+    a byte-level tokenizer by a class of SentencePiece loses every blank.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None or not file.exists():
+        return loaded
+    saved, rebuilt = (
+        tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+        for tokenizer in (Tokenizer.from_file(str(file)), backend)
+    )
+    return loaded if saved == rebuilt else PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
 def _is_plain(folder: Path) -> bool:
@@ -52,15 +86,25 @@ def _is_plain(folder: Path) -> bool:
     return plain and (folder / "tokenizer.json").exists()
 
 
-def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
-    """A copy of the tokenizer in which no text is special.
+class PlainText(NamedTuple):
+    """Copies of a tokenizer in which no text is a control token."""
 
-    Without added tokens no text is looked up before it is encoded. But many vocabularies contain the control tokens,
-    too: a unigram model finds whatever is in its vocabulary, and a BPE model whatever its merges lead to (or, with
-    `ignore_merges`, any whole word). The copy cannot reach them.
+    backends: Mapping[Place, Any]
+    """By where the text to be encoded stands."""
+    kept: frozenset[int]
+    """Ids of added tokens that are looked up in every text, such as runs of blanks."""
+
+
+def without_control_tokens(tokenizer: Any, control: set[int]) -> PlainText:
+    """Copies of the tokenizer in which no text is a control token.
+
+    Added tokens are not looked up, except those that are plain text themselves. But many vocabularies contain the
+    control tokens, too: a unigram model finds whatever is in its vocabulary, and a BPE model whatever its merges lead
+    to (or, with `ignore_merges`, any whole word). The copies cannot reach them.
+
+    Raises:
+        InputError: the tokenizer is not a fast one.
     """
-    from tokenizers import Tokenizer
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(
@@ -68,8 +112,23 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
             "encoded without special tokens"
         )
     data = json.loads(backend.to_str())
-    data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    model = data["model"]
+    kept = [
+        t
+        for t in data["added_tokens"]
+        if t["id"] not in control and not is_control(t["content"], t["special"])
+    ]
+    data.update(added_tokens=kept, post_processor=None, truncation=None, padding=None)
+    _remove_control(data["model"], control)
+    return PlainText(_by_place(data, kept), frozenset(t["id"] for t in kept))
+
+
+def is_control(content: str, special: bool) -> bool:
+    """Whether an added token is kept out of contents: all that are special or look like marks, but not tags of HTML."""
+    return special or not _TEXT.fullmatch(content)
+
+
+def _remove_control(model: dict[str, Any], control: set[int]) -> None:
+    """Puts control tokens out of a model's reach."""
     vocab = model["vocab"]
     if isinstance(
         vocab, list
@@ -79,11 +138,51 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> Any:
                 piece[0] = f"\ue000{uuid4().hex}\ue001"
             elif model.get("byte_fallback") and _BYTE.fullmatch(piece[0]):
                 # Byte pieces are for characters without a piece, not for a text that reads "<0x0A>".
-                piece[1] = -1e6
+                piece[1] = _NEVER
     else:
         removed = {text for text, i in vocab.items() if i in control} - {model.get("unk_token")}
         model["vocab"] = {text: i for text, i in vocab.items() if text not in removed}
         if "merges" in model:
             merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
             model["merges"] = [[a, b] for a, b in merges if removed.isdisjoint((a, b, a + b))]
-    return Tokenizer.from_str(json.dumps(data))
+
+
+def _by_place(data: dict[str, Any], kept: list[Any]) -> dict[Place, Any]:
+    """Tokenizers that put a blank before a text where the tokenizer of `data` would, were it the whole text's."""
+    from tokenizers import Tokenizer
+
+    _put_into_vocabulary(kept, data["model"]["vocab"])
+    first = Tokenizer.from_str(json.dumps(data))
+    made: dict[Place, Any] = {"start": first, "token": first, "text": first}
+    for step in _steps(data["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
+            step["prepend_scheme"] = "never"
+            made["token"] = made["text"] = Tokenizer.from_str(json.dumps(data))
+    if any(step["type"] == "Prepend" for step in _steps(data["normalizer"], "normalizers")):
+        rest = [step for step in _steps(data["normalizer"], "normalizers") if step["type"] != "Prepend"]
+        data["normalizer"] = {"type": "Sequence", "normalizers": rest}
+        made["text"] = Tokenizer.from_str(json.dumps(data))
+    return made
+
+
+def _put_into_vocabulary(added: list[Any], vocab: dict[str, int] | list[Any]) -> None:
+    """Puts added tokens into a model's vocabulary: without it they would be given other ids."""
+    for token in added:
+        if isinstance(vocab, dict):
+            vocab.setdefault(token["content"], token["id"])
+            continue
+        while len(vocab) <= token["id"]:
+            vocab.append([f"\ue000{uuid4().hex}\ue001", _NEVER])
+        if vocab[token["id"]][0] != token["content"]:
+            vocab[token["id"]] = [token["content"], _NEVER]
+
+
+def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer."""
+    if part is None:
+        return []
+    return (
+        [inner for step in part[name] for inner in _steps(step, name)]
+        if part["type"] == "Sequence"
+        else [part]
+    )

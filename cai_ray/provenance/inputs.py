@@ -57,6 +57,8 @@ def own_inputs(run: Run, name: str) -> dict[str, str]:
             hashes[key] = base()
         elif key == "constitution":
             hashes[key] = config.document.sha
+        elif key in ("template_args", "chat_template") and not value:
+            continue  # as if there were no such setting
         elif key == "templates":
             hashes[key] = load_templates(value).sha
         elif isinstance(value, Section):

@@ -172,7 +172,7 @@ class Scorer:
     def __init__(self, run: Run):
         import torch
 
-        from cai_ray.prompts.renderer import Renderer
+        from cai_ray.prompts.models import run_renderer
         from cai_ray.train.models import load_reward_model, reward_scale
 
         torch.set_num_threads(1)
@@ -181,7 +181,7 @@ class Scorer:
         self.device = "cuda" if uses_gpu(run.config) else "cpu"
         self.model = load_reward_model(path, run.config.rm, trainable=False).to(self.device).eval()
         self.scale = reward_scale(path)
-        self.renderer = Renderer(path, load_templates(run.config.templates).chat_template)
+        self.renderer = run_renderer(run, "rm", path)
         self.templates = load_templates(run.config.templates)
         self.context = int(self.model.config.get_text_config().max_position_embeddings)
         self.busy = threading.Lock()

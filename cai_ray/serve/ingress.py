@@ -125,7 +125,7 @@ class Ingress(ModelIngress):
         """An answer of a policy, as in OpenAI's API. With `explain`, also which principle is at stake in it."""
         control_tokens = await self._control_tokens(body.model)
         turns = [{"role": m.role, "content": m.text} for m in body.messages]
-        refuse_control_tokens(turns, control_tokens)
+        refuse_control_tokens(turns, control_tokens, self.templates.thinking)
         self._log(request, turns)
         vllm_request = chat_request(body, turns, self.templates, self.settings.max_tokens)
         answer = await self._ask_policy(lambda: super(Ingress, self).chat(vllm_request, request))
@@ -150,7 +150,7 @@ class Ingress(ModelIngress):
         return answer
 
     async def _control_tokens(self, model: str | None) -> list[str]:
-        """A policy's special tokens, as text."""
+        """A policy's control tokens, as text."""
         name = await translate_errors(self.model_id(model))
         self._check_model(name)  # a name with a colon passes the line before
         tokens: list[str] = (await self._description(self.adapters.get(name, name)))["control"]

@@ -13,8 +13,7 @@ from cai_ray.compat.vllm_process import import_for_engine
 from cai_ray.config.run import RunConfig
 from cai_ray.engine.vllm import engine_args
 from cai_ray.errors import InputError
-from cai_ray.prompts.load import load_templates
-from cai_ray.prompts.tokenizers import load_tokenizer
+from cai_ray.prompts.models import run_renderer
 from cai_ray.serve.settings import ServeSettings
 from cai_ray.storage import files
 from cai_ray.storage.models import model_sha
@@ -33,10 +32,10 @@ class Policy(EngineServer):
         if not uses_gpu(run.config):
             import_for_engine()
         model = await asyncio.to_thread(run.model, role)
-        tokens = load_tokenizer(model).added_tokens_decoder.values()
+        renderer = await asyncio.to_thread(run_renderer, run, role, model)
         self.identity = {
             "sha": await asyncio.to_thread(model_sha, run.locate(role)),
-            "control": sorted({t.content for t in tokens if t.special}),
+            "control": renderer.control_texts(),
         }
         # This description also has what only the model's files say, which the driver could not read.
         llm_config = await asyncio.to_thread(describe_policy, run, role, settings, model)
@@ -45,7 +44,7 @@ class Policy(EngineServer):
         await super().__init__(llm_config)
 
     def describe(self) -> dict[str, Any]:
-        """Content hash of the model, and its special tokens as text."""
+        """Content hash of the model, and its control tokens as text."""
         return self.identity
 
 
@@ -68,7 +67,7 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
         "pipeline_parallel_size": config.engine.pipeline_parallel,
     }
     if model is not None:
-        engine = _engine(model, config)
+        engine = _engine(model, config) | _template(run, role, model)
         # vLLM limits every answer to this, and to what the context has room for.
         engine["override_generation_config"] = {"max_new_tokens": settings.max_tokens}
         if adapters := adapters_of(role, settings):
@@ -101,8 +100,14 @@ def _engine(model: str, config: RunConfig) -> dict[str, Any]:
     del args["model"]
     args.pop("distributed_executor_backend", None)  # Ray Serve LLM chooses it
     args["disable_log_stats"] = False  # these are the engine's metrics
-    template = load_templates(config.templates).chat_template
-    return args | ({"chat_template": template} if template else {})
+    return args
+
+
+def _template(run: Run, role: str, model: str) -> dict[str, Any]:
+    """The chat template with the run's arguments and date, unless it is the model's own as it is."""
+    renderer = run_renderer(run, role, model)
+    template = renderer.served_template()
+    return {} if template == renderer.tokenizer.chat_template else {"chat_template": template}
 
 
 def _lora(adapters: dict[str, str]) -> dict[str, Any]:

@@ -14,14 +14,22 @@ from pydantic import ValidationError
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from cai_ray.prompts.messages import plain_messages
-from cai_ray.prompts.templates import TemplateSet
+from cai_ray.prompts.templates import TemplateSet, Thinking
 from cai_ray.serve.schemas import ChatRequest, CompletionsRequest
 
 
-def refuse_control_tokens(turns: Sequence[dict[str, str]], control_tokens: Sequence[str]) -> None:
-    """Raises HTTPException 400 if a content holds one of the model's control tokens."""
+def refuse_control_tokens(
+    turns: Sequence[dict[str, str]], control_tokens: Sequence[str], thinking: Thinking | None = None
+) -> None:
+    """Raises HTTPException 400 if a content holds one of the model's control tokens.
+
+    Args:
+        thinking: the marks of thoughts, which an answer that is sent back may hold.
+    """
+    marks = {thinking.open, thinking.close} if thinking else set()
     for i, turn in enumerate(turns):
-        token = next((t for t in control_tokens if t in turn["content"]), None)
+        allowed = marks if turn["role"] == "assistant" else set()
+        token = next((t for t in control_tokens if t in turn["content"] and t not in allowed), None)
         if token is not None:
             raise HTTPException(
                 400, f"messages.{i}.content holds {token!r}, a control token of this model; leave it out"

@@ -31,6 +31,14 @@ class ResolvedModel(NamedTuple):
     """The template set, by name or path."""
     template_args: Mapping[str, Any] = {}
     """Arguments of the model's chat template."""
+    chat_template: str | None = None
+    """The name of one of the model's chat templates; None is the default one."""
+    has_own_templates: bool = True
+    """Whether the template set was chosen for this model, rather than for the run's own models."""
+    keeps_thoughts: bool = False
+    """Whether the run keeps the thoughts that answers begin with (`thinking: keep`)."""
+    today: str | None = None
+    """The day that the chat template is told, as YYYY-MM-DD: the same for the whole run."""
 
     @property
     def is_served(self) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Run:
             raise InputError(
                 f"out {config.out}: only {{name}} may stand in braces; choose another with --out"
             )
+        self._today: str | None = None
         self.root = out if "://" in out else os.path.abspath(os.path.expanduser(out))
 
     def path(self, *parts: str) -> str:
@@ -151,8 +153,27 @@ class Run:
             location = config.model if settings.model == "base" else settings.model
         else:
             location = self.locate(settings.model)
-        templates = settings.templates or config.templates
-        return ResolvedModel(settings.model, location, engine, templates, settings.template_args)
+        own = settings.model in ROLES or settings.model == config.model
+        return ResolvedModel(
+            settings.model,
+            location,
+            engine,
+            settings.templates or config.templates,
+            (config.template_args if own else {}) | settings.template_args,
+            settings.chat_template or (config.chat_template if own else None),
+            own or settings.templates is not None,
+            config.thinking == "keep",
+            self.today,
+        )
+
+    @property
+    def today(self) -> str:
+        """The day of the run's first start, as YYYY-MM-DD. It is what chat templates are told at every stage."""
+        if self._today is None:
+            uri = self.path("run.json")
+            known = read_object(uri, "delete it, and start the run again") or {}
+            self._today = str(known.get("today") or date.today().isoformat())
+        return self._today
 
     def write_metrics(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
         """Replaces a stage's metrics.jsonl (object stores cannot append)."""

@@ -22,6 +22,7 @@ from cai_ray.config.training import PreferenceConfig, TrainConfig
 from cai_ray.data.sources import read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.files import open_new
@@ -79,6 +80,9 @@ class ComparisonData:
 def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> ComparisonData:
     """Renders the run's comparisons with a model's tokenizer and the template set.
 
+    Args:
+        model: a role, folder or id.
+
     Raises:
         InputError: no comparison is left to train on, or one is longer than a micro-batch.
     """
@@ -89,7 +93,8 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
     labels = run.each_row("label", columns)
     rows = chain(ai_comparisons(labels, cfg, seed, left_out), _human_comparisons(cfg, seed, about))
     templates = load_templates(run.config.templates)
-    renderer, limit = Renderer(model, templates.chat_template), context_length(model)
+    folder = run.model(model)
+    renderer, limit = run_renderer(run, model, folder), context_length(folder)
     ids: list[bytes] = []
     p_a, human, held, ai = array("d"), array("b"), array("b"), 0
     with open_new(file) as tokens:

@@ -21,6 +21,7 @@ from cai_ray.config.training import SftConfig, TrainConfig
 from cai_ray.errors import InputError
 from cai_ray.judging.quality import kind
 from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import schema_of, to_tables
@@ -69,7 +70,7 @@ def run(run: Run) -> dict[str, Any]:
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
     source = run.model(cfg.init)
-    renderer = Renderer(source, templates.chat_template)
+    renderer = run_renderer(run, cfg.init, source)
     records = to_records(rows, cfg, choice.ids)
     data = write_records(run, records, renderer, templates, context_length(source), choice.ids)
     if not len(data):

@@ -9,6 +9,7 @@ from cai_ray.config.ppo import PpoConfig
 from cai_ray.data.sources import read_prompts
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo.experience import draw
@@ -66,7 +67,7 @@ def encode_prompts(
 
 def policy_renderer(run: Run) -> Renderer:
     """Renders as the SL-CAI policy, which PPO starts from, was trained."""
-    return Renderer(run.model("sl"), load_templates(run.config.templates).chat_template)
+    return run_renderer(run, "sl")
 
 
 def policy_context(run: Run) -> int:

@@ -20,6 +20,7 @@ from cai_ray.config.ppo import PpoConfig
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
+from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.run import Run
@@ -100,7 +101,7 @@ def make_reader(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reade
     """The reader of a reward model; None if it reads the policy's own tokens."""
     templates = load_templates(run.config.templates)
     path = run.model(model)
-    renderer = Renderer(path, templates.chat_template)
+    renderer = run_renderer(run, model, path)
     if same_tokens(policy, renderer):
         return None
     return Reader(policy, renderer, templates, min(context_length(path), cfg.micro_batch_tokens))
@@ -124,7 +125,7 @@ def make_readers(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:
 def same_tokens(one: Renderer, other: Renderer) -> bool:
     """Says whether two models get the same ids for the same conversation."""
     return (
-        one.template == other.template
+        (one.template, one.template_args) == (other.template, other.template_args)
         and one.end_id == other.end_id
         and one.tokenizer.backend_tokenizer.to_str() == other.tokenizer.backend_tokenizer.to_str()
     )

@@ -1,5 +1,7 @@
 """Models that are prompted and judges: what a run leaves out or fills in, and what is refused."""
 
+import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ from cai_ray import constitution
 from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.load import load_config
 from cai_ray.errors import InputError
+from cai_ray.prompts.models import make_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.provenance.inputs import inputs
 from cai_ray.storage.run import Run
-from tests.tiny import tokenizer
+from tests.tiny import CHATML, tokenizer
 
 WORDS = tokenizer()
 TURN = [{"role": "user", "content": "a"}]
@@ -119,3 +122,55 @@ def test_template_arguments_reach_the_chat_template_and_nothing_else_changes() -
     assert Renderer(WORDS, template, {"enable_thinking": True}).prompt_ids(TURN) == plain
     without = Renderer(WORDS, template, {"enable_thinking": False}).prompt_ids(TURN)
     assert without == [*plain, WORDS.eos_token_id]
+
+
+def test_template_arguments_of_the_run_are_those_of_its_own_models(tmp_path: Path) -> None:
+    """A model from elsewhere has its own: its template may know no such argument."""
+    run = load("template_args={enable_thinking: false, effort: low}", "chat_template=short")
+    for role in ("base", "sl", "rl", "rm"):
+        model = run.resolve_model(role)
+        assert model.template_args == {"enable_thinking": False, "effort": "low"}
+        assert model.chat_template == "short" and model.has_own_templates
+    judge = JudgeConfig(model="base", template_args={"effort": "high"}, chat_template="long")
+    model = run.resolve_model(judge)
+    assert model.template_args == {"enable_thinking": False, "effort": "high"} and model.chat_template == "long"
+    other = run.resolve_model(JudgeConfig(model="/elsewhere"))
+    assert other.template_args == {} and other.chat_template is None and not other.has_own_templates
+    with pytest.raises(InputError, match="template_args.*tokenize: the renderer itself sets it"):
+        load("template_args={tokenize: true}")
+
+
+def test_template_arguments_of_the_run_are_an_input_of_every_stage_that_renders(tmp_path: Path) -> None:
+    for key in ("template_args={enable_thinking: false}", "chat_template=short"):
+        for stage in ("revise", "redteam"):
+            changed = inputs(load(key, out=tmp_path), stage)
+            assert changed.keys() - inputs(load(out=tmp_path), stage).keys() == {key.split("=")[0]}
+
+
+def test_a_template_set_is_for_the_models_that_it_was_chosen_for(tmp_path: Path) -> None:
+    """Its chat template takes the place of their own, and stands in where a model from elsewhere has none."""
+    words = tokenizer()
+    words.chat_template = words.chat_template.replace("<|im_end|>", "<|im_end|>!")
+    words.save_pretrained(tmp_path / "judge")
+    bare = tokenizer()
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    (tmp_path / "set.yaml").write_text(f"extends: general\nname: own\nchat_template: {json.dumps(CHATML)}\n")
+    run = load(f"templates={tmp_path / 'set.yaml'}", f"model={tmp_path / 'judge'}")
+
+    def template(model: JudgeConfig | str) -> str:
+        resolved = run.resolve_model(model)
+        return make_renderer(resolved, resolved.location).template
+
+    elsewhere = JudgeConfig(model=str(tmp_path / "judge") + "/")
+    assert template("base") == CHATML and template(elsewhere) == words.chat_template
+    assert template(JudgeConfig(model=str(tmp_path / "bare"))) == CHATML
+    chosen = elsewhere.model_copy(update={"templates": str(tmp_path / "set.yaml")})
+    assert template(chosen) == CHATML
+
+
+def test_the_day_of_a_run_is_that_of_its_first_start(tmp_path: Path) -> None:
+    assert load(out=tmp_path).today == date.today().isoformat()
+    (tmp_path / "run.json").write_text('{"today": "2026-07-24"}')
+    run = load(out=tmp_path)
+    assert run.today == run.resolve_model("base").today == "2026-07-24"

@@ -1,6 +1,8 @@
 """Rendering: docs/method.md items 2, 8, 11, 16, 38."""
 
+import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from cai_ray import constitution
 from cai_ray.errors import InputError, RowError
+from cai_ray.judging.quality import without_thinking
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.tokenizers import load_tokenizer
@@ -63,28 +66,16 @@ def test_item_11_content_never_becomes_structure(contents: list[str]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(texts, texts)
 def test_item_11_a_response_cannot_forge_a_verdict(a: str, b: str) -> None:
-    """What surrounds two responses in the feedback prompt is the same ids whatever they say."""
-    conversation = talk("Which is better?")
-    messages = GENERAL.feedback_messages(conversation, a, b, PRINCIPLE)
-    harmless = GENERAL.feedback_messages(conversation, "x", "y", PRINCIPLE)
-    # The prompt's ids are the harmless prompt's, up to the first response and after the second.
-    ids, other = RENDERER.prompt_ids(messages), RENDERER.prompt_ids(harmless)
-    before, after = _around(other, "x", "y")
-    assert ids[: len(before)] == before and ids[len(ids) - len(after) :] == after
-    inside = ids[len(before) : len(ids) - len(after)]
-    middle = other[len(before) + 1 : len(other) - len(after) - 1]
-    assert inside == RENDERER._encode_content(a) + middle + RENDERER._encode_content(b)
+    """What surrounds two responses in the feedback prompt is the same text, with the same control tokens."""
 
+    def prompt(one: str, two: str) -> tuple[list[int], str]:
+        messages = GENERAL.feedback_messages(talk("Which is better?"), one, two, PRINCIPLE)
+        ids = RENDERER.prompt_ids(messages)
+        return [i for i in ids if i in RENDERER.control], WORDS.decode(ids, skip_special_tokens=False)
 
-def _around(ids: list[int], a: str, b: str) -> tuple[list[int], list[int]]:
-    """What stands before the one-token response a and after the one-token response b, each the only one of its kind
-    between the headings of the two responses."""
-    (token_a,), (token_b,) = RENDERER._encode_content(a), RENDERER._encode_content(b)
-    heading = RENDERER._encode_literal("# Response A\n\n")
-    start = next(i for i in range(len(ids)) if ids[i : i + len(heading)] == heading) + len(heading)
-    assert ids[start] == token_a
-    end = next(i for i in range(start + 1, len(ids)) if ids[i] == token_b)
-    return ids[:start], ids[end + 1 :]
+    control, text = prompt("zq0", "zq1")
+    before, middle, behind = re.split("zq[01]", text)
+    assert prompt(a, b) == (control, before + a + middle + b + behind)
 
 
 def test_item_11_special_tokens_in_content_are_plain_text() -> None:
@@ -101,7 +92,7 @@ def test_item_11_added_tokens_that_are_plain_text_may_stand_in_content() -> None
     words.chat_template = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
     vocab = words.backend_tokenizer.get_vocab()
     renderer = Renderer(words)
-    assert vocab["<turn>"] in renderer._control and vocab["\n"] not in renderer._control
+    assert vocab["<turn>"] in renderer.control and vocab["\n"] not in renderer.control
     ids = renderer.prompt_ids([{"role": "user", "content": "one\ntwo <turn>"}])
     assert ids.count(vocab["<turn>"]) == 1 and words.decode(ids).endswith("one\ntwo <turn>")
 
@@ -168,6 +159,119 @@ def test_a_growing_conversation_keeps_its_prefix() -> None:
     assert long[: len(short)] == short
 
 
+BEGUN = WORDS.chat_template.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+CLOSED = "<|im_start|>assistant\n<think>\n\n</think>\n\nHello!<|im_end|>"
+
+
+def test_a_thought_that_the_template_begins_is_closed_in_what_is_trained_on() -> None:
+    """Seen from the rendered prompt; the prompt's own ids stay those of inference."""
+    renderer, messages = Renderer(WORDS, BEGUN), talk("hi", "Hello!")
+    ids, mask = renderer.dialogue_ids(messages)
+    prompt = renderer.prompt_ids(messages[:1])
+    assert WORDS.decode(prompt).endswith("assistant\n<think>\n") and ids[: len(prompt)] == prompt
+    assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert WORDS.decode(ids).replace("<think>\n</think>", "<think>\n\n</think>").endswith(CLOSED)
+    assert renderer.begun_thought(messages[:1]) == "<think>\n"
+    assert renderer.begun_thought(talk("hi", "The answer is")) == "", "what is continued is the answer"
+    assert Renderer(WORDS, BEGUN, thinking=None).begun_thought(messages[:1]) == ""
+    closed = Renderer(WORDS, BEGUN.replace("<think>\\n'", "<think>\\n\\n</think>\\n\\n'"))
+    assert closed.begun_thought(messages[:1]) == ""
+    assert WORDS.decode(closed.dialogue_ids(messages)[0]).endswith(CLOSED)
+
+
+def test_a_thought_that_was_cut_is_not_the_answer() -> None:
+    """The engine gives the whole turn: with what the template has begun, a cut thought shows as one."""
+    renderer = Renderer(WORDS, BEGUN)
+    begun = renderer.begun_thought(talk("hi"))
+    with pytest.raises(RowError, match="a thinking block does not end"):
+        without_thinking(begun + "Let me think about how to", GENERAL.thinking)
+    assert without_thinking(begun + "Let me see.\n</think>\n\nYes.", GENERAL.thinking) == "Yes."
+
+
+def test_a_thought_that_is_kept_is_trained_on_as_the_model_wrote_it() -> None:
+    words = tokenizer()
+    words.add_tokens(["<think>", "</think>"], special_tokens=False)
+    marks = words.convert_tokens_to_ids(["<think>", "</think>"])
+    for template in (WORDS.chat_template, BEGUN):
+        messages = talk("hi", "<think>\nWhy?\n</think>\n\nHello </think>")
+        kept, plain = (Renderer(words, template, keeps_thoughts=keeps) for keeps in (True, False))
+        ids, _ = kept.dialogue_ids(messages)
+        assert [i for i in ids if i in marks] == marks
+        assert words.decode(ids).endswith("assistant\n<think>\nWhy?\n</think>\n\nHello </think><|im_end|>")
+        plain_ids, mask = plain.dialogue_ids(messages)
+        assert plain_ids[mask.index(1) :].count(marks[0]) == 0, "a content is not a mark"
+
+
+def test_item_02_an_option_follows_a_closed_thought() -> None:
+    renderer = Renderer(WORDS, BEGUN)
+    asked = talk("A or B?")
+    assert renderer.option_ids(["A", "B"], after=asked) == Renderer(WORDS).option_ids(["A", "B"], after=asked)
+    assert WORDS.decode(renderer.question_ids(asked)).endswith("</think>\n\n")
+
+
+def test_marks_of_thoughts_stay_in_the_text_though_they_are_special() -> None:
+    words = tokenizer()
+    words.add_tokens(["<think>", "</think>"], special_tokens=True)
+    ids = words("<think>why</think>yes<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert Renderer(words).decode(ids) == "<think>why</think>yes"
+    assert Renderer(words, thinking=None).decode(ids) == "whyyes"
+
+
+def test_decoding_cleans_nothing_up() -> None:
+    """Many published tokenizers ask for it, and ids would not come back from the text."""
+    words = tokenizer()
+    words.clean_up_tokenization_spaces = True
+    renderer, text = Renderer(words), "It 's n't : a ? b , c ."
+    assert renderer.decode(renderer.encode_content(text)) == text
+
+
+def test_a_content_that_the_template_trims_is_trained_on_as_trimmed() -> None:
+    """Whatever the template strips: all blanks, line breaks alone, on one side."""
+    for filters, left in (("| trim", "Yes"), (".strip('\\n')", " Yes"), (".lstrip()", "Yes")):
+        renderer = Renderer(WORDS, WORDS.chat_template.replace("m['content']", f"(m['content'] {filters})"))
+        messages = talk("\n  why? \n", "\n Yes \n")
+        text = WORDS.decode(renderer.dialogue_ids(messages)[0])
+        assert text + "\n" == WORDS.apply_chat_template(messages, chat_template=renderer.template, tokenize=False)
+        assert f"assistant\n{left}" in text
+        begun = renderer.prompt_ids(talk("q", "The answer is:\n"))
+        assert WORDS.decode(begun).endswith("The answer is:\n"), "what is continued has no end to strip"
+
+
+def test_a_template_may_leave_out_a_turn_without_words() -> None:
+    template = WORDS.chat_template.replace("{{ '<|im_start|>'", "{% if m['content'] %}{{ '<|im_start|>'").replace(
+        "<|im_end|>\\n' }}", "<|im_end|>\\n' }}{% endif %}"
+    )
+    renderer = Renderer(WORDS, template)
+    assert renderer.prompt_ids([{"role": "system", "content": ""}, *talk("a")]) == renderer.prompt_ids(talk("a"))
+
+
+NAMED = {"default": WORDS.chat_template, "tool_use": "{{ tools }}", "short": "{{ messages[0].content }}<|im_end|>"}
+
+
+def test_the_default_of_several_chat_templates_is_taken_unless_one_is_named() -> None:
+    words = tokenizer()
+    words.chat_template = NAMED
+    assert Renderer(words).prompt_ids(talk("a")) == RENDERER.prompt_ids(talk("a"))
+    words.chat_template = {"one": WORDS.chat_template, "two": "x"}
+    assert Renderer(words, name="one").prompt_ids(talk("a")) == RENDERER.prompt_ids(talk("a"))
+    with pytest.raises(InputError, match="no chat template named 'default'; set `chat_template` to one of: one, two"):
+        Renderer(words)
+    with pytest.raises(InputError, match="named 'three'; set `chat_template` to one of: default"):
+        Renderer(WORDS, name="three")
+
+
+def test_the_day_is_the_runs() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}" + WORDS.chat_template
+    made = Renderer(WORDS, template, today=date(2026, 7, 24))
+    assert WORDS.decode(made.prompt_ids(talk("a"))).startswith("24 Jul 2026<|im_start|>")
+    args = {"enable_thinking": False, "effort": "low", "nothing": None}
+    asks = "{{ enable_thinking }} {{ effort }} {{ nothing is none }} " + template
+    served = Renderer(WORDS, asks, args, today=date(2026, 7, 24)).served_template()
+    shown = WORDS.apply_chat_template(talk("a"), chat_template=served, tokenize=False)
+    assert shown.startswith("False low True 24 Jul 2026<|im_start|>")
+    assert Renderer(WORDS).served_template() == WORDS.chat_template
+
+
 def test_a_lone_surrogate_is_the_rows_error() -> None:
     with pytest.raises(RowError, match="Unicode"):
         RENDERER.prompt_ids(talk("\ud800"))
@@ -183,6 +287,20 @@ def test_tokenizers_are_those_of_transformers(tmp_path: Path, family: Family) ->
     assert found.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
     assert found.special_tokens_map == wanted.special_tokens_map
     assert found.chat_template == wanted.chat_template
+
+
+def test_a_tokenizer_is_loaded_as_it_was_saved_though_its_class_says_otherwise(tmp_path: Path) -> None:
+    """Without a config.json transformers goes by the class alone, and builds a byte-level tokenizer anew."""
+    words = tokenizer()
+    words.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"})
+    )
+    text = "12345 + 678 = x"
+    found = load_tokenizer(tmp_path)
+    assert found(text, add_special_tokens=False)["input_ids"] == words(text, add_special_tokens=False)["input_ids"]
+    assert Renderer(found, WORDS.chat_template).prompt_ids(talk(text)) == RENDERER.prompt_ids(talk(text))
 
 
 def test_item_38_a_folder_without_tokenizer_or_template(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Encodes a rendered prompt as the tokenizer encodes the whole text, except that contents are plain text.
+
+Control tokens are looked for in the structure alone. The text between two of them, structure and contents together, is
+encoded at once by a copy of the tokenizer in which nothing is special: so words and blanks merge across the border of a
+content as they do in the whole text, and no content can become a control token.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from cai_ray.errors import RowError
+from cai_ray.prompts.messages import Piece
+from cai_ray.prompts.spans import Spans, joined
+from cai_ray.prompts.tokenizers import Place, without_control_tokens
+
+# The texts whose ids are kept, in characters: all of them together, and the longest one.
+CACHED_CHARACTERS = 4_000_000
+_LONGEST_CACHED = 20_000
+
+# What a control token that swallows blanks takes for one. Python's own idea of a blank is a little wider.
+_BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+class End(NamedTuple):
+    """Where an encoded text ends, which decides how what follows it is encoded."""
+
+    place: Place
+    swallows: bool = False
+    """Whether a control token has swallowed the blanks behind it and goes on to."""
+
+
+START = End("start")
+
+
+class Token(NamedTuple):
+    """A control token that a literal text holds."""
+
+    id: int
+    stop: int
+    """Where it ends in the literal, in characters."""
+    ends: End
+    swallowed_before: bool
+    """Whether it has swallowed the blanks before it from the beginning of the literal, and goes on to."""
+
+
+class TextCache:
+    """Ids of the texts that were encoded last, bounded by their characters."""
+
+    def __init__(self, characters: int = CACHED_CHARACTERS):
+        self.limit, self.characters = characters, 0
+        self._ids: OrderedDict[tuple[str, str], array[int]] = OrderedDict()
+
+    def get(self, key: tuple[str, str]) -> array[int] | None:
+        ids = self._ids.get(key)
+        if ids is not None:
+            self._ids.move_to_end(key)
+        return ids
+
+    def put(self, key: tuple[str, str], ids: Sequence[int]) -> None:
+        if len(key[1]) > _LONGEST_CACHED or key in self._ids:  # long texts seldom come twice
+            return
+        self._ids[key] = array("i", ids)
+        self.characters += len(key[1])
+        while self.characters > self.limit:
+            (_, text), _ = self._ids.popitem(last=False)
+            self.characters -= len(text)
+
+
+class SpanEncoder:
+    """Encodes spans for one tokenizer.
+
+    Args:
+        control: ids that no content may become.
+    """
+
+    def __init__(self, tokenizer: Any, control: set[int]):
+        self.tokenizer, self.control = tokenizer, control
+        self._plain = without_control_tokens(tokenizer, control)
+        self._added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if i not in self._plain.kept}
+        self._literal = lru_cache(maxsize=4096)(self._split_literal)
+        self.cache = TextCache()
+
+    def encode(self, spans: Iterable[Piece], begins: End = START) -> tuple[list[int], End]:
+        """Ids of spans, and where they end.
+
+        Args:
+            begins: where the text before them ended.
+
+        Raises:
+            RowError: a text is not valid Unicode, or has a character that the tokenizer does not know.
+        """
+        ids: list[int] = []
+        segment: Spans = []
+        end = begins
+        for span in joined(spans):
+            for part in self._literal(span.text) if span.literal else (span.text,):
+                if isinstance(part, str):
+                    text = part.lstrip(_BLANKS) if end.swallows and not segment else part
+                    if text:
+                        segment.append(Piece(text, span.literal))
+                    continue
+                if part.swallowed_before:
+                    segment = _without_last_blanks(segment)
+                if segment:
+                    ids += self._segment_ids(segment, end.place)
+                ids.append(part.id)
+                segment, end = [], part.ends
+        if segment:
+            ids += self._segment_ids(segment, end.place)
+            end = End("text")
+        return ids, end
+
+    def first_token(self, literal: str) -> Token | None:
+        """The first control token in a literal text."""
+        return next((part for part in self._literal(literal) if isinstance(part, Token)), None)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a content that stands alone."""
+        return self._segment_ids([Piece(text, False)], "start") if text else []
+
+    def _segment_ids(self, segment: Spans, place: Place) -> list[int]:
+        """Ids of the text between two control tokens."""
+        text = segment[0].text if len(segment) == 1 else "".join(span.text for span in segment)
+        kept = self.cache.get((place, text))
+        if kept is not None:
+            return kept.tolist()
+        ids = self._encode(text, place)
+        if not self.control.isdisjoint(ids):
+            self._check(segment, place, ids)
+        self.cache.put((place, text), ids)
+        return ids
+
+    def _encode(self, text: str, place: Place) -> list[int]:
+        try:
+            ids: list[int] = self._plain.backends[place].encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as e:
+            raise RowError("text is not valid Unicode (a lone surrogate)") from e
+        return ids
+
+    def _check(self, segment: Spans, place: Place, ids: list[int]) -> None:
+        """Raises RowError if a content holds what became a control token, such as the one for unknown characters."""
+        if self.control & set(ids) != {self.tokenizer.unk_token_id}:
+            raise RowError("text encodes to a control token of this tokenizer")
+        for span in segment:
+            if not span.literal and self.tokenizer.unk_token_id in self._encode(span.text, place):
+                raise RowError("text holds a character that this tokenizer does not know")
+
+    def _split_literal(self, text: str) -> tuple[str | Token, ...]:
+        """A literal text as the control tokens in it and the text between them."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        parts: list[str | Token] = []
+        place = 0
+        for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            token = self._added.get(number)
+            if token is None:
+                continue
+            if place < start:
+                parts.append(text[place:start])
+            found = text[start:stop]
+            ends: Literal["token", "text"] = "text" if token.normalized else "token"
+            swallows = token.rstrip and stop == len(text) and found != found.rstrip()
+            before = token.lstrip and start == 0 and found != found.lstrip()
+            parts.append(Token(number, stop, End(ends, swallows), before))
+            place = stop
+        if place < len(text):
+            parts.append(text[place:])
+        return tuple(parts)
+
+
+def _without_last_blanks(segment: Spans) -> Spans:
+    while segment and not (text := segment[-1].text.rstrip(_BLANKS)):
+        segment = segment[:-1]
+    return [*segment[:-1], Piece(text, segment[-1].literal)] if segment else []
