@@ -10,7 +10,7 @@ from cai_ray.config.sources import PromptSource
 from cai_ray.data.sources import check_disjoint, read_prompts
 from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
-from cai_ray.engine.options import check_options
+from cai_ray.engine.options import check_logprobs, check_options
 from cai_ray.errors import InputError
 from cai_ray.prompts.check import check_judge
 from cai_ray.prompts.load import load_templates
@@ -74,6 +74,7 @@ class Preflight:
         self.run.config.document_of(judge)
         answers = [templates.options, *([templates.scores or ()] if judge.ask == "response" else [])]
         if model.is_served:  # its tokenizer and chat template cannot be seen from here
+            check_logprobs(model.engine, f"{key}.engine" if judge.engine else "engine")
             for options in answers:
                 check_options(options)
             if stage in self.stages and self.models_here:
