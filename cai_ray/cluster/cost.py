@@ -7,7 +7,7 @@ if a stage is made again, its earlier cost was spent all the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cai_ray.cluster.usage import Usage
@@ -67,9 +67,11 @@ class Attempt(NamedTuple):
     made: str | None
     """Id of the manifest that the attempt led to; None while there is none."""
     spent: Spent
+    left_out: Mapping[str, Any] = {}
+    """What endpoints were sent in place of fields that they refuse."""
 
     def write(self, run: Run) -> None:
-        fields = {name: getattr(self, name) for name in ("stage", "inputs", "started", "made")}
+        fields = {name: getattr(self, name) for name in ("stage", "inputs", "started", "made", "left_out")}
         files.write_json(run.path(FOLDER, f"{self.name}.json"), {**fields, **self.spent.as_dict()})
 
 
@@ -89,7 +91,8 @@ def attempts(run: Run, stage: str = "") -> list[Attempt]:
         if data is None:
             continue
         fields = {key: data[key] for key in ("stage", "inputs", "started", "made")}
-        records.append(Attempt(name=name, **fields, spent=Spent.from_dict(data)))
+        left_out = data.get("left_out") or {}
+        records.append(Attempt(name=name, **fields, spent=Spent.from_dict(data), left_out=left_out))
     return records
 
 
@@ -108,6 +111,12 @@ def resources(run: Run, stage: str, inputs: str) -> dict[str, Any]:
 
 def total(records: Iterable[Attempt]) -> Spent:
     return sum((a.spent for a in records), Spent())
+
+
+def left_out(run: Run, stage: str, inputs: str) -> dict[str, Any]:
+    """What endpoints were sent in place of fields that they refuse, in the attempts that led to a finished stage."""
+    own = [a for a in attempts(run, stage) if a.inputs == inputs and a.made is None]
+    return {key: sent for attempt in own for key, sent in attempt.left_out.items()}
 
 
 def money(spent: Spent, stage: str, prices: PricesConfig | None) -> float | None:

@@ -8,11 +8,13 @@ that died costs what it lived. The driver adds the reports up (meter.py).
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.compat.ray_core import is_worker
@@ -25,12 +27,29 @@ STATE, RUNNING, REPORT = "state", "on", "held-"
 """Names under an attempt's key: its state, that state while the stage may go on, and the prefix of the reports."""
 
 _paid = Usage()
+_lines: list[str] = []
+_left_out: dict[str, Any] = {}
+_reports = False
+"""Whether a holder of this process reports to a driver."""
 
 
 def count_paid(usage: Usage) -> None:
     """Counts an endpoint's answer to this process, whatever becomes of the answer."""
     global _paid
     _paid = _paid + usage
+
+
+def tell(line: str, left_out: dict[str, Any] | None = None) -> None:
+    """Says a line on the stderr of the stage's driver, once however many processes say it; outside a stage, here.
+
+    Args:
+        left_out: what an endpoint is sent in place of fields that it refuses, for the stage's manifest.
+    """
+    _left_out.update(left_out or {})
+    if line not in _lines:
+        _lines.append(line)
+        if not _reports:
+            print(f"  {line}", file=sys.stderr, flush=True)
 
 
 class Holder:
@@ -50,6 +69,8 @@ class Holder:
         self._attempt, self._resources = _current_attempt(), _assigned_resources()
         self._left, self._over = threading.Event(), False
         if self._attempt:
+            global _reports
+            _reports = True
             self._began -= _process_age(self._attempt)
             self.read_budget()
             threading.Thread(target=self._beat, daemon=True).start()
@@ -109,6 +130,8 @@ class Holder:
             "work": max(0.0, self._worked - self._began - self._starting) if self._starting else 0.0,
             "idle": self.stop_reason is not None and not self.working,
             "endpoint": _paid,
+            "lines": list(_lines),
+            "left_out": dict(_left_out),
             **self._resources,
         }
         put(self._attempt, self._name, json.dumps(report).encode())

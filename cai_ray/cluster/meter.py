@@ -44,6 +44,7 @@ class Meter:
         """The last report of each process, and when it came."""
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._said: set[str] = set()
         self.stop_reason: str | None = None
         """Which limit was reached, and how to go on."""
 
@@ -99,13 +100,22 @@ class Meter:
     def _read_reports(self) -> None:
         now = time.monotonic()
         for name in names(self._key, REPORT):
-            report = get(self._key, name)
-            if report and report != self._reports.get(name, (0.0, b""))[1]:
-                self._reports[name] = now, report
-        spent = Spent(wall_seconds=now - self._began)
-        for _, report in self._reports.values():
-            spent = spent + _spent(json.loads(report))
-        self._attempt = self._attempt._replace(spent=spent)
+            latest = get(self._key, name)
+            if latest and latest != self._reports.get(name, (0.0, b""))[1]:
+                self._reports[name] = now, latest
+        spent, left_out = Spent(wall_seconds=now - self._began), dict[str, Any]()
+        for _, text in self._reports.values():
+            report = json.loads(text)
+            spent = spent + _spent(report)
+            left_out |= report["left_out"]
+            self._say(report["lines"])
+        self._attempt = self._attempt._replace(spent=spent, left_out=left_out)
+
+    def _say(self, lines: list[str]) -> None:
+        for line in lines:
+            if line not in self._said:
+                self._said.add(line)
+                print(f"  {self._attempt.stage}: {line}", file=sys.stderr, flush=True)
 
 
 _meter: Meter | None = None

@@ -78,7 +78,11 @@ class EngineConfig(Section):
     block_size: int | None = operational(None, gt=0)
     """Tokens in a block of the prefix cache. Short prompts are cached better in short blocks."""
     extra: dict[str, Any] = Field(default={})
-    """Further arguments of vLLM's engine, or further fields of each request to an endpoint."""
+    """Further arguments of vLLM's engine, or further fields of each request to an endpoint. There, a field with null is
+    not sent."""
+    leave_out: tuple[str, ...] = ()
+    """Fields that an endpoint is never sent, such as [seed, temperature] or [top_k, min_p, repetition_penalty]; it then
+    does as its own default says. Fields that it refuses are left out from the first refusal on in any case."""
 
     @field_validator("base_url")
     @classmethod
@@ -108,11 +112,18 @@ class EngineConfig(Section):
             )
         return value
 
+    @field_validator("leave_out")
+    @classmethod
+    def _can_be_left_out(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if needed := {"model", "messages"} & set(value):
+            raise ValueError(f"{min(needed)}: no request is one without it; take it out of the list")
+        return value
+
     @property
     def answers_by(self) -> dict[str, Any]:
         """What changes the text of a model's answers, beside the model: the endpoint and how it is prompted, or the
         precision of the weights. Rows are reused only if it is the same."""
-        served = {"base_url", "top_logprobs", "continues", "extra"}
+        served = {"base_url", "top_logprobs", "continues", "extra", "leave_out"}
         names = served if self.kind == "openai" else {"quantization", "dtype", "extra"}
         return self.model_dump(mode="json", include=names, exclude_defaults=True)
 
@@ -127,4 +138,6 @@ class EngineConfig(Section):
             raise ValueError("kind=openai needs `base_url`, such as https://api.openai.com/v1")
         if self.kind != "openai" and self.base_url:
             raise ValueError(f"`base_url` is not for kind={self.kind}; set kind: openai, or leave it out")
+        if self.kind != "openai" and self.leave_out:
+            raise ValueError(f"`leave_out` is not for kind={self.kind}; set kind: openai, or take it away")
         return self

@@ -11,7 +11,7 @@ from cai_ray.constitution import Principle
 from cai_ray.data.sources import check_disjoint, read_prompts
 from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
-from cai_ray.engine.options import check_options
+from cai_ray.engine.options import check_logprobs, check_options
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.check import check_judge
 from cai_ray.prompts.load import load_templates
@@ -82,6 +82,7 @@ class Preflight:
         principle = self.run.config.document_of(judge).principles[0]
         questions = _questions(templates, judge, principle)
         if model.is_served:  # its tokenizer and chat template cannot be seen from here
+            check_logprobs(model.engine, f"{key}.engine" if judge.engine else "engine")
             for options, _ in questions:
                 check_options(options)
             if stage in self.stages and self.models_here:

@@ -13,35 +13,54 @@ from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Completion
 from cai_ray.errors import RowError
 
+# What vLLM writes in place of minus infinity, which JSON does not have.
+_NOTHING = -9999.0
+
 
 class TryAgain(Exception):
     """An attempt failed, but another one may succeed."""
 
-    def __init__(self, text: str, wait: float = 0.0, absent: bool = False):
+    def __init__(self, text: str, wait: float = 0.0, remedy: str = "", attempts: int | None = None):
         """
         Args:
             wait: seconds that the endpoint asks for.
-            absent: whether nothing answers at the address.
+            remedy: what a person can do, where no row can succeed if the attempts go on failing.
+            attempts: the most attempts, if fewer than the settings allow.
         """
         super().__init__(text)
-        self.wait, self.absent = wait, absent
+        self.wait, self.remedy, self.attempts = wait, remedy, attempts
 
 
 class _Fields(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-class _LikelyToken(_Fields):
+class _LikelyToken(BaseModel):
     token: str
-    logprob: float
+    logprob: float | None = None
+    bytes: Any = None
+
+    def text(self) -> str:
+        """The token's text; its bytes tell it where `token` is the vocabulary's own spelling."""
+        try:
+            return bytes(self.bytes).decode() if isinstance(self.bytes, list) and self.bytes else self.token
+        except (TypeError, ValueError):
+            return self.token
 
 
-class _Position(_Fields):
-    top_logprobs: list[_LikelyToken]
+class _Position(_LikelyToken):
+    token: str = ""
+    top_logprobs: list[_LikelyToken] | None = None
+
+    def likeliest(self) -> list[_LikelyToken]:
+        """The tokens that are listed, or else the one that was drawn."""
+        return self.top_logprobs or ([self] if self.token else [])
 
 
-class _PositionLogprobs(_Fields):
+class _PositionLogprobs(BaseModel):
     content: list[_Position] | None = None
+    top_logprobs: list[dict[str, float | None] | None] | None = None
+    """The form of text completions, which some servers keep."""
 
 
 class _ChoiceMessage(_Fields):
@@ -82,14 +101,20 @@ def read_completion(answer: ChatCompletion) -> Completion:
     return Completion(text, choice.finish_reason == "stop", read_usage(answer))
 
 
-def read_first_tokens(answer: ChatCompletion) -> list[tuple[str, float]]:
-    """The likeliest first tokens with their log-probabilities."""
+def read_first_tokens(answer: ChatCompletion) -> list[tuple[str, float]] | None:
+    """The likeliest first tokens with their log-probabilities; None if the answer has no place for them.
+
+    A token whose log-probability is null, not a number or minus infinity (-9999 in place of it) is not among them: the
+    server has cut it off, and how likely it is is not known.
+    """
     logprobs = answer.choices[0].logprobs
-    if logprobs is None or logprobs.content is None:
-        raise RowError("the endpoint gave no log-probabilities; use a model and an endpoint that have them")
-    if not logprobs.content or not logprobs.content[0].top_logprobs:
-        raise TryAgain("answered an empty list of log-probabilities")
-    return [(t.token, t.logprob) for t in logprobs.content[0].top_logprobs]
+    if logprobs is None or (logprobs.content is None and logprobs.top_logprobs is None):
+        return None
+    if logprobs.content is not None:
+        listed = [(t.text(), t.logprob) for p in logprobs.content[:1] for t in p.likeliest()]
+    else:
+        listed = [pair for first in (logprobs.top_logprobs or [])[:1] for pair in (first or {}).items()]
+    return [(t, min(p, 0.0)) for t, p in listed if p is not None and math.isfinite(p) and p > _NOTHING]
 
 
 def read_usage(answer: ChatCompletion) -> Usage:

@@ -11,12 +11,12 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from cai_ray.cluster.holder import count_paid
+from cai_ray.cluster.holder import count_paid, tell
 from cai_ray.cluster.usage import Usage
 from cai_ray.engine.api_key import key_variable, read_key
 from cai_ray.engine.chat_completion import (
@@ -24,12 +24,13 @@ from cai_ray.engine.chat_completion import (
     TryAgain,
     read_completion,
     read_error,
-    read_first_tokens,
     read_retry_after,
     read_usage,
 )
-from cai_ray.engine.options import check_options, option_logprobs
+from cai_ray.engine.http_client import make_client
+from cai_ray.engine.options import FirstTokens, check_logprobs, check_options, option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
+from cai_ray.engine.request_fields import Changes, RequestFields, describe
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.messages import Messages, plain_messages
 from cai_ray.storage.models import ResolvedModel
@@ -38,17 +39,25 @@ T = TypeVar("T")
 
 # Seconds. The wait doubles with each attempt, from the first of these up to the second.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-# Status codes that concern one request, and those that concern the endpoint for a while (as all of 5xx do).
-_ROW_STATUS = {400, 413, 422}
+# Status codes that concern the request, and those that concern the endpoint for a while (as all of 5xx do).
+_REQUEST_STATUS = {400, 413, 422}
 _RETRY_STATUS = {408, 409, 425, 429}
+
+
+class _Refused(Exception):
+    """The endpoint refuses the request, or a field of it."""
+
+    def __init__(self, response: str, said: str):
+        super().__init__(said)
+        self.response, self.said = response, said
 
 
 class OpenaiEngine:
     """Asks /chat/completions for the model by the name it is served by.
 
     Raises:
-        InputError: the key is missing. From a call: nothing answers at the address, or the endpoint refuses the key or
-            does not know the model, so that every row would fail.
+        InputError: the key is missing. From a call: nothing answers at the address, or the endpoint refuses the key,
+            does not know the model, or gives no log-probabilities, so that every row would fail.
         RowError: from a call, the endpoint refuses this request, or keeps failing at it.
     """
 
@@ -63,14 +72,9 @@ class OpenaiEngine:
         key = read_key(config)
         self._without_key = (lambda text: text.replace(key, "***")) if key else (lambda text: text)
         self._http = httpx2
-        self._client = httpx2.AsyncClient(
-            headers={
-                "Content-Type": "application/json",
-                **({"Authorization": f"Bearer {key}"} if key else {}),
-            },
-            timeout=httpx2.Timeout(config.timeout_s, connect=min(10.0, config.timeout_s), pool=None),
-            limits=httpx2.Limits(max_connections=config.max_num_seqs),
-        )
+        self._client = make_client(config, key)
+        self._fields = RequestFields(config)
+        self._first_tokens = FirstTokens(self._name(), config.top_logprobs)
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         return await self._ask(messages, read_completion, **sampling._asdict())
@@ -78,10 +82,11 @@ class OpenaiEngine:
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
         """As in the protocol, except for options that are not among the likeliest tokens: see `option_logprobs`."""
         check_options(options)
+        check_logprobs(self.config, self._name())
         # Temperature 1 leaves the distribution as it is, wherever the endpoint takes its log-probabilities.
         return await self._ask(
             messages,
-            lambda answer: (option_logprobs(read_first_tokens(answer), options), read_usage(answer)),
+            lambda answer: (option_logprobs(self._first_tokens.read(answer), options), read_usage(answer)),
             **Sampling(temperature=1.0, max_tokens=1, seed=0)._asdict(),
             logprobs=True,
             top_logprobs=self.config.top_logprobs,
@@ -92,50 +97,70 @@ class OpenaiEngine:
 
     async def _ask(self, messages: Messages, read: Callable[[ChatCompletion], T], **fields: Any) -> T:
         """Asks until an attempt succeeds, within the configured bounds, and returns `read(answer)`."""
-        body = {
-            "model": self.model,
-            "messages": plain_messages(messages),
-            **fields,
-            **self._template_args,
-        }
-        if body["messages"][-1]["role"] == "assistant":
-            if self.config.continues:
-                body |= {"continue_final_message": True, "add_generation_prompt": False}
-            else:
-                del body["messages"][-1]
-        try:
-            data = json.dumps(body | self.config.extra, ensure_ascii=False).encode()
-        except UnicodeEncodeError as e:
-            raise RowError("text is not valid Unicode (a lone surrogate)") from e
+        body = self._body(messages, fields)
         # The slot is kept while waiting: an endpoint that throttles is then asked less by all rows together.
         async with self._slots:
             started = time.monotonic()
-            attempt = 0
+            attempt, changes = 0, Changes()
             while True:
                 attempt += 1
                 left = self.config.give_up_s - (time.monotonic() - started)
+                sent = self._fields.change(body, changes)
                 try:
-                    return read(await self._attempt(data, min(self.config.timeout_s, left)))
+                    answer = await self._attempt(sent, min(self.config.timeout_s, left))
+                    self._learn(sent, changes)
+                    return read(answer)
+                except _Refused as e:
+                    changes |= self._fields.react(e.response, e.said, sent)
+                    attempt -= 1  # each refusal changes something: it is no failure that may pass
+                    continue
                 except TryAgain as e:
                     wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
                     wait = max(wait, e.wait)
                     spent = time.monotonic() - started
-                    if attempt >= self.config.attempts or spent + wait >= self.config.give_up_s:
+                    most = min(self.config.attempts, e.attempts or self.config.attempts)
+                    if attempt >= most or spent + wait >= self.config.give_up_s:
                         tries = f"{attempt} {'attempt' if attempt == 1 else 'attempts'} in {spent:.0f} s"
                         failure = f"{self._name()}: {e} ({tries})"
-                        if e.absent:
-                            raise InputError(f"{failure}; start it, or correct base_url") from None
+                        if e.remedy:
+                            raise InputError(f"{failure}; {e.remedy}") from None
                         raise RowError(failure) from None
                 await asyncio.sleep(wait)
 
-    async def _attempt(self, data: bytes, seconds: float) -> ChatCompletion:
+    def _body(self, messages: Messages, fields: Mapping[str, Any]) -> dict[str, Any]:
+        turns, continued = plain_messages(messages), {}
+        if turns[-1]["role"] == "assistant":
+            if self.config.continues:
+                continued = {"continue_final_message": True, "add_generation_prompt": False}
+            else:
+                del turns[-1]
+        asked = {"model": self.model, "messages": turns, **fields, **self._template_args, **continued}
+        return self._fields.complete(asked)
+
+    def _learn(self, sent: Mapping[str, Any], changes: Changes) -> None:
+        """Keeps the changes that an answered request was made with, and says the new ones."""
+        if new := self._fields.accept(sent, changes):
+            tell(f"{self._name()}: refused a field, and from now on cai_ray {describe(new)}", left_out=new)
+
+    async def _attempt(self, sent: Mapping[str, Any], seconds: float) -> ChatCompletion:
+        try:
+            data = json.dumps(sent, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise RowError("text is not valid Unicode (a lone surrogate)") from e
+        start_it = "start it, or correct base_url"
         try:
             async with asyncio.timeout(seconds):  # the client's own limits hold for each read
                 response = await self._client.post(f"{self.config.base_url}/chat/completions", content=data)
         except (TimeoutError, self._http.TimeoutException) as e:
-            raise TryAgain("no answer in time", absent=isinstance(e, self._http.ConnectTimeout)) from None
-        except (self._http.ConnectError, self._http.ProxyError):
-            raise TryAgain("nothing answers there", absent=True) from None
+            remedy = start_it if isinstance(e, self._http.ConnectTimeout) else ""
+            raise TryAgain("no answer in time", remedy=remedy) from None
+        except self._http.ConnectError:
+            raise TryAgain("nothing answers there", remedy=start_it) from None
+        except self._http.ProxyError:
+            remedy = "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the endpoint's host in NO_PROXY"
+            raise TryAgain(
+                "the proxy that the environment names does not lead there", remedy=remedy
+            ) from None
         except self._http.HTTPError as e:
             raise TryAgain(f"the connection failed ({type(e).__name__})") from None
         if response.status_code != 200:
@@ -165,9 +190,11 @@ class OpenaiEngine:
             )
         if status in _RETRY_STATUS or status >= 500:
             return TryAgain(f"answered {status}", wait=read_retry_after(response.headers.get("retry-after")))
-        if status in _ROW_STATUS:
-            return RowError(f"refused by the endpoint: {status}{f' ({text})' if text else ''}")
+        if status in _REQUEST_STATUS:
+            return _Refused(response.text, f"{status}{f' ({text})' if text else ''}")
         if status == 403:
+            if "logprobs" in text:
+                return InputError(f"{what}; use a model and an endpoint that give log-probabilities")
             return InputError(f"{what}; allow the key in {variable or 'api_key_env'} to use {self.model}")
         return InputError(f"{what}; check base_url (most end in /v1) and the model's name, {self.model!r}")
 

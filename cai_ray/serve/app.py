@@ -18,6 +18,7 @@ from cai_ray import constitution as constitutions
 from cai_ray.cluster.connect import cluster_address, connect, disconnect, on_gpu, uses_gpu, worker_env
 from cai_ray.cluster.placement import ResourceNeed, check
 from cai_ray.cluster.worker_errors import input_error
+from cai_ray.engine.http_client import is_on_this_machine
 from cai_ray.errors import InputError
 from cai_ray.prompts.check import check_judge
 from cai_ray.prompts.load import load_templates
@@ -249,8 +250,10 @@ def update_constitution(
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     body = json.dumps({"document": document.model_dump(mode="json")}).encode()
     request = urllib.request.Request(url, body, headers, method="PUT")
+    proxies: dict[str, str] | None = {} if is_on_this_machine(url) else None  # None: those of the environment
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with opener.open(request, timeout=60) as answer:
             current: dict[str, Any] = json.load(answer)["constitution"]
             return current
     except urllib.error.HTTPError as e:

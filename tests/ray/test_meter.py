@@ -17,7 +17,7 @@ import ray
 from ray import cloudpickle
 
 from cai_ray.cluster import cost, meter
-from cai_ray.cluster.holder import BEAT, Holder, count_paid
+from cai_ray.cluster.holder import BEAT, Holder, count_paid, tell
 from cai_ray.cluster.meter import Meter
 from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Engine
@@ -53,6 +53,26 @@ class Paying:
             while not held.stop_reason:
                 await asyncio.sleep(0.05)
         return {**row, "response": "fine", "usage": Usage(EACH, 0, 0, 1)._asdict()}
+
+
+class Telling:
+    """Every row's endpoint refuses a field."""
+
+    async def __call__(self, engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+        tell("endpoint http://x: leaves out seed", left_out={"seed": None})
+        return {**row, "response": "fine", "usage": Usage(1, 0, 0, 1)._asdict()}
+
+
+def test_what_workers_learn_of_an_endpoint_is_said_once_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": derive_id("row", i), "messages": [], "family": str(i)} for i in range(200)]
+    engine = {"kind": "scripted", "max_num_seqs": 8, "min_actors": 2, "max_actors": 2}
+    run = Run(town_config(out=str(tmp_path / "run"), engine=engine))
+    with Meter(run, "revise", "inputs"):
+        map_rows(run, "revise", iter(rows), Telling(), takes=Judgement, gives=Judgement, model="base")
+    assert capsys.readouterr().err.count("revise: endpoint http://x: leaves out seed") == 1
+    assert cost.left_out(run, "revise", "inputs") == {"seed": None}
 
 
 def test_a_budget_ends_generation_with_every_row_that_was_begun(tmp_path: Path) -> None:

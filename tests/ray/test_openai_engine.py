@@ -1,7 +1,9 @@
 """The engine of endpoints against vLLM's own OpenAI server: the same model in this process says the same."""
 
 import asyncio
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,20 +31,27 @@ NO = "sorry , i will not help read the diary because of privacy : that is snoopi
 OTHER = [{"role": "user", "content": "how do i bake bread ?"}]
 YES = "sure , first unfold the diary , then go line by line ."
 KEY = "town-key-0123456789"
+SERVERS_OWN = {"temperature": 0.1, "top_k": 1, "top_p": 0.5, "min_p": 0.3, "repetition_penalty": 1.3}
+"""What the served folder's generation_config.json asks for."""
 LOCAL = EngineConfig(max_model_len=192, max_num_seqs=16, kv_cache_mb=64)
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A `vllm serve` with the settings of the engine in this process, that tells every token's log-probability."""
+    """A `vllm serve` with the settings of the engine in this process, whose model brings sampling defaults of its own,
+    and which tells nearly every token's log-probability."""
+    folder = tmp_path_factory.mktemp("model") / "town"
+    shutil.copytree(BASE, folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | SERVERS_OWN))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", BASE]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "town", "--host", "127.0.0.1", "--port", str(port)]
     command += [
         "--max-logprobs",
-        "-1",
+        "500",
         "--max-model-len",
         "192",
         "--max-num-seqs",
@@ -86,7 +95,7 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
     for key, value in WORKER_ENV.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("TOWN_KEY", KEY)
-    served = EngineConfig(kind="openai", base_url=url, api_key_env="TOWN_KEY", top_logprobs=500, attempts=2)
+    served = EngineConfig(kind="openai", base_url=url, api_key_env="TOWN_KEY", top_logprobs=600, attempts=2)
 
     async def ask(engine: Engine) -> tuple[list[tuple[str, bool, int, int]], list[list[float]]]:
         chats = await asyncio.gather(
@@ -110,6 +119,9 @@ def test_an_endpoint_says_what_the_same_model_says_here(url: str, monkeypatch: p
             assert chats_there == chats and chats[0][1] and not chats[2][1]
             for a, b in zip(weights, weights_there, strict=True):
                 assert b == pytest.approx(a, abs=1e-3)
+            assert there._fields.learned == {"top_logprobs": 500}, "the server names the most that it gives"
+            sampled = [await there.chat(TOWN.answer_messages(OTHER), Sampling(1.5, 40, n)) for n in range(8)]
+            assert len({c.text for c in sampled}) > 1, "its top_k of 1 is switched off"
             # Of the two likeliest alone: an option that is not one of them is bounded from above.
             few = endpoint("town", served.model_copy(update={"top_logprobs": 2}))
             for (a, b), got in zip(weights, (await ask(few))[1], strict=True):

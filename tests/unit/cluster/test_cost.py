@@ -55,6 +55,17 @@ def test_money_is_of_gpus_cpus_and_the_tokens_of_endpoints() -> None:
     assert cost.money(held, "sft", None) is None
 
 
+def test_what_endpoints_refused_is_recorded_by_attempt(tmp_path: Path) -> None:
+    run = Run(load(tmp_path))
+    attempt("label-1", "label")._replace(left_out={"seed": None, "top_logprobs": 5}).write(run)  # killed
+    attempt("label-2", "label")._replace(left_out={"max_tokens": "max_completion_tokens"}).write(run)
+    attempt("label-0", "label", made="before")._replace(left_out={"top_p": None}).write(run)
+    assert cost.left_out(run, "label", "inputs") == {
+        "seed": None, "top_logprobs": 5, "max_tokens": "max_completion_tokens",
+    }  # fmt: skip
+    assert cost.left_out(run, "label", "others") == {}
+
+
 def test_attempts_add_up_to_the_stage_that_they_led_to(tmp_path: Path) -> None:
     run = Run(load(tmp_path))
     for name, seconds in (("revise-1", 10.0), ("revise-2", 5.0)):

@@ -5,12 +5,9 @@ import json
 import logging
 import math
 import pickle
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,130 +26,28 @@ from cai_ray.engine.chat_completion import read_retry_after
 from cai_ray.engine.make import make_engine
 from cai_ray.engine.openai import OpenaiEngine
 from cai_ray.engine.options import option_logprobs
-from cai_ray.engine.protocol import Completion, Sampling
+from cai_ray.engine.protocol import Completion
+from cai_ray.engine.request_fields import NEUTRAL
 from cai_ray.errors import Abstained, InputError, RowError
 from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.provenance.inputs import own_inputs
-from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.run import Run
+from tests.endpoint import (
+    ASK,
+    GREEDY,
+    KEY,
+    Reply,
+    Server,
+    ask,
+    choose,
+    completion,
+    endpoint,
+    likeliest,
+    model,
+)
 
-KEY = "sk-Very-Secret-0123456789"
-ASK = [{"role": "user", "content": "hello ?"}]
-GREEDY = Sampling(temperature=0, max_tokens=8, seed=3)
 GENERAL = load_templates("general")
-
-
-class Reply:
-    """What the server does with one request: answers, after `seconds`, or drops the connection."""
-
-    def __init__(
-        self, body: Any = b"", status: int = 200, *, seconds: float = 0.0, drop: bool = False, **headers: str
-    ):
-        self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.status, self.seconds, self.drop, self.headers = status, seconds, drop, headers
-
-
-def completion(text: str | None = "fine", finish: str = "stop", **choice: Any) -> dict[str, Any]:
-    usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
-    message = {"role": "assistant", "content": text}
-    return {"choices": [{"message": message, "finish_reason": finish, **choice}], "usage": usage}
-
-
-def likeliest(*top: tuple[str, float]) -> dict[str, Any]:
-    tokens = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top]
-    return completion(logprobs={"content": [{**tokens[0], "top_logprobs": tokens}]})
-
-
-class Server:
-    """Gives the replies in turn, the last one for ever; keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.replies: list[Reply] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.paths: list[str] = []
-        self.times: list[float] = []
-        self.running = self.most = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer.answer(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda *_: None  # a client that hung up
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        with self.lock:
-            self.bodies.append(body)
-            self.keys.append(handler.headers["Authorization"])
-            self.paths.append(handler.path)
-            self.times.append(time.monotonic())
-            self.running += 1
-            self.most = max(self.most, self.running)
-            reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        time.sleep(reply.seconds)
-        with self.lock:
-            self.running -= 1
-        if reply.drop:
-            handler.close_connection = True
-            handler.connection.close()
-            return
-        handler.send_response(reply.status)
-        for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(reply.body)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(module, "_FIRST_WAIT", 0.02)
-    monkeypatch.setenv("TEST_KEY", KEY)
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
-
-
-def model(name: str, engine: EngineConfig, **template_args: Any) -> ResolvedModel:
-    return ResolvedModel(name, name, engine, "general", template_args)
-
-
-def ask(
-    server: Server, *replies: Reply, call: Callable[[OpenaiEngine], Any] | None = None, **more: Any
-) -> Any:
-    """What a call of an engine gives after these replies; by default one `chat`."""
-    server.replies = list(replies)
-
-    async def go() -> Any:
-        engine = OpenaiEngine(model("judge-1", endpoint(server.url, **more)))
-        try:
-            return await (call or (lambda e: e.chat(ASK, GREEDY)))(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(go())
-
-
-def endpoint(url: str, **more: Any) -> EngineConfig:
-    given: dict[str, Any] = {"kind": "openai", "base_url": url, "api_key_env": "TEST_KEY", "attempts": 4}
-    return EngineConfig(**given | more)
-
-
-def choose(engine: OpenaiEngine) -> Any:
-    return engine.choose(ASK, ["A", "B"])
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -162,9 +57,8 @@ def test_chat_sends_what_it_is_given_and_reads_text_end_and_usage(server: Server
     done = ask(server, Reply(completion(" fine . ")), extra={"top_p": 0.5})
     assert done == Completion("fine .", True, Usage(9, 4, 2, 1))
     assert server.paths == ["/v1/chat/completions"] and server.keys == [f"Bearer {KEY}"]
-    assert server.bodies == [
-        {"model": "judge-1", "messages": ASK, "temperature": 0, "max_tokens": 8, "seed": 3, "top_p": 0.5}
-    ]
+    asked = {"model": "judge-1", "messages": ASK, "temperature": 0, "max_tokens": 8, "seed": 3, "top_p": 0.5}
+    assert server.bodies == [NEUTRAL | asked], "extra stands above what would be sent"
     assert not ask(server, Reply(completion("cut", "length"))).finished
     bare = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
     assert ask(server, Reply(bare)).usage == Usage(calls=1), "not every endpoint counts"
@@ -219,11 +113,6 @@ def test_both_options_missing_is_an_abstention(server: Server) -> None:
 def test_options_that_differ_in_spaces_alone_are_an_input_error(server: Server) -> None:
     with pytest.raises(InputError, match="differ in spaces alone; choose others"):
         ask(server, Reply(), call=lambda e: e.choose(ASK, ["A", " A"]))
-
-
-def test_an_endpoint_without_logprobs_is_said_with_the_remedy(server: Server) -> None:
-    with pytest.raises(RowError, match="no log-probabilities; use a model and an endpoint that have them"):
-        ask(server, Reply(completion(logprobs=None)), call=choose)
 
 
 # ------------------------------------------------------------------------------------------------ trouble that passes
@@ -285,18 +174,6 @@ def test_trouble_is_tried_again_and_then_the_rows_error(server: Server, trouble:
     with pytest.raises(RowError, match=rf"endpoint {server.url}: .*\(3 attempts in"):
         ask(server, trouble, timeout_s=0.8, attempts=3)
     assert len(server.bodies) == 2 + 3
-
-
-@pytest.mark.parametrize("logprobs", [{"content": []}, {"content": [{"top_logprobs": [{"token": "A"}]}]}])
-def test_log_probabilities_that_are_none_are_tried_again(server: Server, logprobs: Any) -> None:
-    nonsense = Reply(completion(logprobs=logprobs))
-    done, _ = ask(server, nonsense, Reply(likeliest(("A", 0.5), ("B", 0.5))), call=choose)
-    assert done == pytest.approx([math.log(0.5)] * 2)
-    nan = json.dumps(
-        completion(logprobs={"content": [{"top_logprobs": [{"token": "A", "logprob": math.nan}]}]})
-    )
-    with pytest.raises(RowError, match=r"not a chat completion \(choices.0.logprobs.content.0.*4 attempts"):
-        ask(server, Reply(nan.encode()), call=choose)
 
 
 def test_all_attempts_together_have_a_bound(server: Server) -> None:
