@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FOLDERS = {"ray", "e2e", "cluster", "gpu"}
+FOLDERS = {"ray", "e2e", "cluster", "gpu", "families"}
 # What one process runs where there are several (`make test`): tests that share a run or a cluster. The longest first.
 SHARED = {
     "tests/e2e/test_kill.py": "run",
@@ -44,6 +44,14 @@ REST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-table",
+        action="store_true",
+        help="tests/families: write the table of model families anew from what is found",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for folder in FOLDERS & set(Path(item.path).parts):
@@ -71,7 +79,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _group(nodeid: str) -> str:
-    """What the test shares, or its file."""
+    """What the test shares, or its file. Families share nothing."""
+    if nodeid.startswith("tests/families"):
+        return nodeid
     return next(
         (group for path, group in SHARED.items() if nodeid.startswith(path)), nodeid.partition("::")[0]
     )

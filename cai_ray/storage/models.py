@@ -71,6 +71,23 @@ def local_model(uri: str) -> str:
     return folder
 
 
+def model_config(location: str) -> dict[str, Any] | None:
+    """The config.json of a model's folder (any URI) or hub id; None if there is none to be had.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    place, again = os.path.join(location, "config.json"), "copy the folder again"
+    if "://" in location or exists(location):
+        return read_object(place, again)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_object(hf_hub_download(location, "config.json"), again)
+    except (OSError, ValueError):
+        return None
+
+
 def _check_model(uri: str, folder: str) -> None:
     """Checks a model folder before an engine is started with it; only the headers of the weights are read."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
