@@ -95,8 +95,10 @@ def check_inputs(
     for name in [*(n for n in stages if STAGES[n].before), *stages_of(config.method)]:
         if STAGES[name].checks:
             _checks(name).check(run, preflight)
+    given = config.check.model if model_elsewhere else None
+    warnings = [] if probed else check_families(run, stages, given)
     _check_writable(run)
-    return [] if probed else check_families(run, stages, config.check.model if model_elsewhere else None)
+    return warnings
 
 
 def check_run(run: Run, stages: list[str], overwrite: bool, keep: Collection[str] = ()) -> None:
