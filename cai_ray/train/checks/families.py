@@ -33,7 +33,7 @@ def check_families(run: Run, stages: Collection[str], given: Mapping[str, Any] |
     """Checks that the families of the run's models can take the stages that are about to run.
 
     Args:
-        given: the fields of the base model's config.json, if the model is not on this machine.
+        given: the fields of the base model's config.json, if the models are not on this machine.
 
     Returns:
         A line for each model of a family that nobody has tried in these stages.
@@ -41,12 +41,12 @@ def check_families(run: Run, stages: Collection[str], given: Mapping[str, Any] |
     Raises:
         InputError: a stage does not work with the family of its model, or not with these settings.
     """
-    untested: dict[tuple[str, str, str], list[str]] = {}
+    untested: dict[tuple[str, str, str], dict[str, None]] = {}
     configs: dict[str, dict[str, Any] | None] = {}
     for use in uses(run, stages):
         place = run.locate(use.model)
         if place not in configs:
-            configs[place] = dict(given) if given and use.model == "base" else model_config(place)
+            configs[place] = model_config(place) if given is None else _described(given, use.model)
         config = configs[place]
         architecture = architecture_of(config) if config else None
         if config is None or architecture is None:
@@ -71,7 +71,7 @@ def check_families(run: Run, stages: Collection[str], given: Mapping[str, Any] |
                 f"{_shown(next(iter(missing.values())))} (otherwise: {found.why}); set that; {ROOM}"
             )
         if found.status == "untested":
-            untested.setdefault((use.setting, place, architecture), []).append(use.stage)
+            untested.setdefault((use.setting, place, architecture), {})[use.stage] = None
     return [
         f"warning: {setting} {place}: {architecture} is untested in {', '.join(of_model)}; --check --probe takes a "
         "small copy of it through all steps, in a minute or two"
@@ -82,7 +82,12 @@ def check_families(run: Run, stages: Collection[str], given: Mapping[str, Any] |
 def uses(run: Run, stages: Collection[str]) -> Iterator[Use]:
     """What the stages that are about to run do with models, in the order of the stages."""
     config = run.config
-    policy = run.starts_from("sl")
+    asked = {
+        "redteam": [config.redteam.model],
+        "revise": ["base"],
+        "compare": ["sl"],
+        "evaluate": ["base", "sl"],
+    }
     for stage in (name for name in STAGES if name in stages):
         if STAGES[stage].kind == "trains":
             section = getattr(config, stage)
@@ -90,8 +95,9 @@ def uses(run: Run, stages: Collection[str]) -> Iterator[Use]:
             setting = _setting(f"{stage}.init" if hasattr(section, "init") else "sft.init", model)
             step = f"{stage}_lora" if section.lora else stage
             yield Use(stage, step, setting, model, config.rollout_engine)
-        elif stage != "report":
-            yield Use(stage, "engine", _setting("sft.init", policy), policy, config.engine)
+        elif config.engine.kind == "vllm":
+            for model in map(run.starts_from, asked.get(stage, [])):
+                yield Use(stage, "engine", _setting("sft.init", model), model, config.engine)
         for key, served in _prompted(run, stage):
             resolved = run.resolve_model(served)
             if resolved.engine.kind == "vllm":
@@ -121,6 +127,16 @@ def unmet(
         elif any(engine.extra.get(name) != wanted for name, wanted in value.items()):
             missing[key] = value
     return missing
+
+
+def _described(given: Mapping[str, Any], model: str) -> dict[str, Any] | None:
+    """config.json of the base model as `check.model` gives it; None for other models."""
+    if model != "base":
+        return None
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    named = CLASSES.get(given.get("model_type"))
+    return {"architectures": [named], **given} if named else dict(given)
 
 
 def _verdict(run: Run, use: Use, architecture: str) -> Verdict:

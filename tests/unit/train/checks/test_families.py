@@ -172,6 +172,18 @@ def test_quantised_weights_generate_and_are_not_trained(tmp_path: Path) -> None:
     assert checked(tmp_path, "Good", {"label": {"judge": judge}}) == []
 
 
+def test_a_model_elsewhere_is_known_by_the_fields_that_are_given(tmp_path: Path) -> None:
+    config = {"name": "x", "out": str(tmp_path), "constitution": "harmless", "prompts": [{"path": "p.jsonl"}],
+              "model": "org/nonesuch", "label": {"judge": {"model": "org/other"}}, "engine": CPU}  # fmt: skip
+    run = Run(RunConfig.model_validate(config))
+    stages = stages_of("ppo")
+    (line,) = check_families(run, stages, {"model_type": "llama"})
+    assert "LlamaForCausalLM is untested in revise, sft, compare, rm, ppo, evaluate" in line
+    with pytest.raises(InputError, match="rm does not work with NoScore"):
+        check_families(run, stages, {"model_type": "llama", "architectures": ["NoScore"]})
+    assert check_families(run, stages, {"model_type": "nonesuch"}) == []
+
+
 def test_a_config_without_an_architecture_is_left_to_others(tmp_path: Path) -> None:
     assert checked(tmp_path, "Good", {"model": str(tmp_path / "nowhere")}) == []
 
