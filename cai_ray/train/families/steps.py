@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cai_ray.config.ppo import PpoConfig
 from cai_ray.config.training import DpoConfig, LoraConfig, RmConfig, SftConfig, TrainConfig
 from cai_ray.engine.vllm import engine_args
+from cai_ray.errors import InputError
 from cai_ray.prompts.messages import Message
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.train import dpo, rm, sft
@@ -81,7 +82,11 @@ class Steps:
         """Takes a step; whatever it raises is the reason why the family is refused."""
         name, _, lora = step.partition("_")
         steps = {"engine": self._engine, "sft": self._sft, "rm": self._rm, "dpo": self._dpo, "ppo": self._ppo}
-        steps[name](*([] if name == "engine" else [{"lora": LoraConfig(rank=4, alpha=8)} if lora else {}]))
+        changes = [] if name == "engine" else [{"lora": LoraConfig(rank=4, alpha=8)} if lora else {}]
+        try:
+            steps[name](*changes)
+        except InputError as e:
+            raise StepError(self._reason(e, self._case.folder)) from e
 
     def _engine(self) -> None:
         for rollout in self._open_engine().sample(self._requests(), None):
@@ -196,10 +201,18 @@ class Steps:
         with TemporaryDirectory() as out, torch.no_grad():
             save_model(trained, self._case.folder, out)
             here = numbers(trained.module)
-            there = numbers(load(out, TrainConfig(dtype=dtype), trainable=False))
+            try:
+                loaded = load(out, TrainConfig(dtype=dtype), trainable=False)
+            except InputError as e:
+                raise StepError(f"what was saved is not whole: {self._reason(e, out)}") from e
+            there = numbers(loaded)
         gap = float((here - there).abs().mean())
         if not gap <= TOLERANCE[dtype].mean:
             raise StepError(f"what was saved and loaded again differs by {gap:.2g} in the mean")
+
+    def _reason(self, error: InputError, folder: str) -> str:
+        """An error about a folder without the folder, which is a copy, and without its remedy."""
+        return str(error).removeprefix(f"model {folder}: ").partition("; ")[0]
 
     def _logprobs(self, model: nn.Module) -> Tensor:
         batch = self._rows()

@@ -20,7 +20,7 @@ STEPS = ("engine", "sft", "rm", "dpo", "ppo", "sft_lora", "rm_lora", "dpo_lora",
 LONGROPE = " with LongRoPE"
 
 
-class Verdict(NamedTuple):
+class Finding(NamedTuple):
     """What was found about one step of a family."""
 
     status: Literal["works", "refused", "untested"]
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     """Settings of `engine` without which it does not work. `max_model_len` may name a field of config.json."""
 
 
-UNTESTED = Verdict("untested")
+UNTESTED = Finding("untested")
 
 
 class Family(NamedTuple):
@@ -38,7 +38,7 @@ class Family(NamedTuple):
 
     models: str
     """Well-known models of this architecture."""
-    verdicts: Mapping[str, Verdict]
+    findings: Mapping[str, Finding]
     """By step; steps that are missing are untested."""
 
 
@@ -48,10 +48,10 @@ def families() -> dict[str, Family]:
     return {name: from_json(row) for name, row in json.loads(PLACE.read_text(encoding="utf-8")).items()}
 
 
-def verdict(architecture: str, step: str) -> Verdict:
+def finding(architecture: str, step: str) -> Finding:
     """What is known about a step of an architecture."""
     family = families().get(architecture)
-    return family.verdicts.get(step, UNTESTED) if family else UNTESTED
+    return family.findings.get(step, UNTESTED) if family else UNTESTED
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -71,31 +71,33 @@ def _rope_types(config: Mapping[str, Any]) -> set[str]:
     kinds: set[str] = set()
     for key in ("rope_scaling", "rope_parameters", "text_config"):
         inner = config.get(key)
-        if isinstance(inner, Mapping):
-            kinds |= {str(inner[name]) for name in ("rope_type", "type") if name in inner} | _rope_types(
-                inner
-            )
+        parts = (
+            [inner, *inner.values()] if isinstance(inner, Mapping) else []
+        )  # perhaps one for each kind of layer
+        for part in (part for part in parts if isinstance(part, Mapping)):
+            kinds |= {str(part[name]) for name in ("rope_type", "type") if name in part}
+            kinds |= _rope_types(part)
     return kinds
 
 
 def from_json(row: Mapping[str, Any]) -> Family:
     """A row from the table's file."""
-    verdicts = {}
+    findings = {}
     for step, cell in row["steps"].items():
         if isinstance(cell, str):
-            verdicts[step] = Verdict(cell)  # type: ignore[arg-type]
+            findings[step] = Finding(cell)  # type: ignore[arg-type]
         elif "refused" in cell:
-            verdicts[step] = Verdict("refused", cell["refused"])
+            findings[step] = Finding("refused", cell["refused"])
         else:
-            verdicts[step] = Verdict("works", cell["otherwise"], cell["needs"])
-    return Family(row["models"], verdicts)
+            findings[step] = Finding("works", cell["otherwise"], cell["needs"])
+    return Family(row["models"], findings)
 
 
 def to_json(family: Family) -> dict[str, Any]:
     """A row as the table's file holds it."""
     cells: dict[str, Any] = {}
     for step in STEPS:
-        found = family.verdicts.get(step, UNTESTED)
+        found = family.findings.get(step, UNTESTED)
         if found.status == "refused":
             cells[step] = {"refused": found.why}
         elif found.needs:
