@@ -61,7 +61,7 @@ def case(folder: str, settings: Mapping[str, Any]) -> Case:
     given = dict(settings)
     if isinstance(field := given.get("max_model_len"), str):
         given["max_model_len"] = number_in(json.loads((Path(folder) / "config.json").read_text()), field)
-    dtype = given.pop("dtype", "float32")
+    dtype: Any = given.pop("dtype", "float32")
     return Case(folder, engine_of_a_copy(EngineConfig(**given)), dtype)
 
 

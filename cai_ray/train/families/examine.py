@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cai_ray.cluster.connect import engine_env
 from cai_ray.config.engine import EngineConfig
@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     folder: str
     engine: EngineConfig
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     """Precision of training and of PPO's engine."""
     chat_template: str | None = None
     gpu: bool = False

@@ -114,10 +114,9 @@ class Steps:
 
     def _ppo(self, changes: dict[str, Any]) -> None:
         """Two sends of the policy's weights, and between them a step on what the engine sampled."""
-        batch_of = {"rollout_batch": len(DIALOGUES), "minibatch": 2, "epochs": 1, "steps": 1}
-        cfg = PpoConfig(
-            **self._settings(), **batch_of, max_tokens=ANSWER_TOKENS, value_init="policy", **changes
-        )
+        sizes = {"rollout_batch": len(DIALOGUES), "minibatch": 2, "max_tokens": ANSWER_TOKENS}
+        settings = {**self._settings(), **sizes, "epochs": 1, "steps": 1, "value_init": "policy", **changes}
+        cfg = PpoConfig(**settings)
         pool = self._open_engine()
         try:
             self._ppo_step(pool, cfg)
