@@ -57,7 +57,12 @@ MEMBERS: dict[str, Member] = {
     "Phi3ForCausalLM with LongRoPE": Member(
         "Phi-3 (128k), Phi-3.5, Phi-4-mini",
         "Phi3Config",
-        {"sliding_window": None, "max_position_embeddings": 131072, "rope_parameters": LONGROPE},
+        {
+            "sliding_window": None,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 2048,
+            "rope_parameters": LONGROPE,
+        },
         "phi-3",
         otherwise=(ORIGINAL,),
     ),

@@ -16,7 +16,7 @@ import pytest
 from cai_ray.config.engine import EngineConfig
 from cai_ray.train.checks.families import number_in
 from cai_ray.train.families.examine import Case, engine_of_a_copy, examine
-from cai_ray.train.families.table import PLACE, STEPS, Family, Finding, from_json, to_json
+from cai_ray.train.families.table import PLACE, STEPS, Family, StepResult, from_json, to_json
 from tests.families import members
 
 ENGINE_STEPS = ("engine", "ppo", "ppo_lora")
@@ -39,11 +39,11 @@ def find(name: str, folder: str) -> Family:
     """Takes a family through all steps; those of the engine, if they fail, with the other settings that it has."""
     member = members.MEMBERS[name]
     reasons = examine(case(folder, {}), STEPS, report)
-    findings = {
-        step: Finding("works") if why is None else refused(why, folder) for step, why in reasons.items()
+    results = {
+        step: StepResult("works") if why is None else refused(why, folder) for step, why in reasons.items()
     }
     for settings in member.otherwise:
-        failed = [step for step in ENGINE_STEPS if findings[step].status == "refused"]
+        failed = [step for step in ENGINE_STEPS if results[step].status == "refused"]
         if not failed:
             break
         again = examine(
@@ -51,9 +51,9 @@ def find(name: str, folder: str) -> Family:
         )
         for step in failed:
             why = again[step]
-            first = findings[step].why
-            findings[step] = Finding("works", first, settings) if why is None else refused(why, folder)
-    return Family(member.models, findings)
+            first = results[step].why
+            results[step] = StepResult("works", first, settings) if why is None else refused(why, folder)
+    return Family(member.models, results)
 
 
 def case(folder: str, settings: Mapping[str, Any]) -> Case:
@@ -69,14 +69,14 @@ def report(step: str, why: str | None) -> None:
     print(f"{step}: {why or 'works'}", flush=True)
 
 
-def refused(why: str, folder: str) -> Finding:
-    return Finding("refused", why.replace(folder, "FOLDER"))
+def refused(why: str, folder: str) -> StepResult:
+    return StepResult("refused", why.replace(folder, "FOLDER"))
 
 
 def outcomes(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says without its reasons, which hold numbers that differ between machines."""
-    findings = from_json(row).findings
-    return {step: (findings[step].status, dict(findings[step].needs)) for step in STEPS}
+    results = from_json(row).results
+    return {step: (results[step].status, dict(results[step].needs)) for step in STEPS}
 
 
 def write(name: str, row: Mapping[str, Any]) -> None:

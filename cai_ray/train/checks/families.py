@@ -11,7 +11,7 @@ from cai_ray.errors import InputError
 from cai_ray.stages import ROLES, STAGES
 from cai_ray.storage.models import model_config
 from cai_ray.storage.run import Run
-from cai_ray.train.families.table import UNTESTED, Finding, architecture_of, finding
+from cai_ray.train.families.table import UNTESTED, StepResult, architecture_of, result_of
 
 ROOM = "docs/models.md lists what works"
 
@@ -56,7 +56,7 @@ def check_families(run: Run, stages: Collection[str], given: Mapping[str, Any] |
                 f"{use.setting} {place}: its weights are quantised ({method}), and {use.stage} trains whole ones; "
                 "give the folder of the model that was quantised"
             )
-        found = _finding(run, use, architecture)
+        found = _result(run, use, architecture)
         if found.status == "refused":
             raise InputError(
                 f"{use.setting} {place}: {use.stage} does not work with {architecture} ({found.why}); "
@@ -139,11 +139,11 @@ def _described(given: Mapping[str, Any], model: str) -> dict[str, Any] | None:
     return {"architectures": [named], **given} if named else dict(given)
 
 
-def _finding(run: Run, use: Use, architecture: str) -> Finding:
+def _result(run: Run, use: Use, architecture: str) -> StepResult:
     """What the table says; on GPUs, engines that do not work on CPUs are untested: the table was found on CPUs."""
-    found = finding(architecture, use.step)
+    found = result_of(architecture, use.step)
     if uses_gpu(run.config) and use.step in ("engine", "ppo", "ppo_lora"):
-        engine = finding(architecture, "engine")
+        engine = result_of(architecture, "engine")
         if engine.status == "refused" or "extra" in engine.needs:
             return UNTESTED
     return found
@@ -153,7 +153,7 @@ def _remedy(run: Run, use: Use, architecture: str) -> str:
     """What to change: the least that the table says works."""
 
     def works(step: str) -> bool:
-        return finding(architecture, step).status == "works"
+        return result_of(architecture, step).status == "works"
 
     if use.step == "engine" or use.stage == "sft":
         if use.step == "sft_lora" and works("sft"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cai_ray.train.families.table import UNTESTED, Family, Finding, families
+from cai_ray.train.families.table import UNTESTED, Family, StepResult, families
 
 _INTRODUCTION = """# Models
 
@@ -53,7 +53,7 @@ def _cell(family: Family, step: str, reasons: list[str]) -> str:
     kinds = {"": ""} if step == "engine" else {"": "all", "_lora": "LoRA"}
     said = {}
     for suffix, kind in kinds.items():
-        found = family.findings.get(step + suffix, UNTESTED)
+        found = family.results.get(step + suffix, UNTESTED)
         note = ""
         if found.why:
             reason = _reason(found)
@@ -69,7 +69,7 @@ def _cell(family: Family, step: str, reasons: list[str]) -> str:
     return ", ".join(f"{kind}: {text}" for kind, text in said.items())
 
 
-def _reason(found: Finding) -> str:
+def _reason(found: StepResult) -> str:
     text = " ".join(found.why.split()).replace("|", "\\|").replace("<", "&lt;")
     if not found.needs:
         return text

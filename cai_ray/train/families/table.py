@@ -20,7 +20,7 @@ STEPS = ("engine", "sft", "rm", "dpo", "ppo", "sft_lora", "rm_lora", "dpo_lora",
 LONGROPE = " with LongRoPE"
 
 
-class Finding(NamedTuple):
+class StepResult(NamedTuple):
     """What was found about one step of a family."""
 
     status: Literal["works", "refused", "untested"]
@@ -30,7 +30,7 @@ class Finding(NamedTuple):
     """Settings of `engine` without which it does not work. `max_model_len` may name a field of config.json."""
 
 
-UNTESTED = Finding("untested")
+UNTESTED = StepResult("untested")
 
 
 class Family(NamedTuple):
@@ -38,7 +38,7 @@ class Family(NamedTuple):
 
     models: str
     """Well-known models of this architecture."""
-    findings: Mapping[str, Finding]
+    results: Mapping[str, StepResult]
     """By step; steps that are missing are untested."""
 
 
@@ -48,10 +48,10 @@ def families() -> dict[str, Family]:
     return {name: from_json(row) for name, row in json.loads(PLACE.read_text(encoding="utf-8")).items()}
 
 
-def finding(architecture: str, step: str) -> Finding:
+def result_of(architecture: str, step: str) -> StepResult:
     """What is known about a step of an architecture."""
     family = families().get(architecture)
-    return family.findings.get(step, UNTESTED) if family else UNTESTED
+    return family.results.get(step, UNTESTED) if family else UNTESTED
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -82,22 +82,22 @@ def _rope_types(config: Mapping[str, Any]) -> set[str]:
 
 def from_json(row: Mapping[str, Any]) -> Family:
     """A row from the table's file."""
-    findings = {}
+    results = {}
     for step, cell in row["steps"].items():
         if isinstance(cell, str):
-            findings[step] = Finding(cell)  # type: ignore[arg-type]
+            results[step] = StepResult(cell)  # type: ignore[arg-type]
         elif "refused" in cell:
-            findings[step] = Finding("refused", cell["refused"])
+            results[step] = StepResult("refused", cell["refused"])
         else:
-            findings[step] = Finding("works", cell["otherwise"], cell["needs"])
-    return Family(row["models"], findings)
+            results[step] = StepResult("works", cell["otherwise"], cell["needs"])
+    return Family(row["models"], results)
 
 
 def to_json(family: Family) -> dict[str, Any]:
     """A row as the table's file holds it."""
     cells: dict[str, Any] = {}
     for step in STEPS:
-        found = family.findings.get(step, UNTESTED)
+        found = family.results.get(step, UNTESTED)
         if found.status == "refused":
             cells[step] = {"refused": found.why}
         elif found.needs:

@@ -16,13 +16,13 @@ from cai_ray.stages import stages_of
 from cai_ray.storage.run import Run
 from cai_ray.train.checks.families import check_families
 from cai_ray.train.families import table
-from cai_ray.train.families.table import STEPS, Family, Finding
+from cai_ray.train.families.table import STEPS, Family, StepResult
 
-GOOD = dict.fromkeys(STEPS, Finding("works"))
-NO_CLASS = Finding("refused", "no class that scores")
-LOST = Finding("refused", "4 tensors are missing")
-NO_HEAD = Finding("refused", "there is no parameter named lm_head")
-DIES = Finding("refused", "it dies")
+GOOD = dict.fromkeys(STEPS, StepResult("works"))
+NO_CLASS = StepResult("refused", "no class that scores")
+LOST = StepResult("refused", "4 tensors are missing")
+NO_HEAD = StepResult("refused", "there is no parameter named lm_head")
+DIES = StepResult("refused", "it dies")
 TABLE = {
     "Good": GOOD,
     "NoScore": GOOD | {"rm": NO_CLASS, "rm_lora": NO_CLASS},
@@ -31,16 +31,18 @@ TABLE = {
     "OnlyLora": GOOD | {"dpo": LOST},
     "NoEngine": GOOD | dict.fromkeys(("engine", "ppo", "ppo_lora"), DIES),
     "Half": GOOD
-    | dict.fromkeys(("engine", "ppo", "ppo_lora"), Finding("works", "it wants bf16", {"dtype": "bfloat16"})),
-    "Seeing": GOOD | {"engine": Finding("works", "no images", {"extra": {"language_model_only": True}})},
+    | dict.fromkeys(
+        ("engine", "ppo", "ppo_lora"), StepResult("works", "it wants bf16", {"dtype": "bfloat16"})
+    ),
+    "Seeing": GOOD | {"engine": StepResult("works", "no images", {"extra": {"language_model_only": True}})},
     "Long": GOOD
-    | {"ppo": Finding("works", "other factors", {"max_model_len": "original_max_position_embeddings"})},
+    | {"ppo": StepResult("works", "other factors", {"max_model_len": "original_max_position_embeddings"})},
 }
 
 
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {name: Family("", findings) for name, findings in TABLE.items()}
+    rows = {name: Family("", results) for name, results in TABLE.items()}
     monkeypatch.setattr(table, "families", lambda: rows)
 
 
@@ -192,12 +194,12 @@ def test_the_command_says_it_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["run", "errand-town", "--check", "--out", str(tmp_path / "run")]
-    for findings, code, said in (
+    for results, code, said in (
         (GOOD, 0, ""),
         ({}, 0, "warning: model "),
         (TABLE["NoScore"], 2, "rm does not work with LlamaForCausalLM (no class that scores)"),
     ):
-        monkeypatch.setattr(table, "families", lambda row=Family("", findings): {"LlamaForCausalLM": row})
+        monkeypatch.setattr(table, "families", lambda row=Family("", results): {"LlamaForCausalLM": row})
         assert main(arguments) == code
         out, err = capsys.readouterr()
         assert said in (err if code else out) and ("warning" in out) == (said.startswith("warning"))

@@ -41,7 +41,11 @@ LONGROPE = {
         ("Gemma3TextConfig", {}, {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 256}),
         (
             "Phi3Config",
-            {"max_position_embeddings": 131072, "rope_parameters": LONGROPE},
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 1024,
+                "rope_parameters": LONGROPE,
+            },
             {"max_position_embeddings": 2048, "hidden_size": 192},
         ),
     ],

@@ -15,8 +15,8 @@ from cai_ray.train.families.table import (
     UNTESTED,
     architecture_of,
     families,
-    finding,
     from_json,
+    result_of,
     to_json,
 )
 from tests.families import members
@@ -40,8 +40,8 @@ def test_the_table_has_a_row_for_each_family_that_is_tried() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_whole_and_every_refusal_has_its_reason(name: str) -> None:
     family = from_json(ROWS[name])
-    assert tuple(family.findings) == STEPS and to_json(family) == ROWS[name]
-    for found in family.findings.values():
+    assert tuple(family.results) == STEPS and to_json(family) == ROWS[name]
+    for found in family.results.values():
         assert bool(found.why) == (found.status == "refused" or bool(found.needs))
         assert "/tmp" not in found.why and "\n" not in found.why
 
@@ -49,12 +49,12 @@ def test_every_row_is_whole_and_every_refusal_has_its_reason(name: str) -> None:
 def test_the_embedded_model_is_of_a_family_that_works() -> None:
     assert all(
         found.status == "works" and not found.needs
-        for found in families()["LlamaForCausalLM"].findings.values()
+        for found in families()["LlamaForCausalLM"].results.values()
     )
 
 
 def test_what_is_not_in_the_table_is_untested() -> None:
-    assert finding("NonesuchForCausalLM", "ppo") == finding("LlamaForCausalLM", "nonesuch") == UNTESTED
+    assert result_of("NonesuchForCausalLM", "ppo") == result_of("LlamaForCausalLM", "nonesuch") == UNTESTED
 
 
 @pytest.mark.parametrize(
