@@ -103,9 +103,8 @@ def original_context(text: Any) -> int:
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if "longrope" not in (rope.get("rope_type"), rope.get("type")):
         return 0
-    return int(
-        rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", 0)
-    )
+    length = rope.get("original_max_position_embeddings")
+    return int(length or getattr(text, "original_max_position_embeddings", None) or 0)
 
 
 def _first(text: Any, names: tuple[str, ...]) -> int:

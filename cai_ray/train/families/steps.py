@@ -81,10 +81,12 @@ class Steps:
     def run(self, step: str) -> None:
         """Takes a step; whatever it raises is the reason why the family is refused."""
         name, _, lora = step.partition("_")
-        steps = {"engine": self._engine, "sft": self._sft, "rm": self._rm, "dpo": self._dpo, "ppo": self._ppo}
-        changes = [] if name == "engine" else [{"lora": LoraConfig(rank=4, alpha=8)} if lora else {}]
+        trainers = {"sft": self._sft, "rm": self._rm, "dpo": self._dpo, "ppo": self._ppo}
         try:
-            steps[name](*changes)
+            if name == "engine":
+                self._engine()
+            else:
+                trainers[name]({"lora": LoraConfig(rank=4, alpha=8)} if lora else {})
         except InputError as e:
             raise StepError(self._reason(e, self._case.folder)) from e
 
