@@ -108,7 +108,7 @@ def test_a_start_that_fails_says_why(how: str, message: str) -> None:
 
 def test_all_steps_are_tried_whatever_becomes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examining, "STEPS_FACTORY", f"{HERE}:FragileSteps")
-    monkeypatch.setattr(examining, "STEP_TIMEOUT_S", 15.0)
+    monkeypatch.setattr(examining, "STEP_TIMEOUT_S", 10.0)
     said: list[str] = []
     case = Case("folder", EngineConfig(device="cpu"), "float32")
     found = examine(
@@ -117,7 +117,7 @@ def test_all_steps_are_tried_whatever_becomes_of_one(monkeypatch: pytest.MonkeyP
     assert said == list(found)
     assert found["sft"] is None and found["rm"] == "ValueError: no such class"
     assert found["dpo"] == "its process ended with exit code 3"
-    assert found["sft_lora"] == "run: no answer within 15 s"
+    assert found["sft_lora"] == "run: no answer within 10 s"
     assert found["ppo"] == f"the engine does not work: {found['engine']}"
     unreadable = examine(case._replace(folder="unreadable"), ["sft", "rm"])
     assert unreadable == dict.fromkeys(["sft", "rm"], "ValueError: no tokenizer")
