@@ -15,13 +15,14 @@ unexport PYTHONPATH
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rest test-unit test-cluster test-gpu check format mutants clean
+.PHONY: help setup demo test test-rest test-families test-unit test-cluster test-gpu check format mutants clean
 
 help:
 	@echo "make setup         install everything into $(VENV); every other target does this first"
 	@echo "make demo          run Constitutional AI on the embedded world"
 	@echo "make test          run the tests that cover a first change (unit, Ray, end-to-end), in 12 minutes"
 	@echo "make test-rest     run the Ray and end-to-end tests that make test leaves out, in 18 minutes"
+	@echo "make test-families check the table of model families with a small model of each, in 8 minutes; WRITE=1 renews it"
 	@echo "make test-unit     run the unit tests only"
 	@echo "make test-cluster  run the tests of clusters: jobs, several nodes, object storage"
 	@echo "make test-gpu      run the tests that need a GPU"
@@ -44,6 +45,12 @@ test: setup
 
 test-rest: setup
 	$(PYTEST) $(TWO_PROCESSES) -m rest tests/ray tests/e2e
+
+test-families: setup
+	$(PYTEST) $(TWO_PROCESSES) tests/families $(if $(WRITE),--write-table)
+ifdef WRITE
+	$(BIN)/cai-ray config models > docs/models.md
+endif
 
 test-unit: setup
 	$(PYTEST) tests/unit

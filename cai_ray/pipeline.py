@@ -30,6 +30,7 @@ from cai_ray.storage.object_stores import refusal
 from cai_ray.storage.pins import COMMITS, pin
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
+from cai_ray.train.checks.families import check_families
 
 Say = Callable[[str], None]
 
@@ -56,7 +57,8 @@ def run_stages(
     config, commits = pin(config)
     run = Run(config)
     stages = list(stages)
-    check_inputs(config, stages)
+    for warning in check_inputs(config, stages):
+        say(warning)
     check_run(run, stages, overwrite, keep)
     _write_run(run, commits)
     for name in stages:
@@ -67,12 +69,18 @@ def run_stages(
     return run
 
 
-def check_inputs(config: RunConfig, stages: Collection[str] = (), model_elsewhere: bool = False) -> None:
+def check_inputs(
+    config: RunConfig, stages: Collection[str] = (), model_elsewhere: bool = False, probed: bool = False
+) -> list[str]:
     """Checks everything that can be known before any work (docs/method.md, item 38).
 
     Args:
         stages: those that are about to run; the settings of the others are checked as well.
         model_elsewhere: the models are not on this machine, so that neither they nor the options' tokens are checked.
+        probed: whether the models' families are tried out beside this, and need not be looked up.
+
+    Returns:
+        Warnings, a line each.
 
     Raises:
         InputError: a setting, file, model, endpoint key or package that a stage needs is missing or cannot be used,
@@ -89,7 +97,10 @@ def check_inputs(config: RunConfig, stages: Collection[str] = (), model_elsewher
     for name in [*(n for n in stages if STAGES[n].before), *stages_of(config.method)]:
         if STAGES[name].checks:
             _checks(name).check(run, preflight)
+    given = config.check.model if model_elsewhere else None
+    warnings = [] if probed else check_families(run, stages, given)
     _check_writable(run)
+    return warnings
 
 
 def check_run(run: Run, stages: list[str], overwrite: bool, keep: Collection[str] = ()) -> None:

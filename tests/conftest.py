@@ -15,7 +15,7 @@ from tests.hub import Hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FOLDERS = {"ray", "e2e", "cluster", "gpu"}
+FOLDERS = {"ray", "e2e", "cluster", "gpu", "families"}
 # What one process runs where there are several (`make test`): tests that share a run or a cluster. The longest first.
 SHARED = {
     "tests/e2e/test_kill.py": "run",
@@ -55,6 +55,14 @@ REST = (
     "tests/ray/test_pool.py::test_an_engine_that_dies",
     "tests/ray/test_pool.py::test_item_23",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-table",
+        action="store_true",
+        help="tests/families: write the table of model families anew from what is found",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,7 +119,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _group(nodeid: str) -> str:
-    """What the test shares, or its file."""
+    """What the test shares, or its file. Families share nothing."""
+    if nodeid.startswith("tests/families"):
+        return nodeid
     return next(
         (group for path, group in SHARED.items() if nodeid.startswith(path)), nodeid.partition("::")[0]
     )

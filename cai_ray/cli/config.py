@@ -21,3 +21,11 @@ def docs() -> None:
     from cai_ray.config.schema import markdown
 
     print(markdown(), end="")
+
+
+@app.command("models")
+def models() -> None:
+    """Print docs/models.md: what works with which family of models."""
+    from cai_ray.train.families.page import markdown
+
+    print(markdown(), end="")

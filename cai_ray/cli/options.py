@@ -97,6 +97,13 @@ Check = Annotated[
     bool,
     typer.Option("--check", help="Validate everything and estimate the memory needed, but start nothing."),
 ]
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        help="With --check: take a small random copy of each model through all steps, in a minute or two.",
+    ),
+]
 Estimate = Annotated[
     int | None,
     typer.Option(

@@ -19,6 +19,7 @@ from cai_ray.cli.options import (
     Out,
     Overrides,
     Overwrite,
+    Probe,
     listed_stages,
     stage_name,
 )
@@ -49,8 +50,10 @@ def run(
     ] = None,
     estimate: Estimate = None,
     as_json: EstimateJson = False,
+    probe: Probe = False,
 ) -> None:
     """Run all stages in order; completed ones are skipped."""
+    _check_options(check, probe)
     settings = _load(config, overrides, out)
     names = stages_of(settings.method)
     if until:
@@ -61,7 +64,7 @@ def run(
         names = names[: names.index(until) + 1]
     kept = listed_stages(keep, "--keep")
     if check:
-        print_check(settings, names, overwrite, kept)
+        print_check(settings, names, overwrite, kept, probe)
     elif estimate:
         print_estimate(settings, names, estimate, as_json)
     else:
@@ -81,10 +84,12 @@ def stage_command(name: str) -> Callable[..., None]:
         check: Check = False,
         estimate: Estimate = None,
         as_json: EstimateJson = False,
+        probe: Probe = False,
     ) -> None:
+        _check_options(check, probe)
         settings = _load(config, overrides, out)
         if check:
-            print_check(settings, [name], overwrite)
+            print_check(settings, [name], overwrite, probe=probe)
         elif estimate:
             print_estimate(settings, [name], estimate, as_json)
         else:
@@ -96,8 +101,9 @@ def stage_command(name: str) -> Callable[..., None]:
         out: Out = None,
         overwrite: Overwrite = False,
         check: Check = False,
+        probe: Probe = False,
     ) -> None:
-        stage(config, overrides, out, overwrite, check)
+        stage(config, overrides, out, overwrite, check, probe=probe)
 
     return stage_without_estimate if name == "redteam" else stage
 
@@ -132,6 +138,11 @@ def report(
         start(settings, ["report"], overwrite=overwrite, force=overwrite)
 
 
+def _check_options(check: bool, probe: bool) -> None:
+    if probe and not check:
+        raise InputError("--probe goes with --check; add it")
+
+
 def _load(config: str, overrides: Sequence[str] | None, out: str | None) -> "RunConfig":
     from cai_ray.config.load import load_config
 
@@ -162,7 +173,11 @@ def start(
 
 
 def print_check(
-    settings: "RunConfig", names: Sequence[str], overwrite: bool, keep: Sequence[str] = ()
+    settings: "RunConfig",
+    names: Sequence[str],
+    overwrite: bool,
+    keep: Sequence[str] = (),
+    probe: bool = False,
 ) -> None:
     """`--check`: validates everything that can be known before a start."""
     from cai_ray import pipeline
@@ -175,8 +190,13 @@ def print_check(
     settings = pin(settings, models=not model_elsewhere).config
     for line in memory_lines(settings):
         print(line)
-    pipeline.check_inputs(settings, names, model_elsewhere=model_elsewhere)
+    for warning in pipeline.check_inputs(settings, names, model_elsewhere, probed=probe):
+        print(warning)
     pipeline.check_run(Run(settings), list(names), overwrite, keep)
+    if probe:
+        from cai_ray.train.families.probe import probe as try_models
+
+        try_models(Run(settings), names, lambda line: print(line, flush=True))
     if model_elsewhere:
         print(f"not seen from here: weights, tokenizer and chat template of {settings.model}")
     print("ok: nothing was started")

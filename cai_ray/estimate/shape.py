@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from cai_ray.config.run import RunConfig
 from cai_ray.errors import InputError
-from cai_ray.stages import ROLES, maker_of
 from cai_ray.storage import hub
 from cai_ray.storage.models import hub_model, local_model
 from cai_ray.storage.run import Run
@@ -35,9 +34,8 @@ class Shape(NamedTuple):
 
 def shape_of(config: RunConfig, role: str) -> Shape:
     """The shape of a model by its role. A model that is not trained yet has the shape of the one it starts from."""
-    while stage := maker_of(role, config.method) if role in ROLES else None:
-        role = getattr(getattr(config, stage), "init", "sl")
-    name = Run(config).locate(role)
+    run = Run(config)
+    name = run.locate(run.starts_from(role))
     fields = config.check.model if name == config.model else None
     return _shape(name, tuple(sorted((k, repr(v)) for k, v in (fields or {}).items())))
 

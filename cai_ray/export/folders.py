@@ -26,6 +26,7 @@ from cai_ray.export.datasets import DATASETS, SCHEMAS
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
 from cai_ray.prompts.models import run_renderer
+from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import models_of, needs_of, stages_of
 from cai_ray.storage import files
@@ -131,12 +132,15 @@ def _check_empty(out: str) -> None:
 def _write_model(run: Run, facts: RunFacts, role: str, templates: TemplateSet, out: str) -> None:
     source = run.path(models_of(run.config.method)[role], "model")
     files.upload_folder(source, out)
-    if templates.chat_template:  # the run's, in the place of the model's own
-        files.write_bytes(files.join(out, "chat_template.jinja"), templates.chat_template.encode())
+    renderer = _renderer(run, role, source)
+    if templates.chat_template:
+        _write_chat_template(out, templates.chat_template)
     end, scale = "", None
     if role == "rm":
-        end = _end_token(run, source)
+        end = renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)
         scale = run.facts("rm", "model/reward_head.json")
+    else:
+        _end_at_turns(out, renderer.end_id)
     card = cards.model_card(role, facts, end, scale)
     files.write_bytes(files.join(out, "README.md"), card.encode())
 
@@ -155,12 +159,31 @@ def _write_datasets(run: Run, facts: RunFacts, out: str, exported: Exported) -> 
         files.write_bytes(files.join(out, "README.md"), card.encode())
 
 
-def _end_token(run: Run, model: str) -> str:
-    """The token that ends an answer, from a model's folder without its weights."""
+def _write_chat_template(out: str, template: str) -> None:
+    """Puts the run's chat template in the place of the model's own, in both files that programs look at."""
+    files.write_bytes(files.join(out, "chat_template.jinja"), template.encode())
+    place = files.join(out, "tokenizer_config.json")
+    config = files.read_object(place, "make the stage again") or {}
+    files.write_json(place, {**config, "chat_template": template})
+
+
+def _end_at_turns(out: str, end_id: int) -> None:
+    """Adds the token that ends a turn to those at which programs stop: a base model's folder names only its own."""
+    place, again = files.join(out, "generation_config.json"), "make the stage again"
+    generation = files.read_object(place, again) or {}
+    given = generation.get("eos_token_id")
+    if given is None:
+        given = (files.read_object(files.join(out, "config.json"), again) or {}).get("eos_token_id")
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    if end_id not in ends:
+        files.write_json(place, {**generation, "eos_token_id": [end_id, *ends]})
+
+
+def _renderer(run: Run, role: str, model: str) -> Renderer:
+    """Renders as the run does, from a model's folder without its weights."""
     with tempfile.TemporaryDirectory() as folder:
         for path in files.list_files(model):
             if not path.endswith(".safetensors"):
                 name = Path(path).name
                 files.copy(files.join(model, name), Path(folder) / name)
-        renderer = run_renderer(run, "rm", folder)
-        return renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)
+        return run_renderer(run, role, folder)

@@ -97,6 +97,23 @@ def local_model(uri: str, weights: bool = True) -> str:
     return folder
 
 
+def model_config(location: str) -> dict[str, Any] | None:
+    """The config.json of a model's folder (any URI) or hub id; None if there is none to be had.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    again = "copy the folder again"
+    repo = hub_model(location)
+    if repo is None:
+        return read_object(os.path.join(location, "config.json"), again)
+    try:
+        folder = hub.config_folder(repo)
+    except hub.Unreachable:
+        return None
+    return read_object(os.path.join(folder, "config.json"), again) if folder else None
+
+
 def _check_model(uri: str, folder: str) -> None:
     """Checks a model folder before an engine is started with it; only the headers of the weights are read."""
     names = os.listdir(folder) if os.path.isdir(folder) else []

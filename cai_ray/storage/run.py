@@ -136,6 +136,13 @@ class Run:
             return str(Path(__file__).parents[1] / "town" / "base")
         return uri
 
+    def starts_from(self, role: str) -> str:
+        """The role or folder whose architecture a model has: that of what its stage starts from, as long as that is
+        made by a stage, too."""
+        while stage := maker_of(role, self.config.method) if role in ROLES else None:
+            role = getattr(getattr(self.config, stage), "init", "sl")
+        return role
+
     def model(self, which: str) -> str:
         """The model's folder on this node, a copy if it is remote; see `locate`."""
         return local_model(self.locate(which))

@@ -156,14 +156,22 @@ def render(
 
 
 def context_length(model: str, otherwise: int = 1 << 30) -> int:
-    """The number of positions of a model folder or id (`max_position_embeddings`); `otherwise` if it names none."""
-    if (Path(model) / "config.json").exists():
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    else:
-        from transformers import AutoConfig
+    """The number of positions of a model folder or id (`max_position_embeddings`); `otherwise` if it names none.
 
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().to_dict()
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or otherwise)
+    Of a model that also reads images it is that of its language model, which its config.json may leave to the class.
+    """
+    place = Path(model) / "config.json"
+    if place.exists() and (found := _positions(json.loads(place.read_text(encoding="utf-8")))):
+        return found
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    return _positions(config.to_dict()) or otherwise
+
+
+def _positions(config: dict[str, Any]) -> int:
+    text = {**config, **(config.get("text_config") or {})}
+    return int(text.get("max_position_embeddings") or text.get("n_positions") or 0)
 
 
 @lru_cache(maxsize=2)

@@ -131,6 +131,8 @@ def _load(auto: Any, path: str, cfg: TrainConfig, **options: Any) -> tuple[Any, 
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"transformers has no class of this family for {auto.__name__}"
         raise InputError(
             f"model {path}: cannot be loaded ({reason}); give a folder with config.json and safetensors "
             "of a causal LM"

@@ -17,7 +17,7 @@ from cai_ray.train.ppo.engine_owner import close_engines, open_engines
 from cai_ray.train.ppo.pool import Pool
 from cai_ray.train.ppo.rollout_engine import Request, StaleError
 from cai_ray.train.weights import object_store
-from cai_ray.train.weights.proof import digests_of, prove
+from cai_ray.train.weights.proof import Tolerance, digests_of, prove
 from cai_ray.train.weights.state import state_items
 from tests.ray.engines import Shared, logprobs, shared, town_config
 
@@ -152,7 +152,7 @@ def test_item_23_an_engine_lost_in_a_sync_has_the_new_weights_or_none(
     assert two_engines.replaced == 1
     lose_while(two_engines, 1, number, "report")
     digests, now = digests_of(state_items(new)), logprobs(new, probes)
-    prove(two_engines, digests, 1, probes, now, logprobs(model, probes), 1e-4)
+    prove(two_engines, digests, 1, probes, now, logprobs(model, probes), Tolerance(1e-4, 1e-4))
     assert two_engines.replaced == 2
     assert two_engines.sample(asked, 1, 1.6, 24) == wanted
     with pytest.raises(StaleError, match="asked for weights 0"):

@@ -95,11 +95,14 @@ class RolloutEngine:
         """Loads weights number `version` from object references; until all are loaded, the engine has none."""
         import ray
 
+        self.load(epoch, version, map(ray.get, chunks))
+
+    def load(self, epoch: int, version: int, chunks: Iterable[list[Packed]]) -> None:
+        """Loads weights number `version`, packed as `object_store.pack` does; until all are loaded, it has none."""
         self._expect(epoch)
         self.version = None
         self.llm.collective_rpc("sync_start")
-        for ref in chunks:
-            chunk: list[Packed] = ray.get(ref)
+        for chunk in chunks:
             self.llm.collective_rpc("sync_load", args=(chunk,))
         self.llm.collective_rpc("sync_finish")
         self._weights_changed(version)

@@ -132,6 +132,7 @@ class Rollouts:
             "sync/send_s": sent.seconds,
             "sync/prove_s": proof.seconds,
             "sync/gap": proof.gap,
+            "sync/mean_gap": proof.mean_gap,
             "sync/moved": proof.moved,
             "sync/shown": proof.shown,
         }

@@ -13,6 +13,7 @@ Digests see a step too small for the third. The third sees what digests cannot: 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +23,27 @@ from torch import Tensor
 
 from cai_ray.train.weights.object_store import cast
 
-TOLERANCE = {"float32": 5e-5, "bfloat16": 0.15, "float16": 0.05}
-"""Largest |engine - trainer| allowed on a probe token. Measured: 6e-6 for fp32 on CPU, 0.07 for bf16."""
+
+class Tolerance(NamedTuple):
+    """How far an engine's log-probabilities of probe tokens may be from the trainer's."""
+
+    mean: float
+    """Bound on the mean of |engine - trainer|."""
+    largest: float = math.inf
+    """Bound on the largest |engine - trainer|."""
+
+
+TOLERANCE = {
+    "float32": Tolerance(mean=5e-5, largest=5e-5),
+    "bfloat16": Tolerance(mean=0.15),
+    "float16": Tolerance(mean=0.05),
+}
+"""By dtype. Measured: at most 6e-6 for fp32 on CPU. Half precision rounds logits of 16 to 32 to steps of 0.125, so a
+single token says nothing: a real model of 135 M parameters in bf16, with nothing wrong, differs by 0.05 in the mean and
+by up to 0.5 on a token."""
 
 MOVED = 4.0
-"""A token has moved if the update changed it by more than so many tolerances: then old weights would show."""
+"""A token has moved if the update changed it by more than so many mean tolerances: then old weights would show."""
 
 
 class SyncError(RuntimeError):
@@ -48,6 +65,8 @@ class Proof(NamedTuple):
 
     gap: float
     """Largest |engine - trainer| over all probe tokens."""
+    mean_gap: float
+    """Mean of |engine - trainer| over all probe tokens, of the engine that is farthest away."""
     moved: float
     """Largest change of a probe token's log-probability by the update; NaN for the first version."""
     shown: int
@@ -62,7 +81,7 @@ def prove(
     probes: Sequence[Sequence[int]],
     now: Sequence[Tensor],
     before: Sequence[Tensor] | None,
-    tolerance: float,
+    tolerance: Tolerance,
 ) -> Proof:
     """Compares every engine of the pool with the trainer.
 
@@ -72,7 +91,7 @@ def prove(
         probes: sequences of token ids.
         now: for each probe, the trainer's log-probabilities of its tokens after the first, at temperature 1.
         before: the same under the version before; None if there is none.
-        tolerance: largest difference allowed (`TOLERANCE`).
+        tolerance: differences allowed (`TOLERANCE`).
 
     Raises:
         SyncError: an engine holds something else, or gives other probabilities.
@@ -80,18 +99,18 @@ def prove(
     started = time.perf_counter()
     current = torch.cat(list(now)).double()
     old = torch.cat(list(before)).double() if before is not None else None
-    gap = 0.0
+    gap = mean_gap = 0.0
     for number, (held, logprobs) in enumerate(pool.report(probes, version)):
         check_weights(held, digests, pool.epoch, version, f"engine {number}")
         engine_logprobs = torch.cat([torch.tensor(row, dtype=torch.float64) for row in logprobs])
-        gap = max(
-            gap, check_probes(engine_logprobs, current, old, tolerance, f"engine {number}, weights {version}")
-        )
+        gaps = check_probes(engine_logprobs, current, old, tolerance, f"engine {number}, weights {version}")
+        gap, mean_gap = max(gap, float(gaps.max())), max(mean_gap, float(gaps.mean()))
     change = (current - old).abs() if old is not None else torch.zeros(0)
     return Proof(
         gap=gap,
+        mean_gap=mean_gap,
         moved=float(change.max()) if change.numel() else float("nan"),
-        shown=int((change > MOVED * tolerance).sum()),
+        shown=int((change > MOVED * tolerance.mean).sum()),
         seconds=time.perf_counter() - started,
     )
 
@@ -115,26 +134,27 @@ def check_weights(
             raise SyncError(f"{who}, weights {version}: {problem} {names[0]}{more}")
 
 
-def check_probes(got: Tensor, now: Tensor, before: Tensor | None, tolerance: float, who: str) -> float:
-    """The largest |got - now| over tokens.
+def check_probes(got: Tensor, now: Tensor, before: Tensor | None, tolerance: Tolerance, who: str) -> Tensor:
+    """|got - now| of each token, (tokens,).
 
     Raises:
-        SyncError: it is above the tolerance. The message says whether tokens that moved look like the version before.
+        SyncError: they are above the tolerance. The message says whether tokens that moved look like the version
+            before.
     """
     gaps = (got - now).abs()
-    worst = float(gaps.max())
-    if worst <= tolerance:  # also False for NaN
-        return worst
+    mean, largest = float(gaps.mean()), float(gaps.max())
+    if mean <= tolerance.mean and largest <= tolerance.largest:  # also False for NaN
+        return gaps
     like = ""
     if before is not None:
-        moved = (now - before).abs() > MOVED * tolerance
+        moved = (now - before).abs() > MOVED * tolerance.mean
         nearer = (got - before).abs() < gaps
         if bool(moved.any()):
             like = f"; {int((moved & nearer).sum())} of {int(moved.sum())} that moved are nearer to the weights before"
-    raise SyncError(
-        f"{who}: log-probabilities of probe tokens differ from the trainer's by up to {worst:.3g} "
-        f"(tolerance {tolerance:.3g}){like}"
-    )
+    by = f"up to {largest:.3g} (tolerance {tolerance.largest:.3g})"
+    if mean > tolerance.mean:
+        by = f"{mean:.3g} in the mean (tolerance {tolerance.mean:.3g}), {largest:.3g} at most"
+    raise SyncError(f"{who}: log-probabilities of probe tokens differ from the trainer's by {by}{like}")
 
 
 def digests_of(tensors: Iterable[tuple[str, Tensor]], dtype: str | None = None) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -85,9 +86,39 @@ def save_folder(model: nn.Module, source: str, out: str, state: Mapping[str, Ten
     if base.config.get_text_config().tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # the loader ties it to the embedding again
     with tempfile.TemporaryDirectory() as folder:
+        mend_generation_config(base)
         base.save_pretrained(folder, state_dict=tensors)
         copy_tokenizer(source, folder)
         files.upload_folder(folder, out)
+
+
+def mend_generation_config(model: Any) -> None:
+    """Makes a model's generation configuration one that transformers saves: it loads more than it saves.
+
+    Published models often name a temperature and leave out `do_sample`, which is then set. What is still refused loses
+    everything but its token ids. A folder's defaults for sampling must never cost the weights that were trained.
+    """
+    given = getattr(model, "generation_config", None)
+    if given is None or _can_be_saved(given):
+        return
+    sampling = copy.deepcopy(given)
+    if sampling.do_sample is None:
+        sampling.do_sample = True
+    ids = {k: v for k, v in given.to_dict().items() if k.endswith("_token_id") and _is_token_id(v)}
+    model.generation_config = sampling if _can_be_saved(sampling) else type(given)(**ids)
+
+
+def _can_be_saved(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_token_id(value: Any) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return all(isinstance(i, int) and i >= 0 for i in ids)
 
 
 def copy_tokenizer(source: str, folder: str) -> None:

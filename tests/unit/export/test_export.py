@@ -195,6 +195,48 @@ def test_models_are_as_they_are_with_a_card_each(run: Run, tmp_path: Path) -> No
     assert "25.0% (12.5–50.0, n = 8)" in (out / "models" / "rl" / "README.md").read_text()
 
 
+def test_an_exported_policy_stops_where_its_turn_ends(run: Run, tmp_path: Path) -> None:
+    """The base model ends texts with one token; the template set's chat template ends turns with another."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    templates = yaml.safe_load((Path(files.__file__).parents[1] / "templates" / "general.yaml").read_text())
+    (tmp_path / "set.yaml").write_text(yaml.safe_dump({**templates, "chat_template": tiny.CHATML}))
+    chatting = Run(run.config.model_copy(update={"templates": str(tmp_path / "set.yaml")}))
+    for stage in models_of("ppo").values():
+        folder = Path(run.path(stage, "model"))
+        (folder / "chat_template.jinja").unlink()
+        for name, change in (
+            ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": None}),
+            ("generation_config.json", {"eos_token_id": 0, "temperature": 0.5}),
+        ):
+            data = files.read_object(folder / name, "") or {}
+            files.write_json(folder / name, {**data, **change})
+    export(chatting, str(tmp_path / "out"))
+    for role in ("sl", "rl"):
+        folder = tmp_path / "out" / "models" / role
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [
+            tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            tokenizer.eos_token_id,
+        ]
+        assert (files.read_object(folder / "generation_config.json", "") or {})["temperature"] == 0.5
+        assert tokenizer.chat_template == tiny.CHATML == (folder / "chat_template.jinja").read_text()
+        assert (files.read_object(folder / "tokenizer_config.json", "") or {})["chat_template"] == tiny.CHATML
+
+
+@pytest.mark.parametrize("given", [None, 2, [2, 0]])
+def test_the_end_of_a_turn_is_added_once(run: Run, tmp_path: Path, given: Any) -> None:
+    """Where generation_config.json names no end, or is missing, that of config.json counts."""
+    place = Path(run.path("sft", "model", "generation_config.json"))
+    place.unlink(missing_ok=True)
+    if given is not None:
+        files.write_json(place, {"eos_token_id": given})
+    export(run, str(tmp_path / "out"))
+    out = tmp_path / "out" / "models" / "sl" / "generation_config.json"
+    exported = (files.read_object(out, "") or {}).get("eos_token_id") if out.exists() else None
+    assert exported == given
+
+
 def test_no_text_becomes_structure_of_a_card(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(run, str(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tempfile
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_item_38_a_row_longer_than_the_context_is_left_out(words):
 
 def test_the_context_is_the_models(tmp_path: Path):
     assert context_length(str(tiny.save_model(tmp_path / "model"))) == 4096
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 64}}, 131072),  # the default of its class
+        ({"model_type": "gpt2", "n_positions": 512}, 512),
+    ],
+)
+def test_the_context_of_a_model_that_also_reads_images_is_that_of_its_language_model(
+    tmp_path: Path, config: dict, context: int
+):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(str(tmp_path)) == context
 
 
 def test_item_38_a_budget_below_the_longest_row_names_the_remedy():

@@ -347,6 +347,33 @@ def test_saved_folder_has_tokenizer_template_and_is_whole(causal, rows, tmp_path
     assert torch.equal(_forward(load_reference(str(out), CFG), batch), _forward(model, batch))
 
 
+@pytest.mark.parametrize(
+    ("given", "saved"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),
+        ({"top_k": 5, "min_p": 0.1}, {"top_k": 5, "min_p": 0.1, "do_sample": True}),
+        ({"temperature": 0.9, "do_sample": True}, {"temperature": 0.9, "do_sample": True}),
+        ({"temperature": 0.9, "do_sample": False}, {"temperature": None, "do_sample": None}),
+        ({"length_penalty": 0.5}, {"length_penalty": None}),
+        ({"pad_token_id": -1, "eos_token_id": [1, 5]}, {"pad_token_id": None, "eos_token_id": [1, 5]}),
+    ],
+)
+def test_no_generation_config_costs_the_trained_weights(rows, tmp_path, given, saved):
+    """transformers loads what it then refuses to save: a stage would fail at its very end."""
+    path = make_model(tmp_path / "given")
+    place = tmp_path / "given" / "generation_config.json"
+    data = json.loads(place.read_text()) | given
+    place.write_text(json.dumps(data))
+    model = load_policy(path, CFG)
+    save_folder(model, path, str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {key: written.get(key) for key in saved} == saved
+    assert written["eos_token_id"] == data["eos_token_id"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(_forward(loaded, pad(rows, PAD)), _forward(model, pad(rows, PAD)))
+    loaded.save_pretrained(tmp_path / "again")
+
+
 def test_state_items_give_a_tied_head(causal):
     model = load_policy(causal, CFG)
     items = dict(state_items(model))
