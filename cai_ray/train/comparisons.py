@@ -68,6 +68,9 @@ class ComparisonData:
 def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> ComparisonData:
     """Renders the run's comparisons with a model's tokenizer and the template set.
 
+    Args:
+        model: a role, folder or id.
+
     Raises:
         InputError: no comparison is left to train on, or one is longer than a micro-batch.
     """
@@ -78,7 +81,8 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
     ai, left_out = ai_comparisons(labels, cfg, seed)
     human = [{**row, "about": source.about} for source in cfg.human for row in read_comparisons(source, seed)]
     templates = load_templates(run.config.templates)
-    renderer, limit = run_renderer(run, cfg.init, model), context_length(model)
+    folder = run.model(model)
+    renderer, limit = run_renderer(run, model, folder), context_length(folder)
     rows, examples = [], []
     for row in sorted(ai + human, key=lambda row: row["id"]):  # several raters' equal answers all count
         pair = []

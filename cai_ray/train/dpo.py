@@ -46,7 +46,7 @@ def run(run: Run) -> dict[str, Any]:
     """
 
     source = run.model("sl")
-    data = load_comparisons(run, "dpo", source)
+    data = load_comparisons(run, "dpo", "sl")
     result = fit(run, "dpo", loop, run.config.dpo, data.shared())
     return {
         **data.counts,
