@@ -100,11 +100,12 @@ class ChatTemplate:
             RowError: the template refuses the roles, or leaves out or repeats a message.
         """
         contents = [message_spans(m["content"]) for m in messages]
-        # A blank content meets the template, which may write a turn without words differently. It cannot forge.
-        blanks = tuple(None if (text := text_of(c)).strip() else text for c in contents)
+        # An empty content meets the template, which may write such a turn differently.
+        marked = [bool(text_of(c)) for c in contents]
         if not generation:  # where the last content ends must be seen
-            blanks = (*blanks[:-1], None)
-        literals, order, strips = self._skeleton(tuple(m["role"] for m in messages), blanks, generation)
+            marked[-1] = True
+        roles = tuple(m["role"] for m in messages)
+        literals, order, strips = self._skeleton(roles, tuple(marked), generation)
         spans: Spans = []
         last = None if generation else len(messages) - 1
         for literal, place, strip in zip(literals, order, strips, strict=False):
@@ -129,17 +130,16 @@ class ChatTemplate:
 
     def strips_of_last(self, roles: Sequence[str]) -> tuple[str | None, str | None]:
         """What the template strips from the last message's content of a conversation with these roles."""
-        skeleton = self._skeleton(tuple(roles), (None,) * len(roles), False)
+        skeleton = self._skeleton(tuple(roles), (True,) * len(roles), False)
         return skeleton.strips[skeleton.order.index(len(roles) - 1)]
 
     def _make_skeleton(
-        self, roles: tuple[str, ...], blanks: tuple[str | None, ...], generation: bool
+        self, roles: tuple[str, ...], marked: tuple[bool, ...], generation: bool
     ) -> _Skeleton:
-        marked = [i for i, blank in enumerate(blanks) if blank is None]
-        literals, order = self._around_marks(roles, blanks, generation, "")
-        if sorted(order) != marked:
+        literals, order = self._around_marks(roles, marked, generation, "")
+        if sorted(order) != [i for i, mark in enumerate(marked) if mark]:
             raise RowError(f"the chat template drops or repeats a message of {list(roles)}")
-        probed, probed_order = self._around_marks(roles, blanks, generation, _PROBE)
+        probed, probed_order = self._around_marks(roles, marked, generation, _PROBE)
         if probed_order != order:  # it looks at more than the ends of a content
             return _Skeleton(literals, order, [("", "")] * len(order))
         beside = [_strips(*pair) for pair in zip(probed, literals, strict=True)]
@@ -147,12 +147,12 @@ class ChatTemplate:
         return _Skeleton(literals, order, strips)
 
     def _around_marks(
-        self, roles: tuple[str, ...], blanks: tuple[str | None, ...], generation: bool, probe: str
+        self, roles: tuple[str, ...], marked: tuple[bool, ...], generation: bool, probe: str
     ) -> tuple[list[str], list[int]]:
         """The template's own text around the marks, and the number of the mark in each place."""
         messages = [
-            {"role": role, "content": f"{probe}\ue000{i}\ue001{probe[::-1]}" if blank is None else blank}
-            for i, (role, blank) in enumerate(zip(roles, blanks, strict=True))
+            {"role": role, "content": f"{probe}\ue000{i}\ue001{probe[::-1]}" if mark else ""}
+            for i, (role, mark) in enumerate(zip(roles, marked, strict=True))
         ]
         try:
             text = self.tokenizer.apply_chat_template(

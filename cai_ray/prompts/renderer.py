@@ -35,8 +35,8 @@ class Renderer:
         template_args: further arguments of the chat template, such as `enable_thinking`.
         name: the name of one of the model's own chat templates.
         thinking: the marks of thinking blocks, where the model may write any.
-        keeps_thoughts: whether answers are trained on with the thoughts that they begin with. If they are not, an answer
-            that holds such a mark holds it as plain text.
+        keeps_thoughts: whether answers are trained on with the thoughts that they begin with. If they are not, such a
+            mark in an answer is plain text.
         today: the day that the template is told if it asks. Defaults to the day of each call.
         fallback: a Jinja template for models that have none of their own.
 

@@ -50,17 +50,17 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def _as_saved(loaded: Any, folder: Path) -> Any:
-    """The tokenizer as its tokenizer.json describes it, which transformers may have built anew by its family's rules.
+    """The tokenizer of a folder that has no config.json, as its tokenizer.json describes it.
 
-    Where a folder has no config.json, a name of a class in tokenizer_config.json is all that says which family that is:
-    a byte-level tokenizer by a class of SentencePiece loses every blank.
+    There a name of a class in tokenizer_config.json is all that says which family it is, and transformers may have
+    built it anew by the rules of another: a byte-level tokenizer by a class of SentencePiece loses every blank.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     file = folder / "tokenizer.json"
     backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None or not file.exists():
+    if backend is None or not file.exists() or (folder / "config.json").exists():
         return loaded
     saved, rebuilt = (
         tokenizer.encode(_SAMPLE, add_special_tokens=False).ids

@@ -102,7 +102,7 @@ def test_the_policy_learns_the_labels_and_the_measures_are_those_of_its_model(
         assert chosen - rejected == pytest.approx(held[-1][f"eval/{source}_margin"], abs=1e-5)
 
     # The same from the two saved models, by transformers alone.
-    found = comparisons.load_comparisons(run, "dpo", run.model("sl"))
+    found = comparisons.load_comparisons(run, "dpo", "sl")
     kept = {found.ids[i].decode() for i in found.held_out if not found.human[i]}
     labels = [r for r in run.rows("label") if r["id"] in kept]
     logp, ref = (logprobs(run.model(role), run, labels) for role in ("rl", "sl"))
@@ -158,7 +158,7 @@ def two_steps(config: dict[str, Any]) -> None:
 def test_item_30_two_ranks_give_the_step_of_one_whole_batch(tmp_path: Path, ray_cluster: None) -> None:
     """Against plain PyTorch on one batch; with adapters the reference is what they are added to."""
     run = make_run(tmp_path, 11, workers=2, eval_fraction=0.0)
-    data = comparisons.load_comparisons(run, "dpo", run.model("sl"))
+    data = comparisons.load_comparisons(run, "dpo", "sl")
     fit(run, "dpo", two_steps, run.config.dpo, {**data.shared(), "got": str(tmp_path / "got.pt")})
     got = torch.load(tmp_path / "got.pt")
     rows = pad([data.responses[2 * i + side] for side in (0, 1) for i in BATCH], data.pad_id)
