@@ -25,7 +25,7 @@ from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import SftRow, derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, pad, rank_micro_batches
-from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render, shuffled
+from cai_ray.train.dialogues import Dialogues, longest_row, pack, render, shuffled, tell_long_rows
 from cai_ray.train.losses import sft_loss
 from cai_ray.train.models import load_policy
 from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
@@ -41,7 +41,7 @@ def run(run: Run) -> dict[str, Any]:
     """Trains the SL-CAI policy; returns the stage's part of the manifest.
 
     Raises:
-        InputError: no row can be trained on, or a row does not fit a micro-batch.
+        InputError: no row can be trained on.
     """
     import ray
 
@@ -56,13 +56,17 @@ def run(run: Run) -> dict[str, Any]:
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
     source = run.model(cfg.init)
-    renderer, limit = Renderer(source, templates.chat_template), context_length(source)
-    rendered = [(r, render_record(r, renderer, templates, limit)) for r in records]
+    renderer, limit = Renderer(source, templates.chat_template), longest_row(source, cfg)
+    left_out: Counter[str] = Counter()
+    rendered = [(r, render_record(r, renderer, templates, limit, left_out)) for r in records]
     fitting = [(record, example) for record, example in rendered if example is not None]
     if not fitting:
-        raise InputError(f"sft: no row fits the context of {source} ({limit} tokens)")
+        raise InputError(
+            f"sft: no row can be rendered in the {limit} tokens that {source} and sft.max_length allow "
+            f"(left out: {dict(left_out)})"
+        )
     data = pack(example for _, example in fitting)
-    check_fits("sft", max(data.lengths), cfg.micro_batch_tokens)
+    tell_long_rows("sft", data.lengths, cfg.micro_batch_tokens)
     run.write_rows("sft", to_table([record for record, _ in fitting], SftRow))
 
     extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
@@ -72,7 +76,8 @@ def run(run: Run) -> dict[str, Any]:
         "rows_in": len(revised),
         "rows_out": len(fitting),
         "errors": sum(1 for row in revised if row["error"]),
-        "left_out_too_long": len(records) - len(fitting),
+        "left_out_too_long": left_out["too_long"],
+        "left_out_refused": left_out["refused"],
         "revisions": {
             "kept": {k: n for k, n in kinds.items() if k not in cfg.drop},
             "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
@@ -85,11 +90,15 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def render_record(
-    record: dict[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
+    record: dict[str, Any],
+    renderer: Renderer,
+    templates: TemplateSet,
+    limit: int,
+    left_out: Counter[str] | None = None,
 ) -> Example | None:
-    """The tokens of a row of schema `sft`; None if it does not fit the context of `limit` tokens."""
+    """The tokens of a row of schema `sft`; None if it is left out (`render`)."""
     *conversation, answer = record["messages"]
-    return render(renderer, templates, conversation, answer["content"], limit, record["truncated"])
+    return render(renderer, templates, conversation, answer["content"], limit, record["truncated"], left_out)
 
 
 def to_records(
