@@ -54,7 +54,7 @@ def run_stages(
     """
     run = Run(config)
     stages = list(stages)
-    check_inputs(config, stages)
+    check_inputs(config, stages, say=say)
     check_run(run, stages, overwrite, keep)
     _write_run(run)
     for name in stages:
@@ -65,12 +65,20 @@ def run_stages(
     return run
 
 
-def check_inputs(config: RunConfig, stages: Collection[str] = (), model_elsewhere: bool = False) -> None:
+def check_inputs(
+    config: RunConfig,
+    stages: Collection[str] = (),
+    model_elsewhere: bool = False,
+    say: Say = lambda _: None,
+    renders: bool = False,
+) -> None:
     """Checks everything that can be known before any work (docs/method.md, item 38).
 
     Args:
         stages: those that are about to run; the settings of the others are checked as well.
         model_elsewhere: the models are not on this machine, so that neither they nor the options' tokens are checked.
+        say: is told which rows of the data are left out.
+        renders: whether it is told how many prompts the chat template refuses or exceed the context, too.
 
     Raises:
         InputError: a setting, file, model, endpoint key or package that a stage needs is missing or cannot be used,
@@ -83,7 +91,7 @@ def check_inputs(config: RunConfig, stages: Collection[str] = (), model_elsewher
     _check_method(config, stages)
     _ = config.document
     run = Run(config)
-    preflight = Preflight(run, stages, not model_elsewhere)
+    preflight = Preflight(run, stages, not model_elsewhere, say, renders)
     for name in [*(n for n in stages if STAGES[n].before), *stages_of(config.method)]:
         if STAGES[name].checks:
             _checks(name).check(run, preflight)

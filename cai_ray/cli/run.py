@@ -173,7 +173,7 @@ def print_check(
     for line in memory_lines(settings):
         print(line)
     model_elsewhere = elsewhere(settings)
-    pipeline.check_inputs(settings, names, model_elsewhere=model_elsewhere)
+    pipeline.check_inputs(settings, names, model_elsewhere=model_elsewhere, say=print, renders=True)
     pipeline.check_run(Run(settings), list(names), overwrite, keep)
     if model_elsewhere:
         print(f"not seen from here: weights, tokenizer and chat template of {settings.model}")

@@ -7,8 +7,9 @@ from itertools import combinations
 from typing import Any, TypedDict
 
 from cai_ray.config.generation import CompareConfig
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
-from cai_ray.data.sources import read_prompts
+from cai_ray.data.training import training_prompts
 from cai_ray.engine.check import check_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.generate.rows import check_resources, map_rows
@@ -73,14 +74,14 @@ class CompareChain:
         }
 
 
-def tasks(run: Run) -> list[ComparisonTask]:
-    """Every pair of a prompt's samples."""
+def tasks(run: Run, left_out: LeftOut | None = None) -> list[ComparisonTask]:
+    """Every pair of a prompt's samples.
+
+    Args:
+        left_out: see `training_prompts`.
+    """
     config = run.config.compare
-    prompts = [
-        p
-        for p in read_prompts(config.prompts or run.config.prompts, run.config.seed)
-        if p["split"] == "train"
-    ]
+    prompts = training_prompts(run.config, config.prompts, left_out)
     return [
         {
             "id": derive_id("comparison", prompt["id"], first, second),
@@ -99,13 +100,17 @@ def tasks(run: Run) -> list[ComparisonTask]:
 def run(run: Run) -> dict[str, Any]:
     config = run.config
     chain = CompareChain(run_templates(config), config.compare, config.seed, "sl")
-    return map_rows(run, "compare", tasks(run), chain, takes=ComparisonTask, gives=Comparison, model="sl")
+    left_out = LeftOut(config.max_error_rate)
+    rows = tasks(run, left_out)
+    summary = map_rows(run, "compare", rows, chain, takes=ComparisonTask, gives=Comparison, model="sl")
+    return {**summary, "prompts_left_out": dict(left_out)}
 
 
 def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the engine or the prompts cannot be used."""
     check_engine(run.config.engine)
-    preflight.trains_on_prompts("compare.prompts", run.config.compare.prompts)
+    compare = run.config.compare
+    preflight.trains_on_prompts("compare.prompts", compare.prompts, compare.max_tokens)
 
 
 def check_room(run: Run) -> None:

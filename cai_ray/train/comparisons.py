@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from cai_ray.config.training import PreferenceConfig, TrainConfig
-from cai_ray.data.sources import read_comparisons
+from cai_ray.data.left_out import LeftOut
+from cai_ray.data.training import training_comparisons
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import longest_first, pad, rank_shares, select, split_shares
-from cai_ray.train.dialogues import Dialogues, check_fits, context_length, pack, render
+from cai_ray.train.dialogues import Dialogues, longest_row, pack, render, tell_long_rows
 from cai_ray.train.runtime.ranks import rank, to_device, world_size
 
 # Metrics of the last evaluation that the manifest keeps, and their names there.
@@ -69,38 +70,48 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
     """Renders the run's comparisons with a model's tokenizer and the template set.
 
     Raises:
-        InputError: no comparison is left to train on, or one is longer than a micro-batch.
+        InputError: no comparison is left to train on, or too many rows of a source of human ones cannot be used.
     """
     cfg: PreferenceConfig = getattr(run.config, stage)
     seed = run.config.seed
     columns = ["id", "messages", "response_a", "response_b", "truncated_a", "truncated_b", "p_a", "error"]
     labels = run.rows("label", columns)
     ai, left_out = ai_comparisons(labels, cfg, seed)
-    human = [{**row, "about": source.about} for source in cfg.human for row in read_comparisons(source, seed)]
+    human_left_out = LeftOut(run.config.max_error_rate)
+    human = [
+        {**row, "about": source.about}
+        for source in cfg.human
+        for row in training_comparisons(run.config, source, human_left_out)
+    ]
     templates = load_templates(run.config.templates)
-    renderer, limit = Renderer(model, templates.chat_template), context_length(model)
+    renderer, limit = Renderer(model, templates.chat_template), longest_row(model, cfg)
     rows, examples = [], []
     for row in sorted(ai + human, key=lambda row: row["id"]):  # several raters' equal answers all count
         pair = []
+        reasons: Counter[str] = Counter()
         for side in ("a", "b"):
             truncated = bool(row.get(f"truncated_{side}"))  # human answers are complete
             response = row[f"response_{side}"]
-            pair.append(render(renderer, templates, row["messages"], response, limit, truncated))
+            pair.append(render(renderer, templates, row["messages"], response, limit, truncated, reasons))
         if pair[0] is not None and pair[1] is not None:
             examples += pair
             rows.append({k: row[k] for k in ("id", "messages", "p_a", "source")})
+        else:
+            left_out[reasons.most_common(1)[0][0]] += 1
     train, held_out = split(rows, cfg.eval_fraction, seed)
     if not train:
         raise InputError(
             f"{stage}: no comparison can be trained on ({len(labels)} labels, left out: {dict(left_out)})"
         )
     responses = pack(e for e in examples if e is not None)
-    check_fits(stage, 2 * max(responses.lengths), cfg.micro_batch_tokens)
+    sizes = np.asarray(responses.lengths).reshape(-1, 2).sum(1).tolist()  # both responses of a comparison
+    tell_long_rows(stage, sizes, cfg.micro_batch_tokens)
     counts = {
         "rows_in": len(labels) + len(human),
         "rows_out": len(rows),
         "errors": left_out["error"],
-        "left_out": {**left_out, "too_long": len(ai) + len(human) - len(rows)},
+        "left_out": {"too_long": 0, **left_out},
+        "human_left_out": dict(human_left_out),
         "rows_ai": sum(row["source"] == "ai" for row in rows),
         "rows_human": sum(row["source"] == "human" for row in rows),
         "human_labels": dict(Counter(row["about"] for row in human)),
@@ -113,7 +124,8 @@ def ai_comparisons(
     labels: list[dict[str, Any]], cfg: PreferenceConfig, seed: int
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """The AI labels to train on, and how many labels were left out for which reason."""
-    rows, left_out = [], Counter({"error": 0, "identical": 0, "min_margin": 0})
+    rows = []
+    left_out = Counter({"error": 0, "identical": 0, "min_margin": 0})
     for label in labels:
         if label["error"] or label["p_a"] is None:
             left_out["error"] += 1
