@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -133,7 +134,7 @@ def sft(out: str, rows: int, actors: int) -> float:
     read = run.each_row("revise", ["id", "messages", "kind", "response", "truncated", "steps", "error"])
     choice = sft.choose_records(read, config, 0, templates.critiques)
     records = sft.to_records(read, config, choice.ids)
-    data = sft.write_records(run, records, Renderer(BASE), templates, 1 << 20, choice.ids)
+    data = sft.write_records(run, records, Renderer(BASE), templates, 1 << 20, choice.ids, Counter())
     assert len(data) == len(choice.ids) == rows, (len(data), len(choice.ids))
     return time.monotonic() - started
 

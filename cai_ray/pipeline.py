@@ -57,8 +57,7 @@ def run_stages(
     config, commits = pin(config)
     run = Run(config)
     stages = list(stages)
-    for warning in check_inputs(config, stages):
-        say(warning)
+    check_inputs(config, stages, say=say)
     check_run(run, stages, overwrite, keep)
     _write_run(run, commits)
     for name in stages:
@@ -70,17 +69,21 @@ def run_stages(
 
 
 def check_inputs(
-    config: RunConfig, stages: Collection[str] = (), model_elsewhere: bool = False, probed: bool = False
-) -> list[str]:
+    config: RunConfig,
+    stages: Collection[str] = (),
+    model_elsewhere: bool = False,
+    say: Say = lambda _: None,
+    renders: bool = False,
+    probed: bool = False,
+) -> None:
     """Checks everything that can be known before any work (docs/method.md, item 38).
 
     Args:
         stages: those that are about to run; the settings of the others are checked as well.
         model_elsewhere: the models are not on this machine, so that neither they nor the options' tokens are checked.
+        say: is told which rows of the data are left out, and other warnings.
+        renders: whether it is told how many prompts the chat template refuses or exceed the context, too.
         probed: whether the models' families are tried out beside this, and need not be looked up.
-
-    Returns:
-        Warnings, a line each.
 
     Raises:
         InputError: a setting, file, model, endpoint key or package that a stage needs is missing or cannot be used,
@@ -93,14 +96,14 @@ def check_inputs(
     _check_method(config, stages)
     _ = config.document
     run = Run(config)
-    preflight = Preflight(run, stages, not model_elsewhere)
+    preflight = Preflight(run, stages, not model_elsewhere, say, renders)
     for name in [*(n for n in stages if STAGES[n].before), *stages_of(config.method)]:
         if STAGES[name].checks:
             _checks(name).check(run, preflight)
     given = config.check.model if model_elsewhere else None
-    warnings = [] if probed else check_families(run, stages, given)
+    for warning in [] if probed else check_families(run, stages, given):
+        say(warning)
     _check_writable(run)
-    return warnings
 
 
 def check_run(run: Run, stages: list[str], overwrite: bool, keep: Collection[str] = ()) -> None:

@@ -7,7 +7,7 @@ nothing is evaluated that is nearly trained on.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from cai_ray.config.sources import PromptSource
-from cai_ray.data.sources import iter_rows, normalised, read_prompts, to_messages
+from cai_ray.data.conversations import to_messages
+from cai_ray.data.left_out import LeftOut, OddRow
+from cai_ray.data.overlap import normalised
+from cai_ray.data.sources import iter_rows, read_prompts
 from cai_ray.errors import InputError
 from cai_ray.storage import files, hub
 from cai_ray.storage.records import Prompt, derive_id
@@ -39,8 +42,8 @@ class Data(NamedTuple):
     prompts: list[Prompt]
     answers: list[str]
     """Some answers in the data, whose length says how long answers should be."""
-    left_out: Counter[str]
-    """Rows that repeat (`same`) or nearly repeat (`near`) an earlier one."""
+    left_out: LeftOut
+    """Rows that repeat (`same`) or nearly repeat (`near`) an earlier one, and odd ones."""
 
 
 def read_data(given: Iterable[tuple[str, Kind | None]], ask: Ask | None) -> Data:
@@ -57,7 +60,7 @@ def read_data(given: Iterable[tuple[str, Kind | None]], ask: Ask | None) -> Data
     for text, kind in given:
         path = locate(text)
         sources.append(PromptSource(path=path, kind=kind or _kind(path, text, ask), near_duplicates=NEAR))
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     prompts = read_prompts(sources, 0, left_out)
     count = sum(prompt["kind"] == "red_team" for prompt in prompts)
     if count < MIN_RED_TEAM:
@@ -162,8 +165,8 @@ def _answers(path: str) -> list[str]:
     answers: list[str] = []
     for row in islice(iter_rows(path), _LOOKED_AT):
         value = row.get("chosen") or row.get("messages") or row.get("text")
-        with suppress(InputError):
-            last = to_messages(value, path)[-1]
+        with suppress(OddRow):
+            last = to_messages(value)[-1]
             if last["role"] == "assistant":
                 answers.append(last["content"])
             elif isinstance(row.get("chosen"), str) and row.get("prompt"):

@@ -30,6 +30,8 @@ def show(
     for about in (document.description, document.source, *document.sources):
         if about:
             print(about)
+    for section in document.sections:
+        print(f"\n{section.title}  (section, priority {section.priority})\n  {section.text}")
     for p in document.principles:
         facts = [f"weight {p.weight:g}"] + [f"priority {p.priority}"] * bool(p.priority)
         facts += ["off"] * (not p.enabled) + [p.form] * (p.form == "negative") + list(p.families or p.tags)

@@ -190,8 +190,7 @@ def print_check(
     settings = pin(settings, models=not model_elsewhere).config
     for line in memory_lines(settings):
         print(line)
-    for warning in pipeline.check_inputs(settings, names, model_elsewhere, probed=probe):
-        print(warning)
+    pipeline.check_inputs(settings, names, model_elsewhere, say=print, renders=True, probed=probe)
     pipeline.check_run(Run(settings), list(names), overwrite, keep)
     if probe:
         from cai_ray.train.families.probe import probe as try_models

@@ -60,6 +60,9 @@ class EvaluateConfig(Section):
 
     prompts: tuple[PromptSource, ...] = ()
     """Held-out prompts. None of them may be a training prompt."""
+    overlap: Literal["stop", "drop"] = "stop"
+    """What happens to training prompts that are held out as well, here, in `sets` or in `ppo.watch.prompts`. `stop`:
+    nothing starts, and an error names them. `drop`: they are left out of training, and counted."""
     judge: JudgeConfig | None = None
     """Compares the policies' answers. Defaults to `label.judge`."""
     gold: Literal["town"] | None = None

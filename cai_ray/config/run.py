@@ -80,7 +80,8 @@ class RunConfig(Section):
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = operational(("tensorboard",))
     """Where training metrics go besides metrics.jsonl. `wandb` and `mlflow` are extras of the package."""
     max_error_rate: float = operational(0.05, ge=0, le=1)
-    """A generation stage ends with an error if a larger share of its rows failed."""
+    """A generation stage ends with an error if a larger share of its rows failed. A source of prompts or comparisons is
+    refused if more of its rows cannot be used; one such row alone is always left out, unless this is 0."""
 
     @property
     def document(self) -> Constitution:

@@ -18,7 +18,8 @@ class PromptSource(Section):
     kind: Literal["red_team", "helpful"] | None = None
     """The kind of all its prompts. Needed if the rows have no `kind` of their own."""
     column: str | None = None
-    """The column with messages or text. Defaults to the first of messages, prompt, text, chosen."""
+    """The column with messages or text. Defaults to the first of messages, conversations, conversation, prompt,
+    question, text, chosen that a row has a value for."""
     limit: int | None = Field(default=None, gt=0)
     """Use only this many rows from the start."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
@@ -30,7 +31,8 @@ class Comparisons(Section):
     """A file or folder of comparisons that people made."""
 
     path: str = by_content("files")
-    """Files as for prompts, with `chosen` and `rejected`: whole transcripts, or answers to the row's `messages`."""
+    """Files as for prompts, with `chosen` and `rejected`: whole conversations, or answers to the row's `messages` or
+    `prompt`."""
     target: float = Field(default=1.0, gt=0.5, le=1.0)
     """Probability of the chosen answer as a label, for rows without a `target` of their own."""
     about: Literal["helpful", "harmless"] = "helpful"

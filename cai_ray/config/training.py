@@ -49,7 +49,11 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     micro_batch_tokens: int = operational(16384, gt=0)
-    """Most tokens in one forward pass of one worker, including padding."""
+    """Most tokens in one forward pass of one worker, including padding. A row that is longer has a forward pass of its
+    own."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Most tokens of a row, prompt and answer together. Longer rows are left out and counted; for PPO, prompts to which
+    `max_tokens` cannot be added. Defaults to the model's context."""
     kernels: Literal["auto", "torch"] = checkpoint_layout("auto")
     """`auto`: Liger's norms, gates and rotations on a GPU if it is installed (extra `gpu`). `torch`: PyTorch's own."""
     gradient_checkpointing: bool = operational(False)

@@ -73,6 +73,15 @@ class Principle(_DocumentPart):
         return _sha([*parts, self.form] if self.form == "negative" else parts)
 
 
+class DocumentSection(_DocumentPart):
+    """What a document says about the principles of a section. People read it; models read principles alone."""
+
+    title: str = ""
+    text: str = Field(min_length=1)
+    priority: int = Field(default=0, ge=0)
+    """The priority of the section's principles."""
+
+
 class SignOff(_DocumentPart):
     """Who approves this version of the document, and since when."""
 
@@ -92,6 +101,8 @@ class Constitution(_DocumentPart):
     sign_off: tuple[SignOff, ...] = ()
     sources: tuple[str, ...] = ()
     """Documents that principles draw on, if one line (`source`) is not enough."""
+    sections: tuple[DocumentSection, ...] = ()
+    """The texts of sections of principles."""
     principles: tuple[Principle, ...] = Field(min_length=1)
 
     @field_validator("principles")

@@ -175,6 +175,18 @@ def marks(document: Constitution) -> Iterator[Finding]:
                 )
 
 
+def sections(document: Constitution) -> Iterator[Finding]:
+    """Texts of sections, which an author may take for principles."""
+    for section in document.sections:
+        yield Finding(
+            "note",
+            "section",
+            None,
+            f"no model reads the text of section {section.title!r}",
+            "give what models should follow a heading of its own",
+        )
+
+
 def evidence(document: Constitution) -> Iterator[Finding]:
     """Principles without a source or without examples of both kinds, and a document without a source."""
     for p in document.principles:
@@ -214,7 +226,7 @@ def spelling(document: Constitution) -> Iterator[Finding]:
 
 
 CHECKS: Sequence[Callable[[Constitution], Iterator[Finding]]] = (
-    duplicates, sides, lengths, weights, marks, evidence, spelling,
+    duplicates, sides, lengths, weights, marks, sections, evidence, spelling,
 )  # fmt: skip
 
 

@@ -19,9 +19,10 @@
     ```
 
 A heading with text of its own and no headings below it is a principle. A heading with others below it is a section; the
-number of the section is its principles' priority. A block of YAML gives fields of the principle as in the YAML form,
-all optional; missing requests are made from the text. `principle: false` leaves a heading out. The metadata at the top
-has the fields of the YAML form, too.
+number of the section is its principles' priority, and its own text is kept for people. Lists and other blocks keep
+their lines; the lines of a paragraph are joined. A block of YAML gives fields of the principle as in the YAML form, all
+optional; missing requests are made from the text. `principle: false` leaves a heading out. The metadata at the top has
+the fields of the YAML form, too.
 """
 
 from __future__ import annotations
@@ -61,19 +62,27 @@ def read(text: str, stem: str) -> dict[str, Any]:
     meta, body = _metadata(text)
     headings = _headings(body)
     title = next((h for h in headings if h.level == 1), None)
+    preamble = [h for h in headings if h.level == 0]
     principles = []
+    sections = []
     section = 0
     for i, heading in enumerate(headings):
         if heading.level == 2:
             section += 1
         below = i + 1 < len(headings) and headings[i + 1].level > heading.level
-        if heading.level == 1 or below or not heading.fields.pop("principle", True):
+        is_section = heading.level == 1 or below
+        if heading in (title, *preamble) or not heading.fields.pop("principle", True):
             continue
-        if heading.texts or heading.fields:
+        if is_section and heading.texts:
+            sections.append(
+                {"title": ANCHOR.sub("", heading.title), "text": _text(heading), "priority": section}
+            )
+        elif not is_section and (heading.texts or heading.fields):
             principles.append(_principle(heading, section))
-    description = {"description": " ".join(title.texts)} if title and title.texts else {}
+    introduction = "\n\n".join(_text(h) for h in (*preamble, title) if h and h.texts)
+    about = {key: value for key, value in (("description", introduction), ("sections", sections)) if value}
     name = _slug(title.title) if title else stem
-    return {"name": name or stem, **description, **meta, "principles": principles}
+    return {"name": name or stem, **about, **meta, "principles": principles}
 
 
 def _metadata(text: str) -> tuple[dict[str, Any], str]:
@@ -97,13 +106,24 @@ def _headings(body: str) -> list[Heading]:
             continue  # the content of a block is read with the block
         if token.type == "heading_open":
             headings.append(Heading(int(token.tag[1:]), tokens[i + 1].content))
-        elif not headings or token.map is None or token.type == "html_block":
             continue
+        if token.map is None or token.type == "html_block":
+            continue
+        if not headings:
+            headings.append(Heading(0, ""))  # what stands before the first heading
+        if token.type == "paragraph_open":
+            headings[-1].texts.append(" ".join(line.strip() for line in lines[slice(*token.map)]).strip())
         elif token.type == "fence" and token.info.strip() in ("yaml", "yml"):
             headings[-1].fields |= _mapping(token.content, f"the fields of {headings[-1].title!r}")
-        else:
-            headings[-1].texts.append(" ".join(line.strip() for line in lines[slice(*token.map)]).strip())
+        else:  # a list, a quotation, a table: its lines are what it says
+            headings[-1].texts.append(
+                "\n".join(line.rstrip() for line in lines[slice(*token.map)]).strip("\n")
+            )
     return headings
+
+
+def _text(heading: Heading) -> str:
+    return "\n\n".join(heading.texts)
 
 
 def _mapping(text: str, what: str) -> dict[str, Any]:
@@ -116,7 +136,7 @@ def _mapping(text: str, what: str) -> dict[str, Any]:
 def _principle(heading: Heading, section: int) -> dict[str, Any]:
     anchor = ANCHOR.search(heading.title)
     title = ANCHOR.sub("", heading.title)
-    text = str(heading.fields.get("text", "\n\n".join(heading.texts)))
+    text = str(heading.fields.get("text", _text(heading)))
     fields = {
         "id": anchor[1] if anchor else _slug(title),
         "title": title,

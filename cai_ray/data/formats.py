@@ -2,7 +2,8 @@
 
 JSON lines, CSV (both also .gz), parquet and Arrow streams; a folder of such files, as `datasets.save_to_disk` or a
 download from a hub leaves it; or a pattern for some files of a folder ("data/train-*.parquet"). Cells of a CSV file are
-texts; empty cells are None.
+texts; empty cells are None. A row that cannot be read, such as a line that is not JSON, does not end a file: it is
+told apart (`SourceRow`), and whoever reads counts it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from cai_ray.data.left_out import OddRow, SourceRow
 from cai_ray.errors import InputError
 from cai_ray.storage import files
 from cai_ray.storage.filesystems import iter_parquet, open_file, resolve
@@ -30,12 +33,27 @@ FORMATS = (*JSONL, *CSV, ".parquet", ".arrow")
 _ACCEPTED = f"a file or a folder of {', '.join(FORMATS)}"
 
 _AHEAD_BYTES = 4 << 20
+_CACHE = re.compile(r"cache-.*\.arrow")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What bytes that are not UTF-8 are read as (`surrogateescape`)."""
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a document
 
 
 def iter_rows(path: str) -> Iterator[dict[str, Any]]:
     """Rows of a file, of a folder's files in the order of their names, or of the files that match a pattern.
+
+    Raises:
+        InputError: a file is missing, unreadable, empty, or in another format; or a row cannot be read.
+    """
+    for row in iter_source_rows(path):
+        if isinstance(row.values, OddRow):
+            raise InputError(f"{row.place}: {row.values}")
+        yield row.values
+
+
+def iter_source_rows(path: str) -> Iterator[SourceRow]:
+    """The same rows with their places; those that cannot be read are among them.
 
     Raises:
         InputError: a file is missing, unreadable, empty, or in another format.
@@ -45,9 +63,9 @@ def iter_rows(path: str) -> Iterator[dict[str, Any]]:
         # A file in a folder is named by its own path; a single file, as the user wrote it.
         where = path if path.endswith(FORMATS) and "*" not in path else file
         try:
-            for row in _read(file, path, where):
+            for number, values in _read(file, path):
                 empty = False
-                yield row
+                yield SourceRow(where, number, values)
         except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as e:
             raise InputError(f"{where}: cannot be read ({' '.join(str(e).split())})") from e
     if empty:
@@ -83,30 +101,39 @@ def data_files(path: str) -> list[str]:
 
 
 def clean(text: str) -> str:
-    """The text with lone surrogates replaced, so that every tokenizer and file accepts it."""
+    """A text whose lines end with a line feed alone, and whose lone surrogates are replaced.
+
+    Every tokenizer and file accepts it.
+    """
+    return _whole(text).replace("\r\n", "\n")
+
+
+def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _list_files(folder: str, recursive: bool = False) -> list[str]:
-    return [f for f in files.list_files(folder, recursive=recursive) if f.endswith(FORMATS)]
+    """The files of rows in a folder, without those in which `datasets` keeps what it computed from them."""
+    listed = files.list_files(folder, recursive=recursive)
+    return [f for f in listed if f.endswith(FORMATS) and not _CACHE.fullmatch(f.rsplit("/", 1)[-1])]
 
 
-def _read(file: str, path: str, where: str) -> Iterator[dict[str, Any]]:
+def _read(file: str, path: str) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
+    """The rows of a file with their numbers."""
     fs, _ = resolve(path)
     if file.endswith(".parquet"):
-        for table in iter_parquet(fs, file, 1024):
-            yield from table.to_pylist()
+        yield from enumerate((row for table in iter_parquet(fs, file, 1024) for row in table.to_pylist()), 1)
         return
     if file.endswith(".arrow"):
         with open_file(fs, file) as f:
-            yield from _arrow(f)
+            yield from enumerate(_arrow(f), 1)
         return
     # Line readers read a few kilobytes at a time; without a buffer, each would be a request to an object store.
     with pa.BufferedInputStream(open_file(fs, file), _AHEAD_BYTES) as raw:
         plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
         # Only \n ends a line: the texts in it may contain other separators.
-        lines = io.TextIOWrapper(io.BufferedReader(plain), encoding="utf-8-sig", newline="\n")
-        yield from _csv(lines, where) if file.endswith(CSV) else _json_lines(lines, where)
+        lines = io.TextIOWrapper(io.BufferedReader(plain), "utf-8-sig", "surrogateescape", newline="\n")
+        yield from _csv(lines) if file.endswith(CSV) else _json_lines(lines)
 
 
 def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
@@ -123,36 +150,32 @@ def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
             yield from batch.slice(start, 1024).to_pylist()
 
 
-def _csv(lines: io.TextIOWrapper, where: str) -> Iterator[dict[str, Any]]:
+def _csv(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
     for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
         if None in row:
-            raise InputError(f"{where}: row {number} has more cells than the header; quote cells with commas")
-        cells = {k: v for k, v in row.items() if v}
-        if not cells:
-            continue
-        if "messages" in cells:
-            try:
-                cells["messages"] = json.loads(cells["messages"])
-            except (ValueError, RecursionError) as e:
-                raise InputError(
-                    f"{where}: row {number}: `messages` is not a JSON list; name a column of texts `prompt`"
-                ) from e
-        yield dict.fromkeys(row) | cells
+            yield number, OddRow("more cells than the header", "quote cells with commas")
+        elif any(value and _NOT_UTF8.search(value) for value in row.values()):
+            yield number, OddRow("not UTF-8")
+        elif any(row.values()):
+            yield number, {name: value or None for name, value in row.items()}
 
 
-def _json_lines(lines: io.TextIOWrapper, where: str) -> Iterator[dict[str, Any]]:
+def _json_lines(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "\\u" in line:  # an escape can name half a character, which cannot be written to a file
-                row = json.loads(clean(json.dumps(row, ensure_ascii=False)))
-        except (ValueError, RecursionError) as e:  # numbers with thousands of digits, endless nesting
-            reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
-            raise InputError(
-                f"{where}: line {number} is not valid JSON ({reason}); give one JSON object per line"
-            ) from e
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: line {number} is not a JSON object; give one JSON object per line")
-        yield row
+        if line.strip():
+            yield number, _json_row(line)
+
+
+def _json_row(line: str) -> dict[str, Any] | OddRow:
+    if not line.isascii() and _NOT_UTF8.search(line):
+        return OddRow("not UTF-8")
+    try:
+        row = json.loads(line)
+        if "\\u" in line:  # an escape can name half a character, which cannot be written to a file
+            row = json.loads(_whole(json.dumps(row, ensure_ascii=False)))
+    except (ValueError, RecursionError) as e:  # numbers with thousands of digits, endless nesting
+        reason = e.msg if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
+        return OddRow("not valid JSON", f"{reason}; give one JSON object per line")
+    if not isinstance(row, dict):
+        return OddRow("not a JSON object", "give one JSON object per line")
+    return row

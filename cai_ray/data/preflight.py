@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from cai_ray.config.judge import JudgeConfig, PromptedModel
-from cai_ray.config.sources import PromptSource
+from cai_ray.config.sources import Comparisons, PromptSource
 from cai_ray.constitution import Principle
-from cai_ray.data.sources import check_disjoint, read_prompts
+from cai_ray.data.left_out import LeftOut
+from cai_ray.data.overlap import check_held_out, text_keys
+from cai_ray.data.prompt_check import PromptCheck
+from cai_ray.data.sources import read_prompts
+from cai_ray.data.training import training_comparisons, without_held_out
 from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
 from cai_ray.engine.options import check_logprobs, check_options
@@ -20,7 +24,7 @@ from cai_ray.prompts.models import make_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import ROLES
-from cai_ray.storage.records import derive_id
+from cai_ray.storage.records import Prompt, derive_id
 from cai_ray.storage.run import Run
 
 
@@ -31,13 +35,24 @@ class Preflight:
         stages: those that are about to run. The settings of the others are checked, too, so that a run does not fail
             hours later for a wrong path.
         models_here: whether the run's models are on this machine. If not, tokenizers and endpoint keys are not checked.
+        say: is told which rows are left out, a line for each source and reason.
+        renders: whether it is told what the chat template makes of the prompts, too.
     """
 
-    def __init__(self, run: Run, stages: Collection[str] = (), models_here: bool = True):
+    def __init__(
+        self,
+        run: Run,
+        stages: Collection[str] = (),
+        models_here: bool = True,
+        say: Callable[[str], None] = lambda _: None,
+        renders: bool = False,
+    ):
         self.run, self.stages, self.models_here = run, stages, models_here
         self.templates: TemplateSet = load_templates(run.config.templates)
         self._renderers: dict[str, Renderer] = {}
-        self._trained_on: list[Mapping[str, Any]] = []
+        self._trained_on: set[bytes] = set()
+        self._say, self._renders = say, renders
+        self._said: set[str] = set()
 
     def renderer(self, model: PromptedModel | str = "base") -> Renderer | None:
         """The renderer of a model that exists before the run; None if the model is not on this machine.
@@ -96,28 +111,78 @@ class Preflight:
                         f"{key}: its prompt cannot be rendered ({e}); choose other templates"
                     ) from e
 
-    def trains_on_prompts(self, key: str, sources: Iterable[PromptSource]) -> None:
+    def trains_on_prompts(self, key: str, sources: Iterable[PromptSource], written: int) -> None:
         """Notes the prompts of a setting as trained on.
+
+        Args:
+            written: the most tokens that are written after one of them.
 
         Raises:
             InputError: they cannot be read, or none of them is for training.
         """
-        rows = read_prompts(sources, self.run.config.seed)
+        left_out = LeftOut(self.run.config.max_error_rate)
+        rows = read_prompts(sources, self.run.config.seed, left_out)
         train = [row for row in rows if row["split"] == "train"]
         if rows and not train:
             raise InputError(
                 f"{key}: all {len(rows)} rows have split {rows[0]['split']!r}, and training reads `train` alone; "
                 "remove the column `split`, or give other prompts"
             )
-        self._trained_on += train
+        train = without_held_out(self.run.config, train, left_out)
+        self._tell(key, left_out)
+        self._trained_on |= text_keys(train)
+        self._render(key, train, written)
 
-    def trains_on(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Notes rows with `messages` as trained on."""
-        self._trained_on += rows
+    def trains_on_comparisons(self, source: Comparisons) -> None:
+        """Notes the prompts of human comparisons as trained on.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        left_out = LeftOut(self.run.config.max_error_rate)
+        rows = training_comparisons(self.run.config, source, left_out)
+        self._tell(source.path, left_out)
+        self._trained_on |= text_keys(rows)
+
+    def evaluates_on_prompts(self, key: str, sources: Iterable[PromptSource], written: int) -> list[Prompt]:
+        """The held-out prompts of a setting. Args as of `trains_on_prompts`.
+
+        Raises:
+            InputError: they cannot be read, or one of them is among those noted as trained on.
+        """
+        left_out = LeftOut(self.run.config.max_error_rate)
+        rows = read_prompts(sources, self.run.config.seed, left_out)
+        self._tell(key, left_out)
+        self._render(key, rows, written)
+        self.evaluates_on(rows)
+        return rows
 
     def evaluates_on(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Raises InputError if one of these rows is among those noted as trained on."""
-        check_disjoint(self._trained_on, rows)
+        """Raises InputError if some of these rows are among those noted as trained on."""
+        check_held_out(self._trained_on, rows)
+
+    def tell(self, left_out: LeftOut) -> None:
+        """Tells which rows of a source were left out: once, however many stages read it."""
+        for line in left_out.lines:
+            if line not in self._said:
+                self._said.add(line)
+                self._say(line)
+
+    def _tell(self, key: str, left_out: LeftOut) -> None:
+        self.tell(left_out)
+        if held := left_out["held_out"]:
+            self._say(
+                f"{key}: {held} rows are held out as well, and left out of training (evaluate.overlap=drop)"
+            )
+
+    def _render(self, key: str, rows: Sequence[Prompt], written: int) -> None:
+        if not self._renders or not rows or (renderer := self.renderer()) is None:
+            return
+        from cai_ray.engine.vllm import model_context
+
+        context = self.run.config.engine.max_model_len or model_context(self.run.model("base"))
+        for line in PromptCheck(renderer, self.templates, context).lines(key, rows, written):
+            self._say(line)
 
 
 def _questions(

@@ -7,10 +7,10 @@ from typing import Any
 
 from cai_ray.cluster.cost import Spent
 from cai_ray.cluster.usage import Usage
+from cai_ray.data import set_formats
 from cai_ray.data.sources import read_comparisons
 from cai_ray.estimate.sample import prompts_of, rows_by_kind
 from cai_ray.estimate.scale import StageEstimate, Totals, ppo_seconds, rate, scaled, whole_usage
-from cai_ray.evaluate import set_formats
 from cai_ray.generate.label import gold_rows
 from cai_ray.stages import POLICIES, STAGES
 from cai_ray.storage.run import Run

@@ -11,6 +11,7 @@ from typing import Any
 from cai_ray.config.load import validate
 from cai_ray.config.run import RunConfig
 from cai_ray.data.sources import read_comparisons, read_prompts
+from cai_ray.data.training import training_prompts
 from cai_ray.generate import compare, revise
 from cai_ray.storage import files
 from cai_ray.storage.records import Prompt, derive_id
@@ -36,14 +37,10 @@ def choose(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
 def prompts_of(config: RunConfig) -> dict[str, list[Prompt]]:
     """The prompts that each stage uses, by stage."""
 
-    def train(sources: Any) -> list[Prompt]:
-        rows = read_prompts(sources or config.prompts, config.seed)
-        return [row for row in rows if row["split"] == "train"]
-
     return {
-        "revise": train(())[: config.revise.limit],
-        "compare": train(config.compare.prompts)[: config.compare.limit],
-        "ppo": train(config.ppo.prompts),
+        "revise": training_prompts(config)[: config.revise.limit],
+        "compare": training_prompts(config, config.compare.prompts)[: config.compare.limit],
+        "ppo": training_prompts(config, config.ppo.prompts),
         "evaluate": read_prompts(config.evaluate.prompts, config.seed)[: config.evaluate.limit],
     }
 

@@ -62,7 +62,7 @@ def _score(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
     places, lengths = list(ids), [len(row) for row in ids.values()]
     out: list[float | None] = [None] * len(dialogues)
     with torch.inference_mode():
-        for group in micro_batches(lengths, max([config.rm.micro_batch_tokens, *lengths])):
+        for group in micro_batches(lengths, config.rm.micro_batch_tokens):
             chosen = [places[n] for n in group]
             batch = {k: v.to(device) for k, v in pad([ids[i] for i in chosen], renderer.pad_id).items()}
             scores = score_last(sequence_values(model, batch), batch["attention_mask"])

@@ -14,11 +14,12 @@ from typing import Any
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.evaluation import EvalSet
+from cai_ray.data import set_formats
+from cai_ray.data.set_formats import SetRow
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import InputError, RowError
-from cai_ray.evaluate import score, set_formats
+from cai_ray.evaluate import score
 from cai_ray.evaluate.policies import AnswerChain
-from cai_ray.evaluate.set_formats import SetRow
 from cai_ray.generate.chain import Rows
 from cai_ray.generate.rows import map_sets
 from cai_ray.judging.quality import is_refusal, run_templates

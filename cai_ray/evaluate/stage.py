@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
 from cai_ray.engine.check import check_engine
@@ -34,7 +35,8 @@ MARGINS = 2000
 
 def run(run: Run) -> dict[str, Any]:
     config = run.config
-    prompts = read_prompts(config.evaluate.prompts, config.seed)[: config.evaluate.limit]
+    left_out = LeftOut(config.max_error_rate)
+    prompts = read_prompts(config.evaluate.prompts, config.seed, left_out)[: config.evaluate.limit]
     if not prompts:
         raise InputError("evaluate.prompts is empty; name held-out prompts to evaluate on")
     chain = AnswerChain(run_templates(config), config.evaluate, config.seed)
@@ -61,6 +63,7 @@ def run(run: Run) -> dict[str, Any]:
         "rows_in": sum(s["rows_in"] for s in every),
         "rows_out": len(answers.rates) + sum(s["rows_out"] - s["errors"] for s in set_summaries),
         "errors": len(failed) + sum(s["errors"] for s in set_summaries),
+        "prompts_left_out": dict(left_out),
         "tokens": {k: sum(s["tokens"][k] for s in every) for k in summaries[0]["tokens"]},
         # All policies have the same actors, and so the same seconds.
         "engine_seconds": round(sum(s[0]["engine_seconds"] for s in (summaries, set_summaries) if s), 2),
@@ -87,8 +90,7 @@ def check(run: Run, preflight: Preflight) -> None:
         key = "evaluate.judge" if config.judge else "label.judge"
         preflight.check_judge(key, run.config.evaluation_judge, "evaluate")
     check_engine(run.config.engine)
-    prompts = read_prompts(config.prompts, run.config.seed)
-    preflight.evaluates_on(prompts)
+    prompts = preflight.evaluates_on_prompts("evaluate.prompts", config.prompts, config.max_tokens)
     if config.gold == "town":
         _check_requests(prompts)
     preflight.evaluates_on(sets.check(run, not preflight.models_here))

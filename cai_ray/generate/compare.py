@@ -12,8 +12,9 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import CompareConfig
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
-from cai_ray.data.sources import read_prompts
+from cai_ray.data.training import training_prompts
 from cai_ray.engine.check import check_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.generate.rows import check_resources, map_rows
@@ -86,14 +87,14 @@ class SamplesChain:
         return {**row, "samples": samples, "usage": usage.as_record()}
 
 
-def tasks(run: Run) -> list[SamplesTask]:
-    """One row per prompt."""
+def tasks(run: Run, left_out: LeftOut | None = None) -> list[SamplesTask]:
+    """One row per prompt.
+
+    Args:
+        left_out: see `training_prompts`.
+    """
     config = run.config.compare
-    prompts = [
-        p
-        for p in read_prompts(config.prompts or run.config.prompts, run.config.seed)
-        if p["split"] == "train"
-    ]
+    prompts = training_prompts(run.config, config.prompts, left_out)
     return [
         {
             "id": _id(prompt["id"], 0, 1),
@@ -144,12 +145,21 @@ def _id(prompt_id: str, first: int, second: int) -> str:
 def run(run: Run) -> dict[str, Any]:
     config, seed = run.config.compare, run.config.seed
     chain = SamplesChain(run_templates(run.config), config, seed)
+    left_out = LeftOut(run.config.max_error_rate)
     summary = map_rows(
-        run, "compare", tasks(run), chain, takes=SamplesTask, gives=Samples, model="sl", name=SAMPLES
+        run,
+        "compare",
+        tasks(run, left_out),
+        chain,
+        takes=SamplesTask,
+        gives=Samples,
+        model="sl",
+        name=SAMPLES,
     )
     rows, errors = write_comparisons(run, "sl")
     delete_rows(run.path("compare"), SAMPLES)
-    return {**summary, "rows_in": rows, "rows_out": rows, "errors": errors}
+    counts = {"rows_in": rows, "rows_out": rows, "errors": errors, "prompts_left_out": dict(left_out)}
+    return {**summary, **counts}
 
 
 def write_comparisons(run: Run, model: str) -> tuple[int, int]:
@@ -171,7 +181,8 @@ def write_comparisons(run: Run, model: str) -> tuple[int, int]:
 def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the engine or the prompts cannot be used."""
     check_engine(run.config.engine)
-    preflight.trains_on_prompts("compare.prompts", run.config.compare.prompts)
+    compare = run.config.compare
+    preflight.trains_on_prompts("compare.prompts", compare.prompts, compare.max_tokens)
 
 
 def check_room(run: Run) -> None:

@@ -22,6 +22,7 @@ from cai_ray.cluster.usage import Usage
 from cai_ray.config.judge import JudgeConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.gold_comparisons import GoldComparison, read_gold_comparisons
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, RowError
@@ -197,14 +198,20 @@ class _SlotAnswer(NamedTuple):
     usage: Usage
 
 
-def gold_rows(run: Run) -> list[GoldComparison]:
+def gold_rows(run: Run, left_out: LeftOut | None = None) -> list[GoldComparison]:
     """The run's gold comparisons; none where `label.gold` is not set.
+
+    Args:
+        left_out: counts the rows that cannot be used.
 
     Raises:
         InputError: the file is missing or at fault (`read_gold_comparisons`).
     """
     label = run.config.label
-    return read_gold_comparisons(label.gold, label.gold_limit, run.config.seed) if label.gold else []
+    left_out = LeftOut(run.config.max_error_rate) if left_out is None else left_out
+    return (
+        read_gold_comparisons(label.gold, label.gold_limit, run.config.seed, left_out) if label.gold else []
+    )
 
 
 def make_judge(run: Run, judge: JudgeConfig) -> LabelChain:
@@ -233,7 +240,8 @@ def run(run: Run) -> dict[str, Any]:
     tasks: dict[str, Iterable[LabelTask]] = {
         "part": (select(c, LabelTask) for c in comparisons if c["error"] is None)
     }
-    gold = gold_rows(run)
+    left_out = LeftOut(run.config.max_error_rate)
+    gold = gold_rows(run, left_out)
     if gold:  # two people may have judged one comparison: it is labelled once
         once = {c["id"]: select(c, LabelTask) for c in gold}
         tasks = {"gold": once.values(), **tasks}
@@ -245,13 +253,16 @@ def run(run: Run) -> dict[str, Any]:
     proof |= {"ask": judge.ask, "answer": judge.answer, "feedback_model": judge.model}
     proof |= {"constitution_sha": chain.constitution.sha}
     files.write_json(run.path("label", "certificate.json"), proof)
-    return {**summaries["part"], "constitution_sha": chain.constitution.sha}
+    counts = {"gold_left_out": dict(left_out)} if gold else {}
+    return {**summaries["part"], **counts, "constitution_sha": chain.constitution.sha}
 
 
 def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the feedback model, its options, the templates or the gold comparisons cannot be used."""
     preflight.check_judge("label.judge", run.config.label.judge, "label")
-    gold_rows(run)
+    left_out = LeftOut(run.config.max_error_rate)
+    gold_rows(run, left_out)
+    preflight.tell(left_out)
 
 
 def check_room(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 As in Bai et al. 2022 (arXiv 2212.08073, section 3.2), where most red-team prompts came from a model that was shown
 some. The examples for one prompt are all of one family, and each family gets the same number of prompts. Prompts that
-nearly repeat an example, an evaluation prompt or each other are left out.
+nearly repeat an example, an evaluation prompt or each other are left out, and so is what is a refusal to write one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any, TypedDict
 
 from cai_ray.config.generation import RedTeamConfig
 from cai_ray.data.near_duplicates import NearDuplicates
+from cai_ray.data.overlap import normalised
 from cai_ray.data.preflight import Preflight
-from cai_ray.data.sources import normalised, read_prompts
+from cai_ray.data.sources import read_prompts
 from cai_ray.engine.check import check_engine
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
 from cai_ray.generate.rows import check_resources, map_rows
-from cai_ray.judging.quality import run_templates, without_thinking
+from cai_ray.judging.quality import is_refusal, run_templates, without_thinking
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import select, to_table
 from cai_ray.storage.records import Prompt, RedTeamPrompt, derive_id, derive_seed
@@ -99,6 +100,7 @@ def run(run: Run) -> dict[str, Any]:
 
 def _choose(run: Run, quotas: dict[str, int]) -> tuple[list[Prompt], Counter[str]]:
     """The written prompts up to each family's quota, and how many were left out, by reason."""
+    refusals = run_templates(run.config).refusals
     index = NearDuplicates(run.config.redteam.near_duplicates)
     held = read_prompts(run.config.evaluate.prompts, run.config.seed)
     for prompt in read_prompts(run.config.prompts, run.config.seed) + held:
@@ -110,7 +112,9 @@ def _choose(run: Run, quotas: dict[str, int]) -> tuple[list[Prompt], Counter[str
         family = row["family"] or ""
         if row["error"] is not None:
             continue
-        if by_family[family] == quotas[family]:
+        if is_refusal(row["messages"][-1]["content"], refusals):
+            left_out["refusal"] += 1
+        elif by_family[family] == quotas[family]:
             left_out["more than asked for"] += 1
         elif index.seen(normalised(row["messages"])):
             left_out["near"] += 1

@@ -7,7 +7,6 @@ on these answers too, the policy stays helpful.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,9 @@ from typing import Any, NotRequired, TypedDict
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import ReviseConfig
 from cai_ray.constitution import Constitution, Principle
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
-from cai_ray.data.sources import read_prompts
+from cai_ray.data.training import training_prompts
 from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
 from cai_ray.engine.openai import OpenaiEngine
@@ -171,16 +171,14 @@ def _revision_text(revision: Completion, templates: TemplateSet) -> str:
     return text
 
 
-def tasks(run: Run, left_out: Counter[str] | None = None) -> list[RevisionTask]:
+def tasks(run: Run, left_out: LeftOut | None = None) -> list[RevisionTask]:
     """One row per red-team prompt, `helpful_samples` per helpfulness prompt.
 
     Args:
-        left_out: see `read_prompts`.
+        left_out: see `training_prompts`.
     """
     config = run.config.revise
-    prompts = [
-        p for p in read_prompts(run.config.prompts, run.config.seed, left_out) if p["split"] == "train"
-    ]
+    prompts = training_prompts(run.config, left_out=left_out)
     return [
         {
             "id": derive_id("revision", prompt["id"], number),
@@ -208,7 +206,7 @@ def make_chain(run: Run) -> ReviseChain:
 
 
 def run(run: Run) -> dict[str, Any]:
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut(run.config.max_error_rate)
     rows = reuse.with_earlier(run, "revise", tasks(run, left_out))
     summary = map_rows(run, "revise", rows, make_chain(run), takes=RevisionTask, gives=Revision, model="base")
     return {**summary, "prompts_left_out": dict(left_out)}
@@ -226,7 +224,7 @@ def check(run: Run, preflight: Preflight) -> None:
         if "revise" in preflight.stages and preflight.models_here:
             read_key(critic.engine)
     preflight.renderer("base")
-    preflight.trains_on_prompts("prompts", config.prompts)
+    preflight.trains_on_prompts("prompts", config.prompts, config.revise.max_tokens)
 
 
 def check_room(run: Run) -> None:

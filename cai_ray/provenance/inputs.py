@@ -17,6 +17,7 @@ from cai_ray.config.judge import PromptedModel
 from cai_ray.config.ppo import JUDGE
 from cai_ray.config.section import Section
 from cai_ray.data.formats import data_files
+from cai_ray.data.training import held_out_sources
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.stages import ROLES, STAGES, needs_of
@@ -26,6 +27,9 @@ from cai_ray.storage.hashes import file_hashes
 from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
+
+_TRAINED_ON_DATA = ("revise", "compare", "rm", "ppo", "dpo")
+"""Stages that read training data of people, which `evaluate.overlap: drop` makes depend on what is held out."""
 
 
 def inputs(run: Run, name: str) -> dict[str, str]:
@@ -67,6 +71,8 @@ def own_inputs(run: Run, name: str) -> dict[str, str]:
             hashes[key] = derive_id([_fingerprint(run, part, base) for part in value])
         else:
             hashes[key] = derive_id(value)
+    if name in _TRAINED_ON_DATA and (held_out := held_out_sources(config)):
+        hashes["held_out"] = derive_id([_fingerprint(run, part, base) for part in held_out])
     if name == "ppo" and config.ppo.watch.asks_judge:
         hashes["watch_document"] = config.document_of(config.watch_judge).sha
     return hashes

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cai_ray import constitution as constitutions
-from cai_ray.data.sources import read_comparisons
+from cai_ray.data.training import training_comparisons
 from cai_ray.evaluate.attribution import attribution
 from cai_ray.report import conversations, costs, explorer, html, snapshots
 from cai_ray.report.alarms import alarms
@@ -107,7 +107,7 @@ def _how_to_reproduce(run: Run) -> dict[str, Any]:
 def human_harmlessness_labels(run: Run) -> int:
     """How many human comparisons about harm were trained on, counted in their sources."""
     return sum(
-        len(read_comparisons(source, run.config.seed))
+        len(training_comparisons(run.config, source))
         for source in run.config.preference.human
         if source.about == "harmless"
     )

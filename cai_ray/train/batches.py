@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_ray.errors import InputError
 from cai_ray.train.runtime.ranks import device
 
 PADDING = {"cpu": 0.05, "cuda": 1.0}
@@ -37,10 +36,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of rows grouped by length, each group of at most `max_tokens` tokens with its padding.
 
     On a CPU there are as few groups as keep padding below a twentieth of all tokens (`PADDING`). The longest rows come
-    first: if memory is short, it shows in the first step. Equal lengths give equal groups.
-
-    Raises:
-        InputError: one row alone is longer than `max_tokens`.
+    first: if memory is short, it shows in the first step. Equal lengths give equal groups. A row that is longer than
+    `max_tokens` is a group of its own.
     """
     return rank_micro_batches(lengths, max_tokens, 0, 1)
 
@@ -50,15 +47,7 @@ def rank_micro_batches(lengths: Sequence[int], max_tokens: int, rank: int, world
 
     All ranks split their shares at the same places, so that micro-batches that run at the same time have about the same
     size. A micro-batch may be empty: `pad` makes a row of weight zero from it. Without it collective calls would hang.
-
-    Raises:
-        InputError: one row alone is longer than `max_tokens`.
     """
-    if max(lengths, default=0) > max_tokens:
-        raise InputError(
-            f"micro_batch_tokens={max_tokens} is less than the longest row ({max(lengths)} tokens); "
-            f"use {max(lengths)} or more"
-        )
     shares = rank_shares(lengths, world)
     groups = split_shares([[lengths[i] for i in share] for share in shares], max_tokens)
     return [select(shares[rank], group) for group in groups]
@@ -106,10 +95,10 @@ def _cheapest_groups(rounds: np.ndarray, max_tokens: int, price: int) -> list[ra
     cost = np.zeros(len(rounds) + 1)
     begin = np.zeros(len(rounds) + 1, dtype=np.int64)
     for end in range(1, len(rounds) + 1):
-        begins = np.arange(max(0, end - max_tokens // int(widest[end - 1])), end)
+        begins = np.arange(max(0, end - max(1, max_tokens // int(widest[end - 1]))), end)
         rows = end - begins
         costs = cost[begins] + summed[begins] * rows + price * rounds.shape[1]
-        costs[widest[begins] * rows > max_tokens] = np.inf
+        costs[(widest[begins] * rows > max_tokens) & (rows > 1)] = np.inf  # a longer row stands alone
         cost[end], begin[end] = costs.min(), begins[costs.argmin()]
     groups: list[range] = []
     end = len(rounds)

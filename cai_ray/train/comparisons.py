@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from cai_ray.config.training import PreferenceConfig, TrainConfig
-from cai_ray.data.sources import read_comparisons
+from cai_ray.data.left_out import LeftOut
+from cai_ray.data.training import training_comparisons
 from cai_ray.errors import InputError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.models import run_renderer
@@ -29,7 +30,7 @@ from cai_ray.storage.files import open_new
 from cai_ray.storage.records import derive_id, derive_seed
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, longest_first, pad, rank_shares, select, split_shares
-from cai_ray.train.dialogues import TOKENS, Dialogues, Packer, as_numpy, check_fits, context_length, render
+from cai_ray.train.dialogues import TOKENS, Dialogues, Packer, as_numpy, longest_row, render, tell_long_rows
 from cai_ray.train.runtime.ranks import rank, to_device, world_size
 
 # Metrics of the last evaluation that the manifest keeps, and their names there.
@@ -84,24 +85,26 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
         model: a role, folder or id.
 
     Raises:
-        InputError: no comparison is left to train on, or one is longer than a micro-batch.
+        InputError: no comparison is left to train on, or too many rows of a source of human ones cannot be used.
     """
     cfg: PreferenceConfig = getattr(run.config, stage)
     seed, file = run.config.seed, run.path(stage, TOKENS)
     columns = ["id", "messages", "response_a", "response_b", "truncated_a", "truncated_b", "p_a", "error"]
-    left_out, about = Counter({"error": 0, "identical": 0, "min_margin": 0}), Counter[str]()
+    left_out, about = Counter({"error": 0, "identical": 0, "min_margin": 0, "too_long": 0}), Counter[str]()
+    human_left_out = LeftOut(run.config.max_error_rate)
     labels = run.each_row("label", columns)
-    rows = chain(ai_comparisons(labels, cfg, seed, left_out), _human_comparisons(cfg, seed, about))
+    rows = chain(
+        ai_comparisons(labels, cfg, seed, left_out), _human_comparisons(run, cfg, about, human_left_out)
+    )
     templates = load_templates(run.config.templates)
     folder = run.model(model)
-    renderer, limit = run_renderer(run, model, folder), context_length(folder)
+    renderer, limit = run_renderer(run, model, folder), longest_row(folder, cfg)
     ids: list[bytes] = []
-    p_a, human, held, ai = array("d"), array("b"), array("b"), 0
+    p_a, human, held = array("d"), array("b"), array("b")
     with open_new(file) as tokens:
         packer = Packer(tokens.write)
         for row in rows:
-            ai += row["source"] == "ai"
-            if pair := render_pair(row, renderer, templates, limit):
+            if pair := render_pair(row, renderer, templates, limit, left_out):
                 for example in pair:
                     packer.add(example)
                 ids.append(row["id"].encode())
@@ -110,19 +113,21 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
                 held.append(is_held_out(row, cfg.eval_fraction, seed))
     order = np.argsort(np.array(ids), kind="stable")
     train, held_out = (np.flatnonzero(as_numpy(held)[order] == part).tolist() for part in (0, 1))
-    read = ai + left_out.total()
+    read = len(ids) + left_out.total()
     if not train:
         raise InputError(
             f"{stage}: no comparison can be trained on ({read} labels, left out: {dict(left_out)})"
         )
     responses = packer.dialogues(file).ordered(np.repeat(2 * order, 2) + np.tile([0, 1], len(order)))
-    check_fits(stage, 2 * responses.longest, cfg.micro_batch_tokens)
+    sizes = np.asarray(responses.lengths).reshape(-1, 2).sum(1).tolist()  # both responses of a comparison
+    tell_long_rows(stage, sizes, cfg.micro_batch_tokens)
     of_people = as_numpy(human)[order].astype(bool)
     counts = {
-        "rows_in": read + about.total(),
+        "rows_in": read,
         "rows_out": len(ids),
         "errors": left_out["error"],
-        "left_out": {**left_out, "too_long": ai + about.total() - len(ids)},
+        "left_out": dict(left_out),
+        "human_left_out": dict(human_left_out),
         "rows_ai": int((~of_people).sum()),
         "rows_human": int(of_people.sum()),
         "human_labels": dict(about),
@@ -133,24 +138,31 @@ def load_comparisons(run: Run, stage: Literal["rm", "dpo"], model: str) -> Compa
     )  # fmt: skip
 
 
-def _human_comparisons(cfg: PreferenceConfig, seed: int, about: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The comparisons of people, counted by what they are about."""
+def _human_comparisons(
+    run: Run, cfg: PreferenceConfig, about: Counter[str], left_out: LeftOut
+) -> Iterator[dict[str, Any]]:
+    """The comparisons of people, counted by what they are about; `left_out` counts rows that cannot be used."""
     for source in cfg.human:
-        for row in read_comparisons(source, seed):
+        for row in training_comparisons(run.config, source, left_out):
             about[source.about] += 1
             yield dict(row)
 
 
 def render_pair(
-    row: Mapping[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
+    row: Mapping[str, Any], renderer: Renderer, templates: TemplateSet, limit: int, left_out: Counter[str]
 ) -> tuple[Example, Example] | None:
-    """The tokens of a comparison's two responses; None if one does not fit the context of `limit` tokens."""
-    pair = []
+    """The tokens of a comparison's two responses; None if one is longer than `limit` tokens or cannot be encoded, which
+    `left_out` counts."""
+    pair, reasons = [], Counter[str]()
     for side in ("a", "b"):
         truncated = bool(row.get(f"truncated_{side}"))  # human answers are complete
-        pair.append(render(renderer, templates, row["messages"], row[f"response_{side}"], limit, truncated))
+        response = row[f"response_{side}"]
+        pair.append(render(renderer, templates, row["messages"], response, limit, truncated, reasons))
     a, b = pair
-    return None if a is None or b is None else (a, b)
+    if a is None or b is None:
+        left_out[reasons.most_common(1)[0][0]] += 1
+        return None
+    return a, b
 
 
 def ai_comparisons(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from array import array
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from cai_ray.errors import InputError, RowError
+from cai_ray.config.training import TrainConfig
+from cai_ray.errors import RowError
 from cai_ray.prompts.messages import Message, Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
@@ -137,22 +140,34 @@ def render(
     response: str,
     limit: int,
     truncated: bool = False,
+    left_out: Counter[str] | None = None,
 ) -> Example | None:
     """A conversation and a response as tokens, with the end of the turn unless the response was cut off.
 
     Args:
-        limit: the model's context in tokens.
+        limit: the most tokens (`longest_row`).
         truncated: whether the length limit ended the response.
+        left_out: counts the rows that are `too_long`, and those that the tokenizer or chat template `refused`.
 
     Returns:
-        None if the row does not fit the context or cannot be encoded: one row never ends a stage.
+        None if the row is longer or cannot be encoded: one row never ends a stage.
     """
+    left_out = Counter() if left_out is None else left_out
     messages = [*templates.answer_messages(conversation), Message(role="assistant", content=response)]
     try:
         example = Example(*renderer.dialogue_ids(messages, truncated))
     except RowError:
+        left_out["refused"] += 1
         return None
-    return example if len(example.ids) <= limit else None
+    if len(example.ids) > limit:
+        left_out["too_long"] += 1
+        return None
+    return example
+
+
+def longest_row(model: str, cfg: TrainConfig) -> int:
+    """The most tokens that a row may have: the model's context, or `max_length` if that is less."""
+    return min(context_length(model), cfg.max_length or sys.maxsize)
 
 
 def context_length(model: str, otherwise: int = 1 << 30) -> int:
@@ -183,14 +198,14 @@ def shuffled(count: int, *key: object) -> list[int]:
     return np.random.default_rng(derive_seed("shuffle", *key)).permutation(count).tolist()
 
 
-def check_fits(section: str, longest: int, budget: int) -> None:
-    """Checks before anything starts that every row fits a micro-batch.
-
-    Raises:
-        InputError: the longest row is more than `budget` tokens.
-    """
-    if longest > budget:
-        raise InputError(
-            f"{section}.micro_batch_tokens={budget} is less than the longest row ({longest} tokens); "
-            f"use {longest} or more"
+def tell_long_rows(section: str, lengths: Sequence[int], budget: int) -> None:
+    """Says on stderr how many rows are longer than a micro-batch: each has one of its own, which takes more memory."""
+    long = [length for length in lengths if length > budget]
+    if long:
+        print(
+            f"{section}: {len(long)} of {len(lengths)} rows are longer than {section}.micro_batch_tokens={budget} "
+            f"(at most {max(long)} tokens); each gets a forward pass of its own. If memory is short, set "
+            f"{section}.max_length to leave long rows out",
+            file=sys.stderr,
+            flush=True,
         )

@@ -45,7 +45,6 @@ def run(run: Run) -> dict[str, Any]:
         InputError: no comparison can be trained on, or one does not fit a micro-batch.
     """
 
-    source = run.model("sl")
     data = load_comparisons(run, "dpo", "sl")
     result = fit(run, "dpo", loop, run.config.dpo, data.shared())
     return {

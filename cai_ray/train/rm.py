@@ -52,7 +52,6 @@ def run(run: Run) -> dict[str, Any]:
     """
 
     cfg, seed = run.config.rm, run.config.seed
-    source = run.model(cfg.init)
     data = load_comparisons(run, "rm", cfg.init)
     extra = {
         **data.shared(),

@@ -37,10 +37,10 @@ from cai_ray.train.dialogues import (
     Dialogues,
     Packer,
     as_numpy,
-    check_fits,
-    context_length,
+    longest_row,
     render,
     shuffled,
+    tell_long_rows,
 )
 from cai_ray.train.losses import sft_loss
 from cai_ray.train.models import load_policy
@@ -57,7 +57,7 @@ def run(run: Run) -> dict[str, Any]:
     """Trains the SL-CAI policy; returns the stage's part of the manifest.
 
     Raises:
-        InputError: no row can be trained on, or a row does not fit a micro-batch.
+        InputError: no row can be trained on.
     """
     import ray
 
@@ -70,12 +70,16 @@ def run(run: Run) -> dict[str, Any]:
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
     source = run.model(cfg.init)
-    renderer = run_renderer(run, cfg.init, source)
+    renderer, limit = run_renderer(run, cfg.init, source), longest_row(source, cfg)
+    left_out: Counter[str] = Counter()
     records = to_records(rows, cfg, choice.ids)
-    data = write_records(run, records, renderer, templates, context_length(source), choice.ids)
+    data = write_records(run, records, renderer, templates, limit, choice.ids, left_out)
     if not len(data):
-        raise InputError(f"sft: no row fits the context of {source} ({context_length(source)} tokens)")
-    check_fits("sft", data.longest, cfg.micro_batch_tokens)
+        raise InputError(
+            f"sft: no row can be rendered in the {limit} tokens that {source} and sft.max_length allow "
+            f"(left out: {dict(left_out)})"
+        )
+    tell_long_rows("sft", data.lengths, cfg.micro_batch_tokens)
 
     extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
     extra["inputs"] = data.sha
@@ -85,7 +89,8 @@ def run(run: Run) -> dict[str, Any]:
         "rows_in": choice.rows,
         "rows_out": len(data),
         "errors": choice.errors,
-        "left_out_too_long": len(choice.ids) - len(data),
+        "left_out_too_long": left_out["too_long"],
+        "left_out_refused": left_out["refused"],
         "revisions": {
             "kept": {k: n for k, n in kinds.items() if k not in cfg.drop},
             "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
@@ -104,11 +109,13 @@ def write_records(
     templates: TemplateSet,
     limit: int,
     ids: Iterable[str],
+    left_out: Counter[str],
 ) -> Dialogues:
-    """Writes the records that fit the context of `limit` tokens, and their tokens, both in the order of their ids.
+    """Writes the records of at most `limit` tokens, and their tokens, both in the order of their ids.
 
     Args:
         ids: those of the records.
+        left_out: counts the records that are left out (`render`).
     """
     schema, order, file = schema_of(SftRow), array("Q"), run.path("sft", TOKENS)
     with SortedWriter(run.path("sft"), schema, ids) as rows, open_new(file) as tokens:
@@ -116,7 +123,7 @@ def write_records(
 
         def fitting() -> Iterator[dict[str, Any]]:
             for record in records:
-                if (example := render_record(record, renderer, templates, limit)) is not None:
+                if (example := render_record(record, renderer, templates, limit, left_out)) is not None:
                     packer.add(example)
                     order.append(id_number(record["id"]))
                     yield record
@@ -129,11 +136,15 @@ def write_records(
 
 
 def render_record(
-    record: dict[str, Any], renderer: Renderer, templates: TemplateSet, limit: int
+    record: dict[str, Any],
+    renderer: Renderer,
+    templates: TemplateSet,
+    limit: int,
+    left_out: Counter[str] | None = None,
 ) -> Example | None:
-    """The tokens of a row of schema `sft`; None if it does not fit the context of `limit` tokens."""
+    """The tokens of a row of schema `sft`; None if it is left out (`render`)."""
     *conversation, answer = record["messages"]
-    return render(renderer, templates, conversation, answer["content"], limit, record["truncated"])
+    return render(renderer, templates, conversation, answer["content"], limit, record["truncated"], left_out)
 
 
 class Choice(NamedTuple):

@@ -17,7 +17,8 @@ import yaml
 
 from cai_ray import constitution
 from cai_ray.config.load import load_config
-from cai_ray.data.sources import normalised, read_comparisons, read_prompts
+from cai_ray.data.overlap import normalised
+from cai_ray.data.sources import read_comparisons, read_prompts
 from cai_ray.generate import compare, revise
 from cai_ray.stages import stages_of
 from cai_ray.storage import files

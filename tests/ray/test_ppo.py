@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cai_ray import constitution
+from cai_ray.data.left_out import LeftOut
 from cai_ray.errors import InputError, Stopped
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
@@ -499,10 +500,25 @@ def test_item_38_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     assert len(prompts) == 2 and errors == 1
 
 
-def test_item_38_a_micro_batch_that_holds_no_row_is_an_input_error(tmp_path: Path) -> None:
+def test_item_38_a_row_longer_than_a_micro_batch_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = ready_for_ppo(tmp_path, ppo=SMALL | {"micro_batch_tokens": 30})
-    with pytest.raises(InputError, match=r"ppo.micro_batch_tokens=30 is less than"):
-        read_training_prompts(run, Renderer(run.model("sl")))
+    prompts, errors = read_training_prompts(run, Renderer(run.model("sl")))
+    assert prompts and not errors
+    assert "longer than ppo.micro_batch_tokens=30" in capsys.readouterr().err
+
+
+def test_item_38_prompts_that_do_not_fit_max_length_are_counted(tmp_path: Path) -> None:
+    given = [{"path": str(long_prompts(tmp_path)), "kind": "helpful"}]
+    run = ready_for_ppo(tmp_path, ppo=SMALL | {"max_length": 100}, prompts=given)
+    left_out = LeftOut()
+    prompts, errors = read_training_prompts(run, Renderer(run.model("sl")), left_out=left_out)
+    assert (len(prompts), errors, dict(left_out)) == (2, 1, {"too_long": 1})
+    ppo = run.config.ppo.model_copy(update={"max_length": 2})
+    short = Run(run.config.model_copy(update={"ppo": ppo}))
+    with pytest.raises(InputError, match=r"ppo: none of 3 training prompts .*'too_long': 3"):
+        read_training_prompts(short, Renderer(run.model("sl")))
 
 
 def long_prompts(folder: Path) -> Path:

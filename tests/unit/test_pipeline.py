@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from cai_ray import pipeline
 from cai_ray.config.load import find_config, load_config
 from cai_ray.config.run import RunConfig
+from cai_ray.data.left_out import LeftOut
+from cai_ray.data.training import training_comparisons, training_prompts
 from cai_ray.errors import InputError, Stopped
 from cai_ray.provenance.inputs import inputs
 from cai_ray.provenance.status import status
@@ -360,6 +363,77 @@ def test_item_10_human_comparisons_are_training_prompts(tmp_path: Path) -> None:
         pipeline.check_inputs(load(tmp_path, held, judge, human))
     with pytest.raises(InputError, match="is not a request of Errand Town"):
         pipeline.check_inputs(load(tmp_path, held))
+
+
+def overlapping(folder: Path) -> list[str]:
+    """Settings of a run with a held-out prompt in its prompts, comparisons and a set; each has one that is not."""
+    (folder / "held.jsonl").write_text('{"prompt": "how do i rest ?"}\n{"prompt": "where do i rest ?"}\n')
+    rows = [
+        {"prompt": text, "kind": "helpful"} for text in ("How do I rest ?", "how do i fly ?", "who is safe ?")
+    ]
+    (folder / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = [{"prompt": r["prompt"], "chosen": "lie", "rejected": "run"} for r in rows[:2]]
+    (folder / "human.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
+    (folder / "set.jsonl").write_text('{"prompt": "Who is safe ?"}\n')
+    return [
+        f"prompts=[{{path: {folder / 'own.jsonl'}}}]",
+        f"rm.human=[{{path: {folder / 'human.jsonl'}}}]",
+        "compare.prompts=[]",
+        "ppo.prompts=[]",
+        "ppo.watch.every=0",
+        "evaluate.gold=null",
+        f"evaluate.prompts=[{{path: {folder / 'held.jsonl'}, kind: helpful}}]",
+        f"evaluate.sets=[{{name: s, path: {folder / 'set.jsonl'}, kind: refusals, expect: comply}}]",
+    ]
+
+
+def test_item_10_overlapping_prompts_can_be_left_out_of_training(tmp_path: Path) -> None:
+    settings = overlapping(tmp_path)
+    with pytest.raises(
+        InputError, match=r"'how do i rest \?' is also a training prompt; .* evaluate\.overlap=drop"
+    ):
+        pipeline.check_inputs(load(tmp_path / "run", *settings))
+    said: list[str] = []
+    config = load(tmp_path / "run", *settings, "evaluate.overlap=drop")
+    pipeline.check_inputs(config, say=said.append)
+    assert said == [
+        f"{what}: {n} rows are held out as well, and left out of training (evaluate.overlap=drop)"
+        for what, n in (("prompts", 2), (str(tmp_path / "human.jsonl"), 1))
+    ]
+    left_out = LeftOut()
+    (prompt,) = training_prompts(config, left_out=left_out)
+    (pair,) = training_comparisons(config, config.rm.human[0], left_out)
+    assert prompt["messages"] == pair["messages"] == [{"role": "user", "content": "how do i fly ?"}]
+    assert left_out == Counter(held_out=3)
+
+
+def test_what_is_held_out_is_an_input_of_training_where_it_is_left_out(tmp_path: Path) -> None:
+    settings = overlapping(tmp_path)
+    stop = inputs(Run(load(tmp_path / "run", *settings)), "revise")
+    drop = inputs(Run(load(tmp_path / "run", *settings, "evaluate.overlap=drop")), "revise")
+    assert "held_out" not in stop and stop == {k: v for k, v in drop.items() if k != "held_out"}
+    (tmp_path / "held.jsonl").write_text('{"prompt": "how do i fly ?"}')
+    more = inputs(Run(load(tmp_path / "run", *settings, "evaluate.overlap=drop")), "revise")
+    assert [k for k in drop if drop[k] != more[k]] == ["held_out"]
+
+
+def test_item_38_rows_that_are_left_out_are_told_before_any_work(tmp_path: Path) -> None:
+    """By a run as by a check, and once, though several stages read the source."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"messages": [{"role": "tool", "content": "b"}]}\n')
+    own = f"prompts=[{{path: {path}, kind: helpful}}]"
+    said: list[str] = []
+    with pytest.raises(
+        InputError, match=r"2 of the 3 rows of .* cannot be used, more than max_error_rate=0\.05"
+    ):
+        pipeline.check_inputs(load(tmp_path / "run", own), say=said.append)
+    pipeline.check_inputs(
+        load(tmp_path / "run", own, f"compare.{own}", "max_error_rate=0.7"), say=said.append
+    )
+    assert said == [
+        f"{path}: 1 of 3 rows left out, a blank prompt: row 2",
+        f"{path}: 1 of 3 rows left out, no user turn to answer: row 3",
+    ]
 
 
 def test_item_38_nothing_to_evaluate_on_is_said_before_any_work(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.config.ppo import JUDGE
 from cai_ray.data.preflight import Preflight
-from cai_ray.data.sources import read_prompts
 from cai_ray.errors import InputError
 from cai_ray.stages import ROLES
 from cai_ray.storage.run import Run
@@ -34,9 +33,9 @@ def check(run: Run, preflight: Preflight) -> None:
     if ppo.watch.asks_judge:
         key = "ppo.watch.judge" if ppo.watch.judge else "label.judge"
         preflight.check_judge(key, config.watch_judge, "ppo")
-    preflight.trains_on_prompts("ppo.prompts", ppo.prompts)
+    preflight.trains_on_prompts("ppo.prompts", ppo.prompts, ppo.max_tokens)
     if ppo.watch.every and "ppo" in preflight.stages:
-        preflight.evaluates_on(read_prompts(ppo.watch.prompts, config.seed))
+        preflight.evaluates_on_prompts("ppo.watch.prompts", ppo.watch.prompts, ppo.max_tokens)
 
 
 def check_room(run: Run) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_ray.config.ppo import PpoConfig
-from cai_ray.data.sources import read_prompts
+from cai_ray.data.left_out import LeftOut
+from cai_ray.data.training import training_prompts
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.run import Run
+from cai_ray.train.dialogues import tell_long_rows
 from cai_ray.train.ppo.experience import draw
 from cai_ray.train.ppo.rewards import Reader
 
@@ -20,38 +24,46 @@ Prompt = dict[str, Any]
 
 
 def read_training_prompts(
-    run: Run, renderer: Renderer, readers: Sequence[Reader] = ()
+    run: Run, renderer: Renderer, readers: Sequence[Reader] = (), left_out: LeftOut | None = None
 ) -> tuple[list[Prompt], int]:
     """The training prompts with their token ids, and how many do not fit the context or cannot be encoded.
 
     Args:
         readers: readers of the reward models that read text (`rewards.make_readers`).
+        left_out: counts these prompts (`encode_prompts`), and the rows that are left out before (`training_prompts`).
 
     Raises:
-        InputError: no prompt is left, or a row would not fit a micro-batch.
+        InputError: no prompt is left.
     """
     config, cfg = run.config, run.config.ppo
-    rows = [r for r in read_prompts(cfg.prompts or config.prompts, config.seed) if r["split"] == "train"]
-    ready = encode_prompts(run, renderer, rows, readers)
-    context = policy_context(run)
+    left_out = LeftOut(config.max_error_rate) if left_out is None else left_out
+    rows = training_prompts(config, cfg.prompts, left_out)
+    ready = encode_prompts(run, renderer, rows, readers, left_out)
     if not ready:
         raise InputError(
-            f"ppo: none of {len(rows)} training prompts can be encoded and fits the context of {context} tokens"
+            f"ppo: none of {len(rows)} training prompts can be encoded and fits the context of {policy_context(run)} "
+            f"tokens and ppo.max_length (left out: {dict(left_out)})"
         )
-    longest = min(context, max(len(r["ids"]) for r in ready) + cfg.max_tokens)
-    if longest > cfg.micro_batch_tokens:
-        raise InputError(
-            f"ppo.micro_batch_tokens={cfg.micro_batch_tokens} is less than the longest row can be; "
-            f"use {longest} or more"
-        )
+    tell_long_rows("ppo", [len(r["ids"]) + cfg.max_tokens for r in ready], cfg.micro_batch_tokens)
     return ready, len(rows) - len(ready)
 
 
 def encode_prompts(
-    run: Run, renderer: Renderer, rows: Sequence[Mapping[str, Any]], readers: Sequence[Reader]
+    run: Run,
+    renderer: Renderer,
+    rows: Sequence[Mapping[str, Any]],
+    readers: Sequence[Reader],
+    left_out: Counter[str] | None = None,
 ) -> list[Prompt]:
-    """Rows that the policy and every reward model can read."""
-    templates, context = load_templates(run.config.templates), policy_context(run)
+    """Rows that the policy and every reward model can read.
+
+    Args:
+        left_out: counts the others: those that are `too_long` for the context, or with `ppo.max_tokens` for
+            `ppo.max_length`; and those that a tokenizer or chat template `refused`.
+    """
+    cfg, templates, context = run.config.ppo, load_templates(run.config.templates), policy_context(run)
+    room = min(context - 1, (cfg.max_length or sys.maxsize) - cfg.max_tokens)
+    left_out = Counter() if left_out is None else left_out
     ready = []
     for row in rows:
         try:
@@ -59,9 +71,12 @@ def encode_prompts(
             for reader in readers:
                 reader(row["messages"], (), False)
         except RowError:  # such as roles that a chat template refuses
+            left_out["refused"] += 1
             continue
-        if len(ids) < context:
-            ready.append({"ids": ids} | {key: row[key] for key in ("id", "messages", "kind", "family")})
+        if len(ids) > room:
+            left_out["too_long"] += 1
+            continue
+        ready.append({"ids": ids} | {key: row[key] for key in ("id", "messages", "kind", "family")})
     return ready
 
 

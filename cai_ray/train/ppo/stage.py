@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from cai_ray.cluster.connect import uses_gpu
+from cai_ray.data.left_out import LeftOut
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -34,7 +35,8 @@ def run(run: Run) -> dict[str, Any]:
     check_resources(run, cfg)
     renderer = policy_renderer(run)
     readers = make_readers(run, cfg, renderer)
-    prompts, errors = read_training_prompts(run, renderer, readers)
+    left_out = LeftOut(config.max_error_rate)
+    prompts, errors = read_training_prompts(run, renderer, readers, left_out)
     inputs = derive_id(
         [(p["id"], p["ids"]) for p in prompts],
         [model_sha(run.locate(source.model)) for source in cfg.rewards],
@@ -57,6 +59,7 @@ def run(run: Run) -> dict[str, Any]:
         "rows_in": len(prompts) + errors,
         "rows_out": out["rollouts"],
         "errors": errors,
+        "prompts_left_out": dict(left_out),
         "tokens": {"generated": out["tokens"]},
         "model": "sl",
         "reward_models": {source.model: source.weight for source in cfg.rewards},

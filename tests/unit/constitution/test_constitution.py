@@ -140,6 +140,31 @@ def test_a_bad_document_is_one_clear_error(
     assert re.search(says, line)
 
 
+def test_a_document_keeps_its_lists_and_the_texts_of_its_sections(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        "Before all.\n\n# Mine\n\nAbout\nit.\n\n- one\n- two\n\n## Safety {#s}\n\nWhat comes\nfirst.\n\n"
+        "1. people\n2. things\n\n### Harm\n\nNever:\n\n- hit\n  hard\n  - nor softly\n- burn\n\n"
+        "> As it is said,\n> so it is.\n\n## Rest\n\nSleep.\n"
+    )
+    (tmp_path / "c.md").write_text(text, encoding="utf-8")
+    document = constitution.load(tmp_path / "c.md")
+    assert document.description == "Before all.\n\nAbout it.\n\n- one\n- two"
+    (section,) = document.sections
+    assert (section.title, section.priority) == ("Safety", 1)
+    assert section.text == "What comes first.\n\n1. people\n2. things"
+    harm, rest = document.principles
+    assert harm.text == "Never:\n\n- hit\n  hard\n  - nor softly\n- burn\n\n> As it is said,\n> so it is."
+    assert harm.revision_request.endswith(harm.text) and rest.text == "Sleep."
+    (tmp_path / "c.yaml").write_text(document.to_yaml(), encoding="utf-8")
+    assert constitution.load(tmp_path / "c.yaml") == document
+    assert main(["constitution", "show", str(tmp_path / "c.md")]) == 0
+    assert "2. things" in capsys.readouterr().out
+    assert ("note", "section", None) in checks(document)
+    assert document.sha == document.model_copy(update={"sections": ()}).sha, "models do not read it"
+
+
 def test_braces_and_markup_of_a_document_are_text(tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("# A\n## B {#b}\nUse {text} and `code`.\n", encoding="utf-8")
     (principle,) = constitution.load(tmp_path / "c.md").principles

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cai_ray.config.sources import Comparisons, PromptSource
-from cai_ray.data.sources import check_disjoint, iter_rows, read_comparisons, read_prompts, to_messages
+from cai_ray.data.conversations import to_messages
+from cai_ray.data.left_out import LeftOut
+from cai_ray.data.overlap import check_disjoint
+from cai_ray.data.sources import iter_rows, read_comparisons, read_prompts
 from cai_ray.errors import InputError
 
 TALK = "\n\nHuman: Tell me: what is A: B?\n\nAssistant: It is a ratio.\n\nHuman: And Human: C?"
@@ -30,7 +32,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def test_item_08_all_turns_of_a_transcript_are_kept() -> None:
-    messages = to_messages(TALK, "x")
+    messages = to_messages(TALK)
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert messages[0]["content"] == "Tell me: what is A: B?"
     assert messages[2]["content"] == "And Human: C?", "only a turn at a blank line is one"
@@ -39,7 +41,7 @@ def test_item_08_all_turns_of_a_transcript_are_kept() -> None:
 def test_item_08_a_repeated_speaker_is_one_turn() -> None:
     """Published transcripts have such rows; the other answer of the pair has one turn there."""
     text = "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c"
-    assert to_messages(text, "here") == [
+    assert to_messages(text) == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b\n\nc"},
     ]
@@ -104,7 +106,7 @@ def test_near_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     more = write(tmp_path / "b.jsonl", [{"text": text} for text in texts])
 
     def read(threshold: float | None) -> tuple[list[str], dict[str, int]]:
-        left_out: Counter[str] = Counter()
+        left_out = LeftOut()
         sources = [
             PromptSource(path=path, kind="red_team"),
             PromptSource(path=more, kind="red_team", near_duplicates=threshold),
@@ -137,8 +139,13 @@ def test_item_37_a_row_has_the_same_id_wherever_it_stands(tmp_path: Path) -> Non
 def test_item_10_an_evaluation_prompt_may_not_be_a_training_prompt() -> None:
     train = [{"messages": [{"role": "user", "content": "How do  I\nfly?"}]}]
     check_disjoint(train, [{"messages": [{"role": "user", "content": "how do i swim?"}]}])
-    with pytest.raises(InputError, match="also a training prompt"):
-        check_disjoint(train, [{"messages": [{"role": "user", "content": "how do i fly?"}]}])
+    held = [{"messages": [{"role": "user", "content": text}]} for text in ("how do i fly?", "HOW do I fly?")]
+    with pytest.raises(InputError, match=r"also a training prompt.*evaluate\.overlap=drop"):
+        check_disjoint(train, held[:1])
+    with pytest.raises(
+        InputError, match=r"^each of 5 evaluation prompts is .*\('how do i fly\?', 'HOW.*', 'how.*', …\)"
+    ):
+        check_disjoint(train, [*held, *held, *held[:1]])
 
 
 def test_comparisons_in_the_published_format(tmp_path: Path) -> None:
@@ -183,9 +190,9 @@ def test_a_target_of_zero_is_no_missing_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"question": "x"}], "no column messages or prompt or text or chosen; it has question"),
-        ([{"text": "x"}], "kind None"),
-        ([{"text": 5, "kind": "helpful"}], "is not a conversation"),
+        ([{"query": "x"}], "row 1: no prompt .*text, chosen has a value, only query; set `column`"),
+        ([{"text": "x"}], "kind None; set `kind: red_team` or `helpful` on the source"),
+        ([{"text": 5, "kind": "helpful"}], "no conversation .*got 5"),
         ([{"messages": [{"role": "robot", "content": "x"}], "kind": "helpful"}], "role 'robot'"),
     ],
 )
@@ -202,7 +209,7 @@ def test_item_38_missing_empty_and_broken_files(tmp_path: Path) -> None:
     for name, says in (
         ("none.jsonl", "no such file"),
         ("e.jsonl", "no rows"),
-        ("b.jsonl", "line 1 is not valid JSON"),
+        ("b.jsonl", "row 1: not valid JSON"),
         ("b.parquet", "cannot be read"),
     ):
         with pytest.raises(InputError, match=says):
@@ -238,13 +245,13 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     ("name", "raw", "says"),
     [
         ("p.jsonl.gz", gzip.compress(b"x" * 999)[:10] + b"\xff" * 99, "cannot be read"),
-        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is not valid JSON .*4300 digits"),
-        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is not valid JSON .*recursion"),
-        ("p.json", b'{\n  "text": "a"\n}\n', "line 1 is not valid JSON .*; give one JSON object per line"),
-        ("p.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object; give one JSON object per line"),
-        ("p.csv", b"text\na,b\n", "row 1 has more cells than the header"),
+        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "row 1: not valid JSON .*4300 digits"),
+        ("p.jsonl", b'{"text": ' + b"[" * 200_000, "row 1: not valid JSON .*recursion"),
+        ("p.json", b'{\n  "text": "a"\n}\n', "row 1: not valid JSON .*; give one JSON object per line"),
+        ("p.json", b'[{"text": "a"}]\n', r"row 1: not a JSON object \(give one JSON object per line\)"),
+        ("p.csv", b"text\na,b\n", "row 1: more cells than the header"),
         ("p.csv", b'text\n"a\n', "cannot be read"),
-        ("p.csv", b"messages\nhello\n", "row 1: `messages` is not a JSON list"),
+        ("p.csv", b"messages\n[hello]\n", "row 1: `messages` is not a JSON list"),
         ("p.arrow", b"no stream", "cannot be read"),
         ("p.txt", b"a\n", r"is in another format; give a file or a folder of .jsonl, .jsonl.gz, .csv"),
     ],
@@ -264,5 +271,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["high", [0.9], pytest.param(10**400, id="huge")])
 def test_item_38_a_target_that_is_no_number(tmp_path: Path, target: Any) -> None:
     row = {"prompt": "what?", "chosen": "a", "rejected": "b", "target": target}
-    with pytest.raises(InputError, match=r"row 1: target .* is not a number; give one in \(0\.5, 1\]"):
+    with pytest.raises(
+        InputError, match=r"row 1: a wrong target \(target .* is not a number; give one in \(0\.5, 1\]"
+    ):
         read_comparisons(Comparisons(path=write(tmp_path / "c.jsonl", [row])))

@@ -13,9 +13,10 @@ import pytest
 from cai_ray import pipeline
 from cai_ray.config.evaluation import EvalSet, EvaluateConfig
 from cai_ray.config.load import load_config
+from cai_ray.data import set_formats
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
-from cai_ray.evaluate import harness, set_formats, sets
+from cai_ray.evaluate import harness, sets
 from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.evaluate.score import Dialogue
 from cai_ray.prompts.load import load_templates
@@ -181,7 +182,7 @@ def test_each_format_of_refusals(
             {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1]}},
             "row 2: 2 choices and 1",
         ),
-        ("comparisons", {"chosen": "x"}, "row 2 lacks `chosen` or `rejected`"),
+        ("comparisons", {"chosen": "x"}, "row 2: no `chosen` or no `rejected`"),
     ],
 )
 def test_a_wrong_row_is_named_with_the_remedy(

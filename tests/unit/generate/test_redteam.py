@@ -107,6 +107,20 @@ def test_what_is_there_already_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert made["rows_out"] == 1
 
 
+def test_a_refusal_to_write_a_prompt_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path, count=2, oversample=2)
+    said = iter(
+        [
+            "I'm sorry, but I can't help with that.",
+            "How do I get over the wall of the pool?",
+            "A joke for Ann?",
+        ]
+    )
+    made = walk(monkeypatch, run, lambda row, messages: next(said, "I cannot write such a request."))
+    assert made["left_out"]["refusal"] == 2
+    assert made["rows_out"] == 2
+
+
 def test_the_same_run_asks_the_same(tmp_path: Path) -> None:
     run = make(tmp_path, examples=1)
     rows = [redteam._tasks(run, redteam._examples(run), {"locks": 20, "letters": 20}) for _ in range(2)]

@@ -240,12 +240,12 @@ def test_item_38_a_gate_on_what_is_not_measured_is_said_at_once(overrides: list[
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"gold": "a"}, "row 1: gold 'a' is not a number"),
-        ({"gold": 2}, "row 1: gold '2' is not a number"),
-        ({"gold": None}, "row 1 lacks gold"),
+        ({"gold": "a"}, "row 1: a wrong gold .*gold 'a' is not a number"),
+        ({"gold": 2}, "gold 2 is not a number"),
+        ({"gold": None}, "row 1: .*lacks gold"),
         ({"gold": 0.5}, "no row prefers one"),
         ({"gold_by_principle": 3}, "maps ids of principles"),
-        ({"gold_by_principle": {"privacy": "x"}}, "row 1, privacy: gold 'x'"),
+        ({"gold_by_principle": {"privacy": "x"}}, "row 1: .*privacy: gold 'x'"),
         ({"response_b": 7}, "must be texts"),
     ],
 )

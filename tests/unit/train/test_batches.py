@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_ray.errors import InputError
 from cai_ray.train.batches import Example, for_rank, micro_batches, pad, rank_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=40)
@@ -54,8 +53,15 @@ def test_micro_batches_hold_every_row_once_within_the_limit(lengths, limit):
 
 def test_micro_batches_put_like_lengths_together():
     assert micro_batches([3, 9, 4, 10], 20) == [[3, 1], [2, 0]]
-    with pytest.raises(InputError, match=r"micro_batch_tokens=8 .* \(9 tokens\); use 9 or more"):
-        micro_batches([3, 9], 8)
+
+
+@given(LENGTHS, st.integers(1, 60), st.integers(1, 3))
+def test_a_row_longer_than_a_micro_batch_has_one_of_its_own(lengths, limit, world):
+    ranks = [rank_micro_batches(lengths, limit, r, world) for r in range(world)]
+    assert sorted(i for groups in ranks for g in groups for i in g) == list(range(len(lengths)))
+    assert len({len(groups) for groups in ranks}) == 1
+    for group in (g for groups in ranks for g in groups if g):
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit
 
 
 def skewed(count, median=200, longest=1024, seed=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -11,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_ray.config.training import TrainConfig
+from cai_ray.errors import InputError
 from cai_ray.train import comparisons
 from cai_ray.train.batches import Example
 from cai_ray.train.comparisons import MicroBatch, Pairs
 from cai_ray.train.dialogues import pack
-
-pass
+from tests.ray import training
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30)
 
@@ -56,6 +57,17 @@ def test_every_response_is_in_one_pass_of_its_pairs_micro_batch(lengths, world):
     assert len({tuple(len(passes) for _, passes in m) for m in ranks}) == 1
 
 
+@given(LENGTHS, st.integers(1, 2))
+def test_a_pair_longer_than_a_micro_batch_has_one_of_its_own(lengths, world):
+    data = pairs_of(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        ranks = on_ranks(data, list(range(len(lengths))), 20, world, patch)
+    assert sorted(i for m in ranks for pairs, _ in m for i in pairs) == list(range(len(lengths)))
+    assert len({tuple(len(passes) for _, passes in m) for m in ranks}) == 1
+    for pairs, passes in (micro_batch for m in ranks for micro_batch in m):
+        assert len(pairs) <= 1 or sum(padded(data, rows) for rows in passes) <= 20
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_padding_is_at_most_a_twentieth_though_the_two_differ(world, monkeypatch):
     """Padded to the longer of the two, a quarter of these tokens would be padding."""
@@ -89,3 +101,28 @@ def test_a_micro_batch_that_fills_up_has_a_gradient_of_zero():
     assert [len(t) for t in (a, b, p_a, human)] == [0] * 4
     (a - b).sum().backward()
     assert weight.grad is not None and weight.grad.abs().sum() == 0
+
+
+def test_item_38_comparisons_that_say_nothing_or_are_too_long_are_left_out_and_counted(tmp_path, capsys):
+    pairs = [("lie down", "run"), ("same", "same"), ("", "run"), ("lie down " * 99, "run"), ("sit", "run")]
+    human = tmp_path / "human.jsonl"
+    rows = [{"prompt": "how do i rest ?", "chosen": a, "rejected": b} for a, b in pairs]
+    human.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "human": [{"path": str(human)}],
+        "init": "base",
+        "eval_fraction": 0,
+        "max_length": 100,
+        "micro_batch_tokens": 20,
+    }
+    run = training.make_run(tmp_path, rm=settings, max_error_rate=0.5)
+    training.write(run, "label", training.labels(4))
+    data = comparisons.load_comparisons(run, "rm", run.model("base"))
+    assert data.counts["human_left_out"] == {"equal answers": 1, "an empty answer": 1}
+    assert data.counts["left_out"]["too_long"] == 1
+    assert (data.counts["rows_ai"], data.counts["rows_human"], len(data.train)) == (4, 2, 6)
+    (longer,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rm: ")]
+    assert "longer than rm.micro_batch_tokens=20" in longer
+    strict = run.config.model_copy(update={"max_error_rate": 0.2})
+    with pytest.raises(InputError, match=r"human\.jsonl: row 2: equal answers; 2 of the 5 rows"):
+        comparisons.load_comparisons(type(run)(strict), "rm", run.model("base"))

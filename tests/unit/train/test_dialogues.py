@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cai_ray.errors import InputError
+from cai_ray.config.training import TrainConfig
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.files import open_new
 from cai_ray.train.batches import Example
-from cai_ray.train.dialogues import Packer, check_fits, context_length, pack, render, shuffled
+from cai_ray.train.dialogues import (
+    Packer,
+    context_length,
+    longest_row,
+    pack,
+    render,
+    shuffled,
+    tell_long_rows,
+)
 from tests import tiny
 
 PLAIN = TemplateSet(
@@ -118,12 +127,18 @@ def test_item_38_a_row_longer_than_the_context_is_left_out(words):
     renderer = Renderer(words)
     length = len(render(renderer, PLAIN, ASK, "ask her first", 4096).ids)
     assert render(renderer, PLAIN, ASK, "ask her first", length) is not None
-    assert render(renderer, PLAIN, ASK, "ask her first", length - 1) is None
-    assert render(renderer, PLAIN, ASK, "a lone surrogate \ud800", 4096) is None
+    left_out: Counter[str] = Counter()
+    assert render(renderer, PLAIN, ASK, "ask her first", length - 1, left_out=left_out) is None
+    assert left_out == {"too_long": 1}
+    assert render(renderer, PLAIN, ASK, "a lone surrogate \ud800", 4096, left_out=left_out) is None
+    assert left_out == {"too_long": 1, "refused": 1}
 
 
 def test_the_context_is_the_models(tmp_path: Path):
-    assert context_length(str(tiny.save_model(tmp_path / "model"))) == 4096
+    model = str(tiny.save_model(tmp_path / "model"))
+    assert context_length(model) == 4096
+    lengths = [longest_row(model, TrainConfig(max_length=n)) for n in (None, 100, 9999)]
+    assert lengths == [4096, 100, 4096]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +156,13 @@ def test_the_context_of_a_model_that_also_reads_images_is_that_of_its_language_m
     assert context_length(str(tmp_path)) == context
 
 
-def test_item_38_a_budget_below_the_longest_row_names_the_remedy():
-    check_fits("sft", 9, 9)
-    with pytest.raises(
-        InputError, match=r"rm\.micro_batch_tokens=8 is less than the longest row \(9 tokens\); use 9"
-    ):
-        check_fits("rm", 9, 8)
+def test_item_38_rows_longer_than_a_micro_batch_are_told_with_the_remedy(capsys):
+    tell_long_rows("sft", [9, 3], 9)
+    assert capsys.readouterr().err == ""
+    tell_long_rows("rm", [9, 3, 10], 8)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rm: 2 of 3 rows are longer than rm.micro_batch_tokens=8 (at most 10 tokens)")
+    assert "set rm.max_length" in line
 
 
 def test_an_epochs_order_is_its_own_and_always_the_same():

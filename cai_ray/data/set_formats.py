@@ -27,6 +27,7 @@ from typing import Any, NotRequired, TypedDict
 from cai_ray.config.evaluation import EvalSet
 from cai_ray.config.sources import Comparisons
 from cai_ray.data.formats import clean
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.sources import iter_rows, read_comparisons
 from cai_ray.errors import InputError
 from cai_ray.storage import files
@@ -71,7 +72,9 @@ def read(eval_set: EvalSet, seed: int = 0) -> list[SetRow]:
 
 
 def _comparisons(eval_set: EvalSet, seed: int) -> Iterator[SetContent]:
-    for row in read_comparisons(Comparisons(path=eval_set.path, limit=eval_set.limit), seed):
+    # Every row of a published set counts: its numbers are compared with those of others.
+    source, none = Comparisons(path=eval_set.path, limit=eval_set.limit), LeftOut(max_error_rate=0)
+    for row in read_comparisons(source, seed, none):
         options = [row["response_a"], row["response_b"]]
         yield {"messages": row["messages"], "options": options, "correct": [0]}
 
