@@ -300,7 +300,13 @@ def _config(model: str, out: str, kind: str) -> RunConfig:
             "templates": "general",
             "prompts": [{"path": "none.jsonl", "kind": "red_team"}],
             "revise": {"rounds": KINDS[kind], "draw": "with_replacement", "revision_temperature": 1.0},
-            "engine": {"max_model_len": 4096, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 32},
+            "engine": {
+                "threads": 1,
+                "max_model_len": 4096,
+                "max_num_seqs": 64,
+                "kv_cache_mb": 512,
+                "block_size": 32,
+            },
         }
     )
 

@@ -11,8 +11,9 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.compat.ray_core import is_worker
@@ -38,9 +39,13 @@ class Holder:
 
     It counts from its creation, or from the start of the process if the process was started for the stage. Outside a
     stage (a server, an engine that is tried out) it does nothing, since there is no run to count for.
+
+    Args:
+        row_counts: says what has become of the rows that the process was given; it is called in another thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_counts: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        self._row_counts = row_counts
         self.stop_reason: str | None = None
         """Why nothing more may begin, once the stage's budget is spent."""
         self.working = 0
@@ -110,6 +115,7 @@ class Holder:
             "idle": self.stop_reason is not None and not self.working,
             "endpoint": _paid,
             **self._resources,
+            **({"rows": self._row_counts()} if self._row_counts else {}),
         }
         put(self._attempt, self._name, json.dumps(report).encode())
 

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray.cluster import meter
-from cai_ray.cluster.connect import engine_env, on_gpu
+from cai_ray.cluster.connect import on_gpu
 from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
+from cai_ray.cluster.threads import Crowd
 from cai_ray.cluster.worker_errors import worker_errors
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.judge import PromptedModel
@@ -93,12 +94,15 @@ def map_sets(
         outcomes = _outcomes(run.config, engine, slices, chain, models, journals)
         progress = {
             name: SetProgress(
-                stage if name == "part" else f"{stage} {name}", total, run.config.max_error_rate
+                stage if name == "part" else f"{stage} {name}",
+                total,
+                run.config.max_error_rate,
+                len(journals[name].finished_ids()),
             )
             for name, total in totals.items()
         }
-        _print_finished(journals, progress)
-        with interruptible(), worker_errors(), RowProgress(list(progress.values())):
+        _print_finished(progress)
+        with interruptible(), worker_errors(), RowProgress(progress):
             _follow(outcomes, progress)
     published = {name: journal.publish() for name, journal in journals.items()}
     seconds = time.time() - started
@@ -127,7 +131,7 @@ def _outcomes(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    gpu = on_gpu(engine)
+    gpu, most = on_gpu(engine), max(engine.min_actors, engine.max_actors)
     # Each block is one slice, which the actor reads (docs/decisions.md).
     table = pa.Table.from_pylist([s._asdict() for s in slices])
     source = ray.data.from_blocks([table.slice(i, 1) for i in range(len(slices))])
@@ -138,10 +142,11 @@ def _outcomes(
             "models": models,
             "journals": journals,
             "gpu": gpu,
+            "crowd": Crowd((ResourceNeed(_actor_bundle(config, engine), most),), spread=True),
         },
         compute=ActorPoolStrategy(
             min_size=engine.min_actors,
-            max_size=max(engine.min_actors, engine.max_actors),
+            max_size=most,
             # An actor with one slice at a time drains at the slice's end; with several open it stays full.
             max_concurrent_calls_per_actor=2 + 2 * rows_in_flight(engine) // _slice_rows(engine),
         ),
@@ -150,15 +155,15 @@ def _outcomes(
         num_cpus=engine.cpus_per_actor,
         num_gpus=engine.span if gpu else 0,
         resources=marks(config.ray.generation_nodes),
-        runtime_env={"env_vars": engine_env(engine)},
     )
 
 
-def _print_finished(journals: Mapping[str, Journal], progress: Mapping[str, SetProgress]) -> None:
-    for name, journal in journals.items():
-        if finished := len(journal.finished_ids()):
-            current = progress[name]
-            line = f"  {current.label}: {finished} of {current.total} rows were finished before"
+def _print_finished(progress: Mapping[str, SetProgress]) -> None:
+    for current in progress.values():
+        if current.finished_before:
+            line = (
+                f"  {current.label}: {current.finished_before} of {current.total} rows were finished before"
+            )
             print(line, file=sys.stderr, flush=True)
 
 
@@ -203,7 +208,7 @@ def check_resources(config: RunConfig, engine: EngineConfig) -> None:
         InputError: it never will have.
     """
     gpu = on_gpu(engine)
-    actor = bundle(engine.cpus_per_actor, engine.span if gpu else 0, config.ray.generation_nodes)
+    actor = _actor_bundle(config, engine)
     lower = (
         "engine.min_actors, engine.tensor_parallel or engine.pipeline_parallel"
         if gpu
@@ -215,3 +220,8 @@ def check_resources(config: RunConfig, engine: EngineConfig) -> None:
         [ResourceNeed(actor, engine.min_actors)],
         f"lower {lower}, or use larger nodes",
     )
+
+
+def _actor_bundle(config: RunConfig, engine: EngineConfig) -> dict[str, float]:
+    """The resources that one actor takes on a node."""
+    return bundle(engine.cpus_per_actor, engine.span if on_gpu(engine) else 0, config.ray.generation_nodes)

@@ -95,6 +95,14 @@ def _check_model(uri: str, folder: str) -> None:
             ) from e
 
 
+def weight_bytes(uri: str) -> int | None:
+    """The size of a model folder's weights; None of an id, whose folder is not known before it is fetched."""
+    fs, _ = resolve(uri)
+    if weights := list_files(uri, ".safetensors"):
+        return sum(info.size for info in fs.get_file_info(weights))
+    return None
+
+
 def folder_sha(uri: str | Path) -> str:
     """Content hash of a model folder (weights, configuration, tokenizer)."""
     fs, root = resolve(uri)

@@ -1,0 +1,115 @@
+"""What has become of a stage's rows so far: each actor counts its own, and the driver adds them up.
+
+The counts travel with the actor's other reports (cluster/holder.py), once a second and by set, whatever the number of
+rows is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from cai_ray.cluster.meter import Meter
+from cai_ray.engine.protocol import Engine
+
+
+class RowCounts:
+    """The counts of one actor, whose event loop counts and another of whose threads reports."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._most_tokens = self._tokens_before = 0
+        self._finished, self._failed = Counter[str](), Counter[str]()
+        self._under_way = self._finished_tokens = 0
+        self._first: float | None = None
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Surrounds the walk of a row through its chain."""
+        if self._first is None:
+            self._first = time.monotonic()
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    def finish(self, name: str, row: Mapping[str, Any]) -> None:
+        """Counts a row of the set `name` that is safe."""
+        self._finished[name] += 1
+        self._failed[name] += row.get("error") is not None
+        self._finished_tokens += (row.get("usage") or {}).get("generated") or 0
+
+    def engine_starts(self, engine: Engine) -> None:
+        """Counts the tokens of this engine from now on."""
+        self._engine = engine
+
+    def engine_ends(self) -> None:
+        """Keeps the tokens of an engine that is about to be closed."""
+        engine, self._engine = self._engine, None
+        self._tokens_before += engine.tokens() if engine else 0
+
+    def report(self) -> dict[str, Any]:
+        """The counts, as plain data."""
+        # What a call has generated is out of the engine's count for a moment when it ends.
+        engine = self._engine
+        self._most_tokens = max(self._most_tokens, self._tokens_before + (engine.tokens() if engine else 0))
+        return {
+            "finished": self._finished,
+            "failed": self._failed,
+            "under_way": self._under_way,
+            "tokens": self._most_tokens,
+            "finished_tokens": self._finished_tokens,
+            "seconds": 0.0 if self._first is None else time.monotonic() - self._first,
+        }
+
+
+class Totals(NamedTuple):
+    """The counts of all actors of a stage."""
+
+    finished: Mapping[str, int]
+    """Rows of each set that this attempt has finished."""
+    failed: Mapping[str, int]
+    """Those of them that failed."""
+    under_way: int = 0
+    tokens: int = 0
+    """Tokens generated so far, those of rows under way included."""
+    finished_tokens: int = 0
+    seconds: float = 0.0
+    """Since the first request."""
+
+
+def add_up(meter: Meter | None) -> Totals:
+    """The counts that the actors of a stage reported last; nothing without a meter."""
+    finished, failed = Counter[str](), Counter[str]()
+    under_way = tokens = finished_tokens = 0
+    seconds = 0.0
+    for counts, alive in meter.row_counts() if meter else ():
+        finished.update(counts["finished"])
+        failed.update(counts["failed"])
+        under_way += counts["under_way"] * alive
+        tokens += counts["tokens"]
+        finished_tokens += counts["finished_tokens"]
+        seconds = max(seconds, counts["seconds"])
+    return Totals(finished, failed, under_way, tokens, finished_tokens, seconds)
+
+
+def seconds_left(rows: int, totals: Totals) -> float | None:
+    """Estimates the time for the rows that are left, those under way included; None before a row is finished.
+
+    Rows by the time they took would be too many seconds at first, when many rows are under way and few are finished:
+    what the former have done counts for nothing. Tokens by the tokens of finished rows would be too few, since short
+    rows finish first. Both are right in the end, and their geometric mean is near enough before that.
+    """
+    done = sum(totals.finished.values())
+    if not done or not totals.seconds:
+        return None
+    by_rows = rows * totals.seconds / done
+    if not totals.finished_tokens:
+        return by_rows
+    per_row = max(totals.finished_tokens / done, totals.tokens / (done + totals.under_way))
+    missing = max(0.0, rows * per_row - (totals.tokens - totals.finished_tokens))
+    return float((by_rows * missing * totals.seconds / totals.tokens) ** 0.5)
