@@ -23,6 +23,7 @@ from cai_ray.errors import InputError, OverBudget
 from cai_ray.provenance.attempts import ATTEMPT, begin_attempt, check_attempt, check_attempts
 from cai_ray.provenance.changes import changed_inputs, check_changes, describe_change
 from cai_ray.provenance.inputs import inputs, missing
+from cai_ray.provenance.precision import decide_precision
 from cai_ray.provenance.versions import versions
 from cai_ray.stages import STAGES, has_stage, needs_of, stages_of
 from cai_ray.storage import files
@@ -52,11 +53,14 @@ def run_stages(
     Raises:
         InputError: an input is at fault, or a complete stage has other inputs and `overwrite` is not given.
     """
-    run = Run(config)
+    decided = decide_precision(config)
+    run, config = Run(decided.config), decided.config
     stages = list(stages)
     check_inputs(config, stages)
     check_run(run, stages, overwrite, keep)
-    _write_run(run)
+    _write_run(run, decided.precision)
+    if decided.line:
+        say(decided.line)
     for name in stages:
         if name in keep and (changed := changed_inputs(run, name)):
             say(f"{name}: kept as it is, though {', '.join(changed)} changed")
@@ -215,12 +219,14 @@ def _clear(run: Run, name: str) -> None:
         files.delete(run.path(name, leftover))
 
 
-def _write_run(run: Run) -> None:
+def _write_run(run: Run, precision: dict[str, str]) -> None:
     """Writes run.json, and the constitution beside the results."""
     document, config = run.config.document, run.config
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     about = {"versions": versions(), "seed": config.seed, "constitution_sha": document.sha}
-    files.write_json(run.path("run.json"), {"config": config.model_dump(mode="json"), **about})
+    files.write_json(
+        run.path("run.json"), {"config": config.model_dump(mode="json"), "precision": precision, **about}
+    )
 
 
 def _checks(name: str) -> Any:

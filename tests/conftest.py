@@ -35,6 +35,7 @@ REST = (
     "tests/e2e/test_any_model.py",
     "tests/e2e/test_serve",
     "tests/e2e/test_wheel.py",
+    "tests/e2e/test_paths.py::test_stages",
     "tests/ray/test_meter.py",
     "tests/ray/test_group.py",
     "tests/ray/test_dpo.py::test_item_36",

@@ -168,8 +168,11 @@ def print_check(
     from cai_ray import pipeline
     from cai_ray.estimate.fit import memory_lines
     from cai_ray.estimate.shape import elsewhere
+    from cai_ray.provenance.precision import decide_precision
     from cai_ray.storage.run import Run
 
+    decided = decide_precision(settings)
+    settings = decided.config
     for line in memory_lines(settings):
         print(line)
     model_elsewhere = elsewhere(settings)
@@ -177,6 +180,8 @@ def print_check(
     pipeline.check_run(Run(settings), list(names), overwrite, keep)
     if model_elsewhere:
         print(f"not seen from here: weights, tokenizer and chat template of {settings.model}")
+    if decided.line:
+        print(decided.line)
     print("ok: nothing was started")
 
 
