@@ -23,7 +23,7 @@ class RowCounts:
         self._engine: Engine | None = None
         self._most_tokens = self._tokens_before = 0
         self._finished, self._failed = Counter[str](), Counter[str]()
-        self._under_way = self._finished_tokens = 0
+        self._under_way = self._finished_tokens = self._finished_squares = 0
         self._first: float | None = None
 
     @contextmanager
@@ -41,7 +41,9 @@ class RowCounts:
         """Counts a row of the set `name` that is safe."""
         self._finished[name] += 1
         self._failed[name] += row.get("error") is not None
-        self._finished_tokens += (row.get("usage") or {}).get("generated") or 0
+        tokens = (row.get("usage") or {}).get("generated") or 0
+        self._finished_tokens += tokens
+        self._finished_squares += tokens**2
 
     def engine_starts(self, engine: Engine) -> None:
         """Counts the tokens of this engine from now on."""
@@ -63,6 +65,7 @@ class RowCounts:
             "under_way": self._under_way,
             "tokens": self._most_tokens,
             "finished_tokens": self._finished_tokens,
+            "finished_squares": self._finished_squares,
             "seconds": 0.0 if self._first is None else time.monotonic() - self._first,
         }
 
@@ -78,6 +81,9 @@ class Totals(NamedTuple):
     tokens: int = 0
     """Tokens generated so far, those of rows under way included."""
     finished_tokens: int = 0
+    """Those of finished rows."""
+    finished_squares: int = 0
+    """The sum of the squares of each finished row's tokens."""
     seconds: float = 0.0
     """Since the first request."""
 
@@ -85,7 +91,7 @@ class Totals(NamedTuple):
 def add_up(meter: Meter | None) -> Totals:
     """The counts that the actors of a stage reported last; nothing without a meter."""
     finished, failed = Counter[str](), Counter[str]()
-    under_way = tokens = finished_tokens = 0
+    under_way = tokens = finished_tokens = finished_squares = 0
     seconds = 0.0
     for counts, alive in meter.row_counts() if meter else ():
         finished.update(counts["finished"])
@@ -93,23 +99,30 @@ def add_up(meter: Meter | None) -> Totals:
         under_way += counts["under_way"] * alive
         tokens += counts["tokens"]
         finished_tokens += counts["finished_tokens"]
+        finished_squares += counts["finished_squares"]
         seconds = max(seconds, counts["seconds"])
-    return Totals(finished, failed, under_way, tokens, finished_tokens, seconds)
+    return Totals(finished, failed, under_way, tokens, finished_tokens, finished_squares, seconds)
 
 
 def seconds_left(rows: int, totals: Totals) -> float | None:
     """Estimates the time for the rows that are left, those under way included; None before a row is finished.
 
-    Rows by the time they took would be too many seconds at first, when many rows are under way and few are finished:
-    what the former have done counts for nothing. Tokens by the tokens of finished rows would be too few, since short
-    rows finish first. Both are right in the end, and their geometric mean is near enough before that.
+    By tokens: what a row that waits takes is the mean of those that are finished. What a row under way still takes is
+    the rest of that mean, or about the standard deviation where it has had more. At first short rows finish, and this
+    is too little; the rate of rows is then too much, since what rows under way have had counts for nothing. So at
+    first it is the geometric mean of both.
     """
-    done = sum(totals.finished.values())
+    done, running = sum(totals.finished.values()), min(rows, totals.under_way)
     if not done or not totals.seconds:
         return None
     by_rows = rows * totals.seconds / done
     if not totals.finished_tokens:
         return by_rows
-    per_row = max(totals.finished_tokens / done, totals.tokens / (done + totals.under_way))
-    missing = max(0.0, rows * per_row - (totals.tokens - totals.finished_tokens))
-    return float((by_rows * missing * totals.seconds / totals.tokens) ** 0.5)
+    mean = totals.finished_tokens / done
+    variance = max(0.0, totals.finished_squares / done - mean**2)
+    per_row = max(mean, totals.tokens / (done + totals.under_way))
+    each_has = (totals.tokens - totals.finished_tokens) / max(1, totals.under_way)
+    each_needs = (max(0.0, per_row - each_has) ** 2 + variance) ** 0.5
+    by_tokens = ((rows - running) * per_row + running * each_needs) * totals.seconds / totals.tokens
+    trust = 0.5 + 0.5 * min(1.0, done / (2 * max(1, running)))
+    return float(by_rows ** (1 - trust) * by_tokens**trust)

@@ -88,17 +88,17 @@ def local_start(monkeypatch):
         started.update(options, env=dict(os.environ))
         return True
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
     monkeypatch.setattr(connect, "start_local", start)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     return started
 
 
-def test_workers_of_a_local_cluster_inherit_their_environment(local_start, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+def test_workers_of_a_local_cluster_inherit_their_environment(local_start):
+    os.environ |= {"OMP_NUM_THREADS": "5", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "3"}
+    os.environ.pop("VLLM_NO_USAGE_STATS", None)
     before = dict(os.environ)
-    connect.connect(load_config("errand-town"))
+    connect.connect(load_config("errand-town", ["engine.device=cpu"]))
     assert local_start["env"].items() >= connect.WORKER_ENV.items()
     assert local_start["env"]["OMP_WAIT_POLICY"] == "PASSIVE"
     assert local_start["runtime_env"] is None

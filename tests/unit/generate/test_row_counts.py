@@ -30,7 +30,13 @@ class Reports:
 def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
     counts, engine = RowCounts(), ScriptedEngine(lambda messages, sampling: "four words of text")
     assert counts.report() == {
-        "finished": {}, "failed": {}, "under_way": 0, "tokens": 0, "finished_tokens": 0, "seconds": 0.0
+        "finished": {},
+        "failed": {},
+        "under_way": 0,
+        "tokens": 0,
+        "finished_tokens": 0,
+        "finished_squares": 0,
+        "seconds": 0.0,
     }  # fmt: skip
     counts.engine_starts(engine)
     ask = [{"role": "user", "content": "?"}]
@@ -45,7 +51,7 @@ def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
         counts.finish("helpful", {"error": None, "usage": None})
     report = counts.report()
     assert report["finished"] == {"part": 2, "helpful": 1} and report["failed"]["part"] == 1
-    assert (report["under_way"], report["finished_tokens"]) == (0, 4)
+    assert (report["under_way"], report["finished_tokens"], report["finished_squares"]) == (0, 4, 16)
     # The next set has another model, and so another engine.
     counts.engine_ends()
     assert counts.report()["tokens"] == 4
@@ -56,22 +62,18 @@ def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
 
 
 def test_the_driver_adds_up_what_actors_report() -> None:
-    one = {
-        "finished": {"part": 5},
-        "failed": {"part": 1},
-        "under_way": 8,
-        "tokens": 90,
-        "finished_tokens": 50,
-    }
+    one = {"finished": {"part": 5}, "failed": {"part": 1}, "under_way": 8, "tokens": 90, "finished_tokens": 50}
     two = {"finished": {"part": 2}, "failed": {}, "under_way": 3, "tokens": 30, "finished_tokens": 20}
-    reports = Reports((one | {"seconds": 9.0}, True), (two | {"seconds": 4.0}, False))
-    assert add_up(reports) == Totals({"part": 7}, {"part": 1}, 8, 120, 70, 9.0)  # type: ignore[arg-type]
+    one |= {"finished_squares": 500, "seconds": 9.0}
+    two |= {"finished_squares": 200, "seconds": 4.0}
+    reports = Reports((one, True), (two, False))
+    assert add_up(reports) == Totals({"part": 7}, {"part": 1}, 8, 120, 70, 700, 9.0)  # type: ignore[arg-type]
     assert add_up(None) == Totals({}, {})
 
 
 def test_no_time_is_said_before_a_row_is_finished() -> None:
-    assert seconds_left(10, Totals({}, {}, 4, 100, 0, 9.0)) is None
-    assert seconds_left(10, Totals({"part": 5}, {}, 0, 0, 0, 10.0)) == 20.0, "rows without tokens"
+    assert seconds_left(10, Totals({}, {}, 4, 100, 0, 0, 9.0)) is None
+    assert seconds_left(10, Totals({"part": 5}, {}, 0, 0, 0, 0, 10.0)) == 20.0, "rows without tokens"
 
 
 def constant(draw: random.Random) -> int:
@@ -117,7 +119,7 @@ def _walk(lengths: list[int], until: float = float("inf")) -> tuple[Totals, floa
         0.0,
     )  # `each`: tokens that a row has got that is there from the start
     under_way: list[tuple[float, float]] = []  # the value of `each` at the row's end, and at its start
-    finished, finished_tokens = 0, 0
+    ended_lengths: list[int] = []
     for n in waiting:
         heapq.heappush(under_way, (each + n, each))
         if len(under_way) < SLOTS:
@@ -125,12 +127,14 @@ def _walk(lengths: list[int], until: float = float("inf")) -> tuple[Totals, floa
         now, each, ended = _next(now, each, under_way, until)
         if not ended:
             break
-        finished, finished_tokens = finished + 1, finished_tokens + ended
+        ended_lengths.append(ended)
     while under_way and now < until:
         now, each, ended = _next(now, each, under_way, until)
-        finished, finished_tokens = finished + bool(ended), finished_tokens + ended
-    tokens = finished_tokens + sum(round(each - start) for _, start in under_way)
-    return Totals({"part": finished}, {}, len(under_way), tokens, finished_tokens, now), now
+        ended_lengths += [ended] * bool(ended)
+    tokens = sum(ended_lengths)
+    running = sum(round(each - start) for _, start in under_way)
+    counts, squares = {"part": len(ended_lengths)}, sum(n**2 for n in ended_lengths)
+    return Totals(counts, {}, len(under_way), tokens + running, tokens, squares, now), now
 
 
 def _next(
