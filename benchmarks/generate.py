@@ -168,11 +168,12 @@ def ray_data_llm(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
     from ray.serve.llm import build_llm_deployment
     from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
+    from cai_ray.serve.app import environment
     from cai_ray.serve.policy import describe_policy
     from cai_ray.serve.settings import ServeSettings
 
-    connect(run.config)
     settings = ServeSettings(run=run.root, models=("base",))
+    connect(run.config, env=environment(run.config, settings))
     llm = describe_policy(run, "base", settings, run.model("base"))
     llm.log_engine_metrics, llm.engine_kwargs["disable_log_stats"] = (
         False,
@@ -264,6 +265,9 @@ class Spread:
         return Completion(done.text or "x", True, done.usage)
 
     async def choose(self, messages: Any, options: Any) -> tuple[list[float], Usage]:
+        raise NotImplementedError
+
+    def tokens(self) -> int:
         raise NotImplementedError
 
     async def close(self) -> None:

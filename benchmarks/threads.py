@@ -117,7 +117,7 @@ async def answers(model: str, dtype: Any) -> float:
 
     async def answer(number: int, tokens: int) -> int:
         question = f"{number + 1}. Tell me something interesting about {THINGS[number % len(THINGS)]}."
-        done = await engine.chat([{"role": "user", "content": question}], Sampling(1.0, tokens, number))  # type: ignore[list-item]
+        done = await engine.chat([{"role": "user", "content": question}], Sampling(1.0, tokens, number))
         return done.usage.generated
 
     await asyncio.gather(*(answer(number, 2) for number in range(4)))  # the first steps allocate

@@ -39,13 +39,15 @@ def use_threads(setting: Threads, crowd: Crowd | None = None, processes: int = 1
     Returns:
         The number of threads.
     """
-    number = setting
-    if number == "auto":
-        number = max(1, cores() // (processes * (_neighbours(crowd) if crowd else 1)))
+    number = _share(crowd, processes) if setting == "auto" else setting
     os.environ["OMP_NUM_THREADS"] = str(number)
     if torch := sys.modules.get("torch"):  # it has read the variable by now
         torch.set_num_threads(number)
     return number
+
+
+def _share(crowd: Crowd | None, processes: int) -> int:
+    return max(1, cores() // (processes * (_neighbours(crowd) if crowd else 1)))
 
 
 def cores() -> int:

@@ -6,6 +6,7 @@ rows is.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ class RowCounts:
         self._engine: Engine | None = None
         self._most_tokens = self._tokens_before = 0
         self._finished, self._failed = Counter[str](), Counter[str]()
-        self._under_way = self._finished_tokens = self._finished_squares = 0
+        self._under_way = self._most_under_way = self._finished_tokens = self._finished_squares = 0
         self._first: float | None = None
 
     @contextmanager
@@ -32,6 +33,7 @@ class RowCounts:
         if self._first is None:
             self._first = time.monotonic()
         self._under_way += 1
+        self._most_under_way = max(self._most_under_way, self._under_way)
         try:
             yield
         finally:
@@ -63,6 +65,7 @@ class RowCounts:
             "finished": self._finished,
             "failed": self._failed,
             "under_way": self._under_way,
+            "most_under_way": self._most_under_way,
             "tokens": self._most_tokens,
             "finished_tokens": self._finished_tokens,
             "finished_squares": self._finished_squares,
@@ -78,6 +81,8 @@ class Totals(NamedTuple):
     failed: Mapping[str, int]
     """Those of them that failed."""
     under_way: int = 0
+    most_under_way: int = 0
+    """The most that were under way at once."""
     tokens: int = 0
     """Tokens generated so far, those of rows under way included."""
     finished_tokens: int = 0
@@ -91,26 +96,31 @@ class Totals(NamedTuple):
 def add_up(meter: Meter | None) -> Totals:
     """The counts that the actors of a stage reported last; nothing without a meter."""
     finished, failed = Counter[str](), Counter[str]()
-    under_way = tokens = finished_tokens = finished_squares = 0
+    under_way = most_under_way = tokens = finished_tokens = finished_squares = 0
     seconds = 0.0
     for counts, alive in meter.row_counts() if meter else ():
         finished.update(counts["finished"])
         failed.update(counts["failed"])
         under_way += counts["under_way"] * alive
+        most_under_way += counts["most_under_way"] * alive
         tokens += counts["tokens"]
         finished_tokens += counts["finished_tokens"]
         finished_squares += counts["finished_squares"]
         seconds = max(seconds, counts["seconds"])
-    return Totals(finished, failed, under_way, tokens, finished_tokens, finished_squares, seconds)
+    return Totals(
+        finished, failed, under_way, most_under_way, tokens, finished_tokens, finished_squares, seconds
+    )
 
 
 def seconds_left(rows: int, totals: Totals) -> float | None:
     """Estimates the time for the rows that are left, those under way included; None before a row is finished.
 
-    By tokens: what a row that waits takes is the mean of those that are finished. What a row under way still takes is
-    the rest of that mean, or about the standard deviation where it has had more. At first short rows finish, and this
-    is too little; the rate of rows is then too much, since what rows under way have had counts for nothing. So at
-    first it is the geometric mean of both.
+    It is by tokens. What a row that waits takes is the mean of those that are finished. What a row under way still
+    takes is the rest of that mean, or about the standard deviation where it has had more; the longest of them takes
+    longer, and fewer and fewer rows share the engine until it ends.
+
+    At first short rows finish, and this is too little. The rate of rows is then too much, since what rows under way
+    have had counts for nothing. So at first it is the geometric mean of both.
     """
     done, running = sum(totals.finished.values()), min(rows, totals.under_way)
     if not done or not totals.seconds:
@@ -118,11 +128,16 @@ def seconds_left(rows: int, totals: Totals) -> float | None:
     by_rows = rows * totals.seconds / done
     if not totals.finished_tokens:
         return by_rows
+    rate = totals.tokens / totals.seconds
     mean = totals.finished_tokens / done
-    variance = max(0.0, totals.finished_squares / done - mean**2)
+    deviation = max(0.0, totals.finished_squares / done - mean**2) ** 0.5
     per_row = max(mean, totals.tokens / (done + totals.under_way))
     each_has = (totals.tokens - totals.finished_tokens) / max(1, totals.under_way)
-    each_needs = (max(0.0, per_row - each_has) ** 2 + variance) ** 0.5
-    by_tokens = ((rows - running) * per_row + running * each_needs) * totals.seconds / totals.tokens
+    each_needs = math.hypot(max(0.0, per_row - each_has), deviation)
+    # For rows whose lengths are exponential, the longest needs as many means as the harmonic number of rows, which is
+    # near 1 + log. A row is faster beside fewer others, but not as much as they are fewer: between both is the root.
+    longest = math.sqrt(each_needs * (each_needs + deviation * math.log(max(1, running))))
+    drain = longest * math.sqrt(running * max(running, totals.most_under_way)) / rate
+    by_tokens = (rows - running) * per_row / rate + drain
     trust = 0.5 + 0.5 * min(1.0, done / (2 * max(1, running)))
     return float(by_rows ** (1 - trust) * by_tokens**trust)

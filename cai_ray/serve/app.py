@@ -129,7 +129,7 @@ def _most_trained(run: Run) -> str:
     )
 
 
-def build(run: Run, settings: ServeSettings, runtime_env: dict[str, Any] | None) -> Any:
+def build(run: Run, settings: ServeSettings, runtime_env: dict[str, Any] | None = None) -> Any:
     """The Serve application of settings that are complete.
 
     Args:
@@ -162,7 +162,7 @@ def build(run: Run, settings: ServeSettings, runtime_env: dict[str, Any] | None)
         scorer = deployment(Scorer, "scorer", max_ongoing_requests=64).bind(run)
     policies = {
         role: build_llm_deployment(
-            describe_policy(run, role, settings, runtime_env),
+            describe_policy(run, role, settings, runtime_env=runtime_env),
             deployment_cls=Policy,
             name_prefix="policy-",
             bind_kwargs={"run": run, "role": role, "settings": settings, "crowd": crowd},

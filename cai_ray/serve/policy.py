@@ -43,7 +43,7 @@ class Policy(EngineServer):
         }
         # This description also has what only the model's files say, which the driver could not read.
         llm_config = await asyncio.to_thread(
-            describe_policy, run, role, settings, llm_config.runtime_env, model
+            describe_policy, run, role, settings, model, runtime_env=llm_config.runtime_env
         )
         # The files are here. Ray's task that would fetch them leaves an idle process of half a GiB at every start.
         llm_config.get_or_create_callback().ctx.run_init_node = False
@@ -63,14 +63,15 @@ def describe_policy(
     run: Run,
     role: str,
     settings: ServeSettings,
-    runtime_env: dict[str, Any] | None,
     model: str | None = None,
+    *,
+    runtime_env: dict[str, Any] | None = None,
 ) -> LLMConfig:
     """Ray Serve LLM's description of a policy.
 
     Args:
-        runtime_env: that of the replicas; None on a cluster that was started with their environment.
         model: a local folder or an id, on the node where the policy runs; None on the machine that places it.
+        runtime_env: that of the replicas; None on a cluster that was started with their environment.
     """
     config = run.config
     gpu = uses_gpu(config)

@@ -46,6 +46,13 @@ def test_stages_run_wherever_the_checkout_and_the_run_are(elsewhere: Path) -> No
 
 def test_a_cluster_that_cannot_start_workers_there_is_one_line(elsewhere: Path) -> None:
     done = run(
-        elsewhere, "run", "errand-town", "--out", elsewhere / "run", "--until", "revise", RAY_ADDRESS="127.0.0.1:1"
+        elsewhere,
+        "run",
+        "errand-town",
+        "--out",
+        elsewhere / "run",
+        "--until",
+        "revise",
+        RAY_ADDRESS="127.0.0.1:1",
     )
     assert f"cannot start workers with {elsewhere}/environment/bin/python" in refused(done)

@@ -103,7 +103,9 @@ def test_workers_of_a_local_cluster_inherit_their_environment(local_start):
     assert local_start["env"]["OMP_WAIT_POLICY"] == "PASSIVE"
     assert local_start["runtime_env"] is None
     # This process keeps its own.
-    assert {k: os.environ.get(k) for k in connect.WORKER_ENV} == {k: before.get(k) for k in connect.WORKER_ENV}
+    assert {k: os.environ.get(k) for k in connect.WORKER_ENV} == {
+        k: before.get(k) for k in connect.WORKER_ENV
+    }
 
 
 def test_a_server_starts_ray_with_the_environment_of_its_replicas(local_start):
@@ -123,12 +125,16 @@ def test_an_interpreter_anywhere_is_quoted_for_the_shell(local_start, monkeypatc
     assert subprocess.check_output(["bash", "-c", command], text=True) == "worker\n"
 
 
-@pytest.mark.parametrize(("folder", "works"), [("my projects", False), ("a;b", False), ("été", True), ("a-b_1", True)])
+@pytest.mark.parametrize(
+    ("folder", "works"), [("my projects", False), ("a;b", False), ("été", True), ("a-b_1", True)]
+)
 def test_a_cluster_whose_shell_breaks_the_path_is_one_line(monkeypatch, folder, works):
     monkeypatch.setattr(sys, "executable", f"/home/me/{folder}/bin/python")
     connect.check_shell_path("ray://head:10001")  # Python is elsewhere there
     if works:
         connect.check_shell_path("auto")
         return
-    with pytest.raises(InputError, match=f"^ray.address=auto: .*/home/me/{folder}/bin/python.*install cai_ray in"):
+    with pytest.raises(
+        InputError, match=f"^ray.address=auto: .*/home/me/{folder}/bin/python.*install cai_ray in"
+    ):
         connect.check_shell_path("auto")

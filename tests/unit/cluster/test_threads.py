@@ -95,11 +95,12 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_torchs_threads_wait_passively_and_are_as_many_as_asked_for() -> None:
     """As workers do it: the environment is set before torch is loaded, the number before or after."""
+    number = min(2, len(os.sched_getaffinity(0)))  # MKL takes no more than there are cores
     for before in (True, False):
         code = "\n".join([
             "from cai_ray.cluster.threads import use_threads",
             "" if before else "import torch",
-            "use_threads(3)",
+            f"use_threads({number})",
             "import torch",
             "print(torch.get_num_threads())",
         ])  # fmt: skip
@@ -107,6 +108,6 @@ def test_torchs_threads_wait_passively_and_are_as_many_as_asked_for() -> None:
         done = subprocess.run(
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
         )
-        assert done.stdout.strip() == "3"
+        assert done.stdout.strip() == str(number)
         assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
         assert "GOMP_SPINCOUNT = '0'" in done.stderr

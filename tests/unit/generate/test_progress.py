@@ -83,20 +83,20 @@ def test_rows_are_counted_as_they_finish() -> None:
     """A slice of rows comes back when the last of them is done; the actors' reports come every second."""
     first, second = SetProgress("revise", 368, 0.5), SetProgress("revise helpful", 60, 0.5, finished_before=8)
     rows = RowProgress({"part": first, "helpful": second})
-    shown = rows._progress(12.0, Totals({}, {}, 80, 5120, 0, 0, 9.0))
+    shown = rows._progress(12.0, Totals({}, {}, 80, 80, 5120, 0, 0, 9.0))
     assert shown.line == "revise: 0 of 368 rows, 80 under way, 5,120 tokens, 12 s"
     assert shown.details == "80 under way, 569 tokens/s"
-    shown = rows._progress(70.0, Totals({"part": 92}, {"part": 3}, 80, 33_000, 23_000, 5_750_000, 64.0))
+    shown = rows._progress(70.0, Totals({"part": 92}, {"part": 3}, 80, 80, 33_000, 23_000, 5_750_000, 64.0))
     assert shown[:4] == ("revise", 92, 368, "rows")
-    line, comma, left = shown.line.rpartition(", ")
+    line, _, left = shown.line.rpartition(", ")
     assert line == "revise: 92 of 368 rows, 80 under way, 33,000 tokens, 3 failed, 70 s"
     assert left in ("2 min left", "3 min left")
     # Rows of both sets are left over, and those that were finished before are not counted twice.
     first.add([None] * 368)
-    shown = rows._progress(90.0, Totals({"part": 368, "helpful": 10}, {}, 42, 1, 1, 1, 80.0))
+    shown = rows._progress(90.0, Totals({"part": 368, "helpful": 10}, {}, 42, 80, 1, 1, 1, 80.0))
     assert shown[:3] == ("revise helpful", 18, 60)
     second.add([None] * 60)
-    assert rows._progress(91.0, Totals({"part": 368, "helpful": 55}, {}, 0, 1, 1, 1, 81.0))[1] == 60
+    assert rows._progress(91.0, Totals({"part": 368, "helpful": 55}, {}, 0, 80, 1, 1, 1, 81.0))[1] == 60
 
 
 def test_what_rank_0_reports_is_a_line_and_its_warnings(

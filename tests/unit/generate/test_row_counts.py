@@ -33,6 +33,7 @@ def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
         "finished": {},
         "failed": {},
         "under_way": 0,
+        "most_under_way": 0,
         "tokens": 0,
         "finished_tokens": 0,
         "finished_squares": 0,
@@ -42,7 +43,7 @@ def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
     ask = [{"role": "user", "content": "?"}]
     with counts.under_way():
         with counts.under_way():
-            asyncio.run(engine.chat(ask, Sampling(0.0, 8, 0)))  # type: ignore[arg-type]
+            asyncio.run(engine.chat(ask, Sampling(0.0, 8, 0)))
             report = counts.report()
             assert (report["under_way"], report["tokens"], report["finished_tokens"]) == (2, 4, 0)
             assert report["seconds"] > 0
@@ -57,23 +58,29 @@ def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
     assert counts.report()["tokens"] == 4
     other = ScriptedEngine()
     counts.engine_starts(other)
-    asyncio.run(other.choose(ask, ["A", "B"]))  # type: ignore[arg-type]
+    asyncio.run(other.choose(ask, ["A", "B"]))
     assert counts.report()["tokens"] == 5
 
 
 def test_the_driver_adds_up_what_actors_report() -> None:
-    one = {"finished": {"part": 5}, "failed": {"part": 1}, "under_way": 8, "tokens": 90, "finished_tokens": 50}
+    one = {
+        "finished": {"part": 5},
+        "failed": {"part": 1},
+        "under_way": 8,
+        "tokens": 90,
+        "finished_tokens": 50,
+    }
     two = {"finished": {"part": 2}, "failed": {}, "under_way": 3, "tokens": 30, "finished_tokens": 20}
-    one |= {"finished_squares": 500, "seconds": 9.0}
-    two |= {"finished_squares": 200, "seconds": 4.0}
+    one |= {"finished_squares": 500, "most_under_way": 9, "seconds": 9.0}
+    two |= {"finished_squares": 200, "most_under_way": 9, "seconds": 4.0}
     reports = Reports((one, True), (two, False))
-    assert add_up(reports) == Totals({"part": 7}, {"part": 1}, 8, 120, 70, 700, 9.0)  # type: ignore[arg-type]
+    assert add_up(reports) == Totals({"part": 7}, {"part": 1}, 8, 9, 120, 70, 700, 9.0)  # type: ignore[arg-type]
     assert add_up(None) == Totals({}, {})
 
 
 def test_no_time_is_said_before_a_row_is_finished() -> None:
-    assert seconds_left(10, Totals({}, {}, 4, 100, 0, 0, 9.0)) is None
-    assert seconds_left(10, Totals({"part": 5}, {}, 0, 0, 0, 0, 10.0)) == 20.0, "rows without tokens"
+    assert seconds_left(10, Totals({}, {}, 4, 4, 100, 0, 0, 9.0)) is None
+    assert seconds_left(10, Totals({"part": 5}, {}, 0, 1, 0, 0, 0, 10.0)) == 20.0, "rows without tokens"
 
 
 def constant(draw: random.Random) -> int:
@@ -134,7 +141,7 @@ def _walk(lengths: list[int], until: float = float("inf")) -> tuple[Totals, floa
     tokens = sum(ended_lengths)
     running = sum(round(each - start) for _, start in under_way)
     counts, squares = {"part": len(ended_lengths)}, sum(n**2 for n in ended_lengths)
-    return Totals(counts, {}, len(under_way), tokens + running, tokens, squares, now), now
+    return Totals(counts, {}, len(under_way), SLOTS, tokens + running, tokens, squares, now), now
 
 
 def _next(

@@ -58,7 +58,7 @@ def test_auto_is_what_the_processor_is_good_at(
     endpoint = (
         'evaluate.judge={"model": "m", "engine": {"kind": "openai", "base_url": "https://x.example/v1"}}'
     )
-    decided = decide_precision(load(tmp_path, judge, endpoint))
+    decided = decide_precision(load(tmp_path, judge, "evaluate.gold=null", endpoint))
     config = decided.config
     assert all(getattr(config, section).dtype == dtype for section in AUTO)
     assert config.label.judge.engine is not None and config.label.judge.engine.dtype == dtype
