@@ -168,11 +168,12 @@ def ray_data_llm(run: Run, rows: list[dict[str, Any]], folder: str) -> int:
     from ray.serve.llm import build_llm_deployment
     from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
+    from cai_ray.serve.app import environment
     from cai_ray.serve.policy import describe_policy
     from cai_ray.serve.settings import ServeSettings
 
-    connect(run.config)
     settings = ServeSettings(run=run.root, models=("base",))
+    connect(run.config, env=environment(run.config, settings))
     llm = describe_policy(run, "base", settings, run.model("base"))
     llm.log_engine_metrics, llm.engine_kwargs["disable_log_stats"] = (
         False,
@@ -266,6 +267,9 @@ class Spread:
     async def choose(self, messages: Any, options: Any) -> tuple[list[float], Usage]:
         raise NotImplementedError
 
+    def tokens(self) -> int:
+        raise NotImplementedError
+
     async def close(self) -> None:
         raise NotImplementedError
 
@@ -300,7 +304,13 @@ def _config(model: str, out: str, kind: str) -> RunConfig:
             "templates": "general",
             "prompts": [{"path": "none.jsonl", "kind": "red_team"}],
             "revise": {"rounds": KINDS[kind], "draw": "with_replacement", "revision_temperature": 1.0},
-            "engine": {"max_model_len": 4096, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 32},
+            "engine": {
+                "threads": 1,
+                "max_model_len": 4096,
+                "max_num_seqs": 64,
+                "kv_cache_mb": 512,
+                "block_size": 32,
+            },
         }
     )
 

@@ -116,7 +116,7 @@ def comparisons(rows: int) -> list[dict[str, Any]]:
 
 def _config(model: str, out: str, kind: str) -> RunConfig:
     shared = kind != "unshared"
-    engine = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 32}
+    engine = {"threads": 1, "max_model_len": 2048, "max_num_seqs": 64, "kv_cache_mb": 512, "block_size": 32}
     return RunConfig.model_validate(
         {
             "name": "label",

@@ -176,9 +176,10 @@ def by_us(kind: str, steps: int, way: str) -> dict[str, Any]:
                 "constitution": "errand-town",
                 "templates": "errand-town",
                 "prompts": [{"path": "town:revise"}],
-                "engine": {"max_model_len": 192, "max_num_seqs": PROMPTS, "block_size": 32},
+                "engine": {"threads": 1, "max_model_len": 192, "max_num_seqs": PROMPTS, "block_size": 32},
                 "ppo": SETTINGS
                 | {
+                    "threads": 1,
                     "steps": steps,
                     "rollout_batch": PROMPTS,
                     "minibatch": PROMPTS,

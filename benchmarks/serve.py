@@ -38,7 +38,7 @@ from cai_ray.engine.make import make_engine
 from cai_ray.engine.vllm import engine_args
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import plain_messages
-from cai_ray.serve.app import build, complete
+from cai_ray.serve.app import build, complete, environment
 from cai_ray.serve.keys import Key, hash_token
 from cai_ray.serve.policy import describe_policy
 from cai_ray.serve.settings import ServeSettings
@@ -119,7 +119,7 @@ def _served(run: Run, application: Callable[[], Any]) -> Iterator[str]:
     from ray import serve
 
     port = free_port()
-    connect(run.config)
+    connect(run.config, env=environment(run.config, _settings(run)))
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(application(), name="app", route_prefix="/")

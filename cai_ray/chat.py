@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.connect import prepare_engine, uses_gpu, worker_env
 from cai_ray.data.formats import clean
 from cai_ray.engine.make import make_engine
 from cai_ray.engine.protocol import Engine, Sampling
@@ -33,7 +33,9 @@ def run(run: Run, which: Policy) -> int:
     # An engine's warnings would stand between questions and answers.
     for key, value in {**worker_env(run.config), "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(key, value)
-    engine = make_engine(run.resolve_model(which), uses_gpu(run.config))
+    model, gpu = run.resolve_model(which), uses_gpu(run.config)
+    prepare_engine(model.engine, gpu)
+    engine = make_engine(model, gpu)
     try:
         talk(engine, run, which)
     except KeyboardInterrupt:

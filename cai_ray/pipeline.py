@@ -23,6 +23,7 @@ from cai_ray.errors import InputError, OverBudget
 from cai_ray.provenance.attempts import ATTEMPT, begin_attempt, check_attempt, check_attempts
 from cai_ray.provenance.changes import changed_inputs, check_changes, describe_change
 from cai_ray.provenance.inputs import inputs, missing
+from cai_ray.provenance.precision import decide_precision
 from cai_ray.provenance.versions import versions
 from cai_ray.stages import STAGES, has_stage, needs_of, stages_of
 from cai_ray.storage import files
@@ -55,11 +56,14 @@ def run_stages(
         InputError: an input is at fault, or a complete stage has other inputs and `overwrite` is not given.
     """
     config, commits = pin(config)
-    run = Run(config)
+    decided = decide_precision(config)
+    run, config = Run(decided.config), decided.config
     stages = list(stages)
     check_inputs(config, stages, say=say)
     check_run(run, stages, overwrite, keep)
-    _write_run(run, commits)
+    _write_run(run, {COMMITS: commits, "precision": decided.precision})
+    if decided.line:
+        say(decided.line)
     for name in stages:
         if name in keep and (changed := changed_inputs(run, name)):
             say(f"{name}: kept as it is, though {', '.join(changed)} changed")
@@ -234,19 +238,22 @@ def _clear(run: Run, name: str) -> None:
         files.delete(run.path(name, leftover))
 
 
-def _write_run(run: Run, commits: dict[str, str]) -> None:
+def _write_run(run: Run, decided: dict[str, Any]) -> None:
     """Writes run.json, and the constitution beside the results.
 
     Args:
-        commits: of models and datasets of the hub (storage/pins.py).
+        decided: what the first start decides for all later ones: commits of the hub (storage/pins.py), precisions
+            (provenance/precision.py).
     """
     document, config = run.config.document, run.config
     files.write_bytes(run.path("constitution.yaml"), document.to_yaml().encode())
     about = {
-        "versions": versions(), "seed": config.seed, "constitution_sha": document.sha, "today": run.today,
-        COMMITS: commits,
-    }  # fmt: skip
-    files.write_json(run.path("run.json"), {"config": config.model_dump(mode="json"), **about})
+        "versions": versions(),
+        "seed": config.seed,
+        "constitution_sha": document.sha,
+        "today": run.today,
+    }
+    files.write_json(run.path("run.json"), {"config": config.model_dump(mode="json"), **about, **decided})
 
 
 def _checks(name: str) -> Any:

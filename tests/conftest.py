@@ -43,6 +43,7 @@ REST = (
     "tests/e2e/test_town.py::test_another_method",
     "tests/e2e/test_town.py::test_an_edited_principle",
     "tests/e2e/test_town.py::test_the_critic_finds",
+    "tests/e2e/test_paths.py::test_stages",
     "tests/ray/test_meter.py",
     "tests/ray/test_group.py",
     "tests/ray/test_dpo.py::test_item_36",

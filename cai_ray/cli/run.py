@@ -183,11 +183,13 @@ def print_check(
     from cai_ray import pipeline
     from cai_ray.estimate.fit import memory_lines
     from cai_ray.estimate.shape import elsewhere
+    from cai_ray.provenance.precision import decide_precision
     from cai_ray.storage.pins import pin
     from cai_ray.storage.run import Run
 
     model_elsewhere = elsewhere(settings)
-    settings = pin(settings, models=not model_elsewhere).config
+    decided = decide_precision(pin(settings, models=not model_elsewhere).config)
+    settings = decided.config
     for line in memory_lines(settings):
         print(line)
     pipeline.check_inputs(settings, names, model_elsewhere, say=print, renders=True, probed=probe)
@@ -198,6 +200,8 @@ def print_check(
         try_models(Run(settings), names, lambda line: print(line, flush=True))
     if model_elsewhere:
         print(f"not seen from here: weights, tokenizer and chat template of {settings.model}")
+    if decided.line:
+        print(decided.line)
     print("ok: nothing was started")
 
 

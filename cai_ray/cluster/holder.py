@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -57,9 +57,13 @@ class Holder:
 
     It counts from its creation, or from the start of the process if the process was started for the stage. Outside a
     stage (a server, an engine that is tried out) it does nothing, since there is no run to count for.
+
+    Args:
+        row_counts: says what has become of the rows that the process was given; it is called in another thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_counts: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        self._row_counts = row_counts
         self.stop_reason: str | None = None
         """Why nothing more may begin, once the stage's budget is spent."""
         self.working = 0
@@ -133,6 +137,7 @@ class Holder:
             "lines": list(_lines),
             "left_out": dict(_left_out),
             **self._resources,
+            **({"rows": self._row_counts()} if self._row_counts else {}),
         }
         put(self._attempt, self._name, json.dumps(report).encode())
 

@@ -70,11 +70,16 @@ class Meter:
 
     def idle(self) -> bool:
         """Whether the budget is spent and every process has finished what it had begun."""
-        if self.stop_reason is None:
-            return False
+        return self.stop_reason is not None and all(report["idle"] for report, alive in self._last() if alive)
+
+    def row_counts(self) -> list[tuple[dict[str, Any], bool]]:
+        """What processes last said about their rows (`Holder`), each with whether it still reports."""
+        return [(report["rows"], alive) for report, alive in self._last() if "rows" in report]
+
+    def _last(self) -> list[tuple[dict[str, Any], bool]]:
+        """The last report of each process, and whether it is recent."""
         now = time.monotonic()
-        recent = [json.loads(report) for at, report in list(self._reports.values()) if now - at < SILENT]
-        return all(report["idle"] for report in recent)
+        return [(json.loads(report), now - at < SILENT) for at, report in list(self._reports.values())]
 
     def _watch(self) -> None:
         recorded = time.monotonic()

@@ -95,7 +95,7 @@ def count_placed(needs: Sequence[ResourceNeed], cluster: Cluster) -> list[int]:
         # Nodes without a GPU give their CPUs first. Nodes that are up come before those that may be added.
         for place in sorted(range(len(nodes)), key=lambda n: _wastes_gpu(nodes[n].resources, need)):
             resources, count = nodes[place]
-            each = _fit(need, resources, left)
+            each = fit(need, resources, left)
             if not each or not count:
                 continue
             full, rest = divmod(min(left, each * count), each)
@@ -162,7 +162,8 @@ def worker_kinds(autoscaling: Mapping[str, Any]) -> dict[str, Nodes]:
     }
 
 
-def _fit(need: Resources, resources: Resources, most: int) -> int:
+def fit(need: Resources, resources: Resources, most: int) -> int:
+    """How many bundles, at most `most`, a node with these resources has room for."""
     # Rounded up by less than Ray's own precision: 0.3 / 0.1 is a little less than 3.
     return min([most, *(int(resources.get(k, 0) / v + 1e-6) for k, v in need.items() if v > 0)])
 

@@ -83,6 +83,25 @@ class ProgressDisplay:
         print(f"  {line}", file=sys.stderr, flush=True)
 
 
+def short(number: float) -> str:
+    """A count in a few characters, such as 5.2k."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in units that people use."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def _new_bar() -> RichProgress:
     """A bar that other output to stderr (and to stdout, if that is the same terminal) does not tear apart."""
     from rich.console import Console

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from cai_ray.config.section import Section, operational
+from cai_ray.config.section import Section, Threads, operational
 
 
 class RayConfig(Section):
@@ -54,7 +54,8 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = operational("auto")
     """Where engines and training run. `auto`: on GPUs if there are any."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    """Precision of the engine. `auto`: the checkpoint's own. PPO's rollouts use `ppo.dtype`."""
+    """Precision of the engine. `auto`: on a GPU the checkpoint's own; on a CPU bfloat16 if the processor has units for
+    it, otherwise float32. It is decided at a run's first start. PPO's rollouts use `ppo.dtype`."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Context length in tokens, prompt and answer together. Defaults to the model's own. It decides which prompts fit
     and where answers are cut."""
@@ -73,6 +74,9 @@ class EngineConfig(Section):
     format. PPO's rollouts keep the trainer's precision."""
     cpus_per_actor: float = operational(1, gt=0)
     """CPUs that each engine reserves."""
+    threads: Threads = operational("auto")
+    """Threads of an engine. `auto`: on a CPU the node's cores divided by the engines and training workers on it; on a
+    GPU 1."""
     kv_cache_mb: int = operational(256, gt=0)
     """Size of the KV cache on CPU, in MB. On a GPU the cache takes the memory that is left."""
     block_size: int | None = operational(None, gt=0)

@@ -52,7 +52,7 @@ class RunConfig(Section):
     ray: RayConfig = operational(RayConfig())
     """The Ray cluster."""
     engine: EngineConfig = EngineConfig()
-    """The engines that generate. Of its settings only `quantization` asks for --overwrite."""
+    """The engines that generate."""
     redteam: RedTeamConfig = RedTeamConfig()
     """More red-team prompts, before a run."""
     revise: ReviseConfig = ReviseConfig()
@@ -133,7 +133,7 @@ class RunConfig(Section):
     @property
     def rollout_engine(self) -> EngineConfig:
         """PPO's, in the trainer's precision: log-probabilities of another one would be of another policy."""
-        return self.engine.model_copy(update={"dtype": self.ppo.dtype, "quantization": None})
+        return self.engine.model_copy(update={"dtype": self.ppo.precision, "quantization": None})
 
     @field_validator("template_args")
     @classmethod

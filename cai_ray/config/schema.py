@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -139,17 +139,22 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    bounds = [
+    return ", ".join([_type_name(field.annotation), *_bounds(field.metadata)])
+
+
+def _bounds(metadata: Sequence[Any]) -> list[str]:
+    return [
         f"{sign} {value:g}"
-        for part in field.metadata
+        for part in metadata
         for name, sign in _BOUNDS.items()
         if isinstance(value := getattr(part, name, None), int | float)
     ]
-    return ", ".join([_type_name(field.annotation), *bounds])
 
 
 def _type_name(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return " ".join([_type_name(args[0]), *_bounds(args[1:])])
     if origin is Literal:
         return ", ".join(f"`{json.dumps(value).strip(chr(34))}`" for value in args)
     if origin in (Union, types.UnionType):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pydantic.fields import FieldInfo
 
 ContentKind = Literal["files", "folder", "model", "engine", "templates", "constitution"]
+Threads = PositiveInt | Literal["auto"]
 CHANGES, COMPARED_BY, CHECKPOINTS = "x-changes", "x-compared-by", "x-checkpoints"
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from cai_ray.config.section import Section, by_content, checkpoint_layout, operational
+from cai_ray.config.section import Section, Threads, by_content, checkpoint_layout, operational
 from cai_ray.config.sources import Comparisons
 
 
@@ -28,10 +28,14 @@ class TrainConfig(Section):
     """Training workers, each with one GPU if there are GPUs."""
     cpus_per_worker: float = operational(1, gt=0)
     """CPUs that each worker reserves."""
+    threads: Threads = operational("auto")
+    """Threads of a worker. `auto`: on a CPU, and with `offload_optimizer`, the node's cores divided by the workers and
+    engines on it; otherwise 1."""
     zero_stage: Literal[0, 1, 2, 3] = checkpoint_layout(2)
     """What DeepSpeed's ZeRO splits over the workers. 1: optimizer states. 2: gradients as well. 3: weights as well."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward passes. Master weights are float32."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Precision of forward and backward passes. Master weights are float32. `auto`: bfloat16 if the GPU or the
+    processor has units for it, otherwise float32. It is decided at a run's first start."""
     learning_rate: float = Field(default=1e-5, ge=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -73,6 +77,11 @@ class TrainConfig(Section):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"{list(value)}: both must be at least 0 and less than 1, such as [0.9, 0.95]")
         return value
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """`dtype`; float32 for an `auto` that no run has decided (provenance/precision.py)."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
 
 class SftConfig(TrainConfig):

@@ -68,6 +68,7 @@ class OpenaiEngine:
         assert config.base_url is not None
         self.model, self.config = model.location, config
         self._template_args = {"chat_template_kwargs": model.template_args} if model.template_args else {}
+        self._generated = 0
         self._slots = asyncio.Semaphore(config.max_num_seqs)
         key = read_key(config)
         self._without_key = (lambda text: text.replace(key, "***")) if key else (lambda text: text)
@@ -91,6 +92,10 @@ class OpenaiEngine:
             logprobs=True,
             top_logprobs=self.config.top_logprobs,
         )
+
+    def tokens(self) -> int:
+        """Of answers that have come: an endpoint says nothing of the others."""
+        return self._generated
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -167,7 +172,9 @@ class OpenaiEngine:
             raise self._error_of(response)
         try:
             answer = ChatCompletion.model_validate_json(response.content)
-            count_paid(read_usage(answer))
+            usage = read_usage(answer)
+            count_paid(usage)
+            self._generated += usage.generated
             return answer
         except ValidationError as e:
             first = e.errors(include_input=False, include_url=False)[0]

@@ -36,6 +36,10 @@ class Engine(Protocol):
         """Log-probability of each option as the next token, before normalising over the options."""
         ...
 
+    def tokens(self) -> int:
+        """Tokens generated so far, those of calls under way included. Any thread may ask."""
+        ...
+
     async def close(self) -> None:
         """Frees what the engine holds. No call may be in flight, and none may follow."""
         ...

@@ -25,13 +25,19 @@ class ScriptedEngine:
     ):
         self.answer = answer
         self.weigh = weigh
+        self._generated = 0
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         text = self.answer(plain_messages(messages), sampling)
+        self._generated += len(text.split())
         return Completion(text, True, Usage(len(messages), 0, len(text.split()), 1))
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
+        self._generated += 1
         return self.weigh(plain_messages(messages), options), Usage(len(messages), 0, 1, 1)
+
+    def tokens(self) -> int:
+        return self._generated
 
     async def close(self) -> None:
         pass

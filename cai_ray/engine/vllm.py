@@ -89,6 +89,7 @@ class VllmEngine:
         self._params = SamplingParams
         self._final = RequestOutputKind.FINAL_ONLY
         self._numbers = itertools.count()
+        self._generated = 0
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         output, finished = await self._generate(self.renderer.prompt_ids(messages), sampling)
@@ -105,6 +106,11 @@ class VllmEngine:
         )
         logprobs = output.outputs[0].logprobs[0]
         return [logprobs[i].logprob for i in ids], _usage(output)
+
+    def tokens(self) -> int:
+        from cai_ray.compat.vllm_engine import tokens_under_way
+
+        return self._generated + tokens_under_way(self.llm)
 
     async def close(self) -> None:
         self.llm.shutdown()
@@ -139,6 +145,7 @@ class VllmEngine:
             raise RowError(f"refused by the engine: {e}") from e
         if output is None:
             raise RowError("the engine gave no output")
+        self._generated += len(output.outputs[0].token_ids)
         return output
 
 

@@ -86,7 +86,7 @@ def trained(shape: Shape, cfg: TrainConfig, gpu: bool, scores: bool = False) -> 
     """
     from cai_ray.train.losses import CHUNK_NUMBERS
 
-    width, n, stage = _WIDTH[cfg.dtype], cfg.workers, cfg.zero_stage
+    width, n, stage = _WIDTH[cfg.precision], cfg.workers, cfg.zero_stage
     params = shape.params - (shape.head if scores else 0)
     trainable = adapter(shape, cfg) if cfg.lora else params
     params += trainable if cfg.lora else 0
@@ -143,7 +143,7 @@ def _ppo(config: RunConfig, policy: Shape, shapes: Callable[[str], Shape], gpu: 
         parts["activations"] = max(parts["activations"], second["activations"])
     # With an adapter the reference is the policy without it.
     frozen = sum(r.params - r.head for r in rewards) + (0 if cfg.lora else policy.params)
-    parts["frozen"] = frozen * _WIDTH[cfg.dtype]
+    parts["frozen"] = frozen * _WIDTH[cfg.precision]
     return parts
 
 

@@ -18,6 +18,7 @@ from cai_ray.estimate.sample import prompts_of, sampled
 from cai_ray.estimate.scale import StageEstimate
 from cai_ray.provenance.copies import fork
 from cai_ray.provenance.inputs import inputs
+from cai_ray.provenance.precision import decide_precision
 from cai_ray.report.text import columns, duration, price, token_counts
 from cai_ray.stages import STAGES, stages_of, upstream_of
 from cai_ray.storage import files
@@ -41,7 +42,7 @@ def estimate(
     Raises:
         InputError: an input is at fault (`pipeline.check_inputs`), or a stage of the sample fails because of one.
     """
-    config = pin(config).config
+    config = decide_precision(pin(config).config).config
     pipeline.check_inputs(config, stages)
     run = Run(config)
     todo = [name for name in stages if name != "report" and not _done(run, name)]

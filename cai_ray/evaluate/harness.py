@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.connect import prepare_engine, uses_gpu
 from cai_ray.cluster.holder import holding
 from cai_ray.config.evaluation import HarnessConfig
 from cai_ray.errors import InputError
@@ -57,6 +57,7 @@ def evaluate(run: Run, policies: Sequence[str]) -> dict[str, Any]:
 
 def _metered(run: Run, policy: str) -> dict[str, Any]:
     with holding():
+        prepare_engine(run.config.engine, uses_gpu(run.config))
         return _measure(run, policy)
 
 

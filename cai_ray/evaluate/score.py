@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.cluster.holder import holding
+from cai_ray.cluster.threads import use_threads
 from cai_ray.storage.records import Turn
 from cai_ray.storage.run import Run
 
@@ -36,6 +37,7 @@ def rewards(run: Run, dialogues: Sequence[Dialogue]) -> list[float | None]:
 
 def _metered(run: Run, dialogues: list[Dialogue]) -> list[float | None]:
     with holding():
+        use_threads(1 if uses_gpu(run.config) else run.config.rm.threads)
         return _score(run, dialogues)
 
 

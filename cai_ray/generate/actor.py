@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from cai_ray.cluster.connect import prepare_engine
 from cai_ray.cluster.holder import Holder
+from cai_ray.cluster.threads import Crowd
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
 from cai_ray.errors import RowError
 from cai_ray.generate.chain import Chain
 from cai_ray.generate.journal import Journal, JournalWriter, Slice
+from cai_ray.generate.row_counts import RowCounts
 from cai_ray.storage.models import ResolvedModel
 
 
@@ -38,6 +41,7 @@ class ChainActor:
     Args:
         models: each set's model; their engines have the same settings.
         journals: each set's journal.
+        crowd: the actors of the stage; None if there is only this one.
     """
 
     def __init__(
@@ -46,11 +50,15 @@ class ChainActor:
         models: dict[str, ResolvedModel],
         journals: dict[str, Journal],
         gpu: bool,
+        crowd: Crowd | None = None,
     ):
-        self.held = Holder()
+        self.counts = RowCounts()
+        self.held = Holder(self.counts.report)
         self.chain, self.models, self.gpu = chain, models, gpu
         self.model = next(iter(models.values()))
+        prepare_engine(self.model.engine, gpu, crowd)
         self.engine = make_engine(self.model, self.gpu)
+        self.counts.engine_starts(self.engine)
         self.held.ready()
         self.open_slices = 0
         self.slice_closed = asyncio.Condition()
@@ -95,9 +103,11 @@ class ChainActor:
             await self.slice_closed.wait_for(lambda: self.model == model or not self.open_slices)
             if self.model != model and not self.held.stop_reason:
                 since = time.monotonic()
+                self.counts.engine_ends()
                 await self.engine.close()
                 self.model = model
                 self.engine = make_engine(self.model, self.gpu)
+                self.counts.engine_starts(self.engine)
                 self.held.ready(since)
             self.open_slices += 1
         try:
@@ -117,9 +127,10 @@ class ChainActor:
                         raise self.fault
                     if self.held.stop_reason:
                         return Outcome(False)
-                    with writer.busy():
+                    with writer.busy(), self.counts.under_way():
                         result = await self._walk(row, self.journals[name])
                 await writer.save(result)
+                self.counts.finish(name, result)
         return Outcome(True, result.get("error"))
 
     async def _walk(self, row: dict[str, Any], journal: Journal) -> Mapping[str, Any]:

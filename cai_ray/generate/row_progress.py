@@ -1,14 +1,16 @@
-"""Progress of a set of rows: how many came back, how many failed, and when too many did."""
+"""Progress of a set of rows: how many are done, how many failed, how long the rest takes, and when too many failed."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
+from cai_ray.cluster import meter
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay, duration, short
 from cai_ray.errors import InputError
+from cai_ray.generate.row_counts import Totals, add_up, seconds_left
 
 # If all of the first rows fail, and they are this many, that is no accident.
 _ALL_FAIL = 64
@@ -21,11 +23,12 @@ class SetProgress:
     Args:
         label: names the set on stderr.
         max_error_rate: the share of the `total` rows that may fail.
+        finished_before: rows that an earlier attempt finished.
     """
 
-    def __init__(self, label: str, total: int, max_error_rate: float):
+    def __init__(self, label: str, total: int, max_error_rate: float, finished_before: int = 0):
         self.label, self.total, self.max_error_rate = label, total, max_error_rate
-        self.rows = 0
+        self.finished_before = self.rows = finished_before
         self.errors: Counter[str] = Counter()
 
     def add(self, errors: Sequence[str | None]) -> None:
@@ -50,9 +53,15 @@ class SetProgress:
 
 
 class RowProgress:
-    """Shows on stderr how many rows are done, of the set that is being processed."""
+    """Shows on stderr how many rows are done, of the set that is being processed.
 
-    def __init__(self, sets: list[SetProgress]):
+    Rows come back in slices. The actors' own counts say more, and sooner.
+
+    Args:
+        sets: the progress of each set by name, in their order.
+    """
+
+    def __init__(self, sets: Mapping[str, SetProgress]):
         self.sets = sets
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -68,25 +77,35 @@ class RowProgress:
         started = time.time()
         with ProgressDisplay() as display:
             while not self.stop.wait(POLL_S if display.drawn else _LINE_EVERY_S):
-                display.show(self._progress(time.time() - started))
+                display.show(self._progress(time.time() - started, add_up(meter.current())))
 
-    def _progress(self, elapsed: float) -> Progress:
-        current = next((s for s in self.sets if s.rows < s.total), self.sets[-1])
-        rows, total = (sum(n) for n in zip(*((s.rows, s.total) for s in self.sets), strict=True))
-        failed = [f"{current.errors.total()} failed"] if current.errors else []
-        left = [f"{elapsed * (total - rows) / rows:.0f} s left"] if rows else []
+    def _progress(self, elapsed: float, totals: Totals) -> Progress:
+        done = {
+            # A row may be walked twice: by an actor that died, and by another one.
+            name: min(s.total, max(s.rows, s.finished_before + totals.finished.get(name, 0)))
+            for name, s in self.sets.items()
+        }
+        name = next((n for n, s in self.sets.items() if done[n] < s.total), list(self.sets)[-1])
+        current, left = self.sets[name], sum(s.total - done[n] for n, s in self.sets.items())
+        back = sum(s.rows for s in self.sets.values())
+        if totals.seconds:
+            seconds = seconds_left(left, totals)
+        else:  # rows that came back are all that is known
+            seconds = elapsed * left / back if back else None
+        failed = max(current.errors.total(), totals.failed.get(name, 0))
+        known = [f"{totals.under_way} under way"] * (totals.under_way > 0)
+        failures = [f"{failed} failed"] * (failed > 0)
+        time_left = [] if seconds is None else [f"{duration(seconds)} left"]
+        speed = f"{back / elapsed:.1f} rows/s"
+        if totals.tokens:
+            speed = f"{short(totals.tokens / totals.seconds)} tokens/s"
+        tokens = [f"{totals.tokens:,} tokens"] * (totals.tokens > 0)
+        count = f"{current.label}: {done[name]} of {current.total} rows"
         return Progress(
             current.label,
-            current.rows,
+            done[name],
             current.total,
             "rows",
-            ", ".join([f"{rows / elapsed:.1f} rows/s", *failed, *left]),
-            ", ".join(
-                [
-                    f"{current.label}: {current.rows} of {current.total} rows",
-                    *failed,
-                    f"{elapsed:.0f} s",
-                    *left,
-                ]
-            ),
+            ", ".join([*known, speed, *failures, *time_left]),
+            ", ".join([count, *known, *tokens, *failures, f"{elapsed:.0f} s", *time_left]),
         )

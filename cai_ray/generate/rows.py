@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cai_ray.cluster import meter
-from cai_ray.cluster.connect import engine_env, on_gpu
+from cai_ray.cluster.connect import on_gpu
 from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
+from cai_ray.cluster.threads import Crowd
 from cai_ray.cluster.worker_errors import worker_errors
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.judge import PromptedModel
@@ -98,12 +99,15 @@ def map_sets(
         outcomes = _outcomes(run.config, engine, slices, chain, models, journals)
         progress = {
             name: SetProgress(
-                stage if name == "part" else f"{stage} {name}", total, run.config.max_error_rate
+                stage if name == "part" else f"{stage} {name}",
+                total,
+                run.config.max_error_rate,
+                finished[name],
             )
             for name, total in totals.items()
         }
         _print_finished(finished, progress)
-        with interruptible(), worker_errors(), RowProgress(list(progress.values())):
+        with interruptible(), worker_errors(), RowProgress(progress):
             _follow(outcomes, progress)
     published = {name: journal.publish() for name, journal in journals.items()}
     seconds = time.time() - started
@@ -132,7 +136,7 @@ def _outcomes(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    gpu = on_gpu(engine)
+    gpu, most = on_gpu(engine), max(engine.min_actors, engine.max_actors)
     # Each block is one slice, which the actor reads (docs/decisions.md).
     table = pa.Table.from_pylist([s._asdict() for s in slices])
     source = ray.data.from_blocks([table.slice(i, 1) for i in range(len(slices))])
@@ -143,10 +147,11 @@ def _outcomes(
             "models": models,
             "journals": journals,
             "gpu": gpu,
+            "crowd": Crowd((ResourceNeed(_actor_bundle(config, engine), most),), spread=True),
         },
         compute=ActorPoolStrategy(
             min_size=engine.min_actors,
-            max_size=max(engine.min_actors, engine.max_actors),
+            max_size=most,
             # An actor with one slice at a time drains at the slice's end; with several open it stays full.
             max_concurrent_calls_per_actor=2 + 2 * rows_in_flight(engine) // _slice_rows(engine),
         ),
@@ -155,7 +160,6 @@ def _outcomes(
         num_cpus=engine.cpus_per_actor,
         num_gpus=engine.span if gpu else 0,
         resources=marks(config.ray.generation_nodes),
-        runtime_env={"env_vars": engine_env(engine)},
     )
 
 
@@ -173,7 +177,6 @@ def _unfinished(
 def _print_finished(finished: Counter[str], progress: Mapping[str, SetProgress]) -> None:
     for name, count in finished.items():
         current = progress[name]
-        current.rows += count
         line = f"  {current.label}: {count} of {current.total} rows were finished before"
         print(line, file=sys.stderr, flush=True)
 
@@ -219,7 +222,7 @@ def check_resources(config: RunConfig, engine: EngineConfig) -> None:
         InputError: it never will have.
     """
     gpu = on_gpu(engine)
-    actor = bundle(engine.cpus_per_actor, engine.span if gpu else 0, config.ray.generation_nodes)
+    actor = _actor_bundle(config, engine)
     lower = (
         "engine.min_actors, engine.tensor_parallel or engine.pipeline_parallel"
         if gpu
@@ -231,3 +234,8 @@ def check_resources(config: RunConfig, engine: EngineConfig) -> None:
         [ResourceNeed(actor, engine.min_actors)],
         f"lower {lower}, or use larger nodes",
     )
+
+
+def _actor_bundle(config: RunConfig, engine: EngineConfig) -> dict[str, float]:
+    """The resources that one actor takes on a node."""
+    return bundle(engine.cpus_per_actor, engine.span if on_gpu(engine) else 0, config.ray.generation_nodes)

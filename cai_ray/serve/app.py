@@ -17,7 +17,9 @@ import yaml
 from cai_ray import constitution as constitutions
 from cai_ray.cluster.connect import cluster_address, connect, disconnect, on_gpu, uses_gpu, worker_env
 from cai_ray.cluster.placement import ResourceNeed, check
+from cai_ray.cluster.threads import Crowd
 from cai_ray.cluster.worker_errors import input_error
+from cai_ray.config.run import RunConfig
 from cai_ray.engine.http_client import is_on_this_machine
 from cai_ray.errors import InputError
 from cai_ray.prompts.check import check_judge
@@ -43,7 +45,8 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
     run = open_run(settings.run)
     settings = complete(run, settings)
     _check_free(host, port)
-    connect(run.config, metrics_port)
+    env = environment(run.config, settings)
+    connect(run.config, metrics_port, env)
     _check_room(run, settings)
     from ray import serve as ray_serve
 
@@ -57,7 +60,9 @@ def serve(settings: ServeSettings, host: str, port: int, metrics_port: int | Non
         options = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 60}
         ray_serve.start(http_options=options)
         try:
-            ray_serve.run(build(run, settings), name=APPLICATION, route_prefix="/")
+            # A local cluster was started with the environment.
+            runtime_env = {"env_vars": env} if cluster_address(run.config) else None
+            ray_serve.run(build(run, settings, runtime_env), name=APPLICATION, route_prefix="/")
         except RuntimeError as e:
             # Ray names the deployments that did not start. The reason is in their replicas' messages.
             status = ray_serve.status().applications.get(APPLICATION)
@@ -78,7 +83,8 @@ def application(args: dict[str, Any]) -> Any:
     """The application that a Serve config file names by `import_path`, with the settings as its `args`."""
     settings = load(args)
     run = open_run(settings.run)
-    return build(run, complete(run, settings))
+    settings = complete(run, settings)
+    return build(run, settings, {"env_vars": environment(run.config, settings)})
 
 
 def complete(run: Run, settings: ServeSettings) -> ServeSettings:
@@ -126,17 +132,22 @@ def _most_trained(run: Run) -> str:
     )
 
 
-def build(run: Run, settings: ServeSettings) -> Any:
-    """The Serve application of settings that are complete."""
+def build(run: Run, settings: ServeSettings, runtime_env: dict[str, Any] | None = None) -> Any:
+    """The Serve application of settings that are complete.
+
+    Args:
+        runtime_env: that of all replicas; None on a cluster that was started with their environment.
+    """
     from ray import serve as ray_serve
     from ray.serve.llm import build_llm_deployment
 
     from cai_ray.serve.api import make_ingress
     from cai_ray.serve.critic import Critic, Scorer
-    from cai_ray.serve.policy import Policy, describe_policy, environment
+    from cai_ray.serve.policy import Policy, describe_policy
 
-    runtime = {"env_vars": environment(run.config, settings)}
     resources = _resources(run, settings)
+    engines = [need for name, need in _needs(run, settings) if name not in ("scorer", "ingress")]
+    crowd = Crowd(tuple(engines), spread=True)
 
     def deployment(kind: Any, name: str, **options: Any) -> Any:
         actor = {"num_cpus": resources[name].get("CPU", 0), "num_gpus": resources[name].get("GPU", 0)}
@@ -144,7 +155,7 @@ def build(run: Run, settings: ServeSettings) -> Any:
             kind,
             name=name,
             graceful_shutdown_timeout_s=settings.drain_s,
-            ray_actor_options={**actor, "runtime_env": runtime},
+            ray_actor_options=actor | ({"runtime_env": runtime_env} if runtime_env else {}),
             **options,
         )
 
@@ -154,10 +165,10 @@ def build(run: Run, settings: ServeSettings) -> Any:
         scorer = deployment(Scorer, "scorer", max_ongoing_requests=64).bind(run)
     policies = {
         role: build_llm_deployment(
-            describe_policy(run, role, settings),
+            describe_policy(run, role, settings, runtime_env=runtime_env),
             deployment_cls=Policy,
             name_prefix="policy-",
-            bind_kwargs={"run": run, "role": role, "settings": settings},
+            bind_kwargs={"run": run, "role": role, "settings": settings, "crowd": crowd},
         )
         for role in settings.models
     }
@@ -166,11 +177,16 @@ def build(run: Run, settings: ServeSettings) -> Any:
     )
     return ingress.bind(
         llm_deployments=policies,
-        critic=critic.bind(run, settings.judge_of(run.config)),
+        critic=critic.bind(run, settings.judge_of(run.config), crowd),
         scorer=scorer,
         run=run,
         settings=settings,
     )
+
+
+def environment(config: RunConfig, settings: ServeSettings) -> dict[str, str]:
+    """Environment variables of every replica."""
+    return worker_env(config) | {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": str(int(settings.log_prompts))}
 
 
 def _resources(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]:
@@ -188,16 +204,24 @@ def _resources(run: Run, settings: ServeSettings) -> dict[str, dict[str, float]]
     return resources | {"ingress": {"CPU": 1}}
 
 
+def _needs(run: Run, settings: ServeSettings) -> list[tuple[str, ResourceNeed]]:
+    """The replicas of each deployment that the server starts with."""
+    copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
+    return [
+        (name, ResourceNeed(replica, copies.get(name, settings.policy.min)))
+        for name, replica in _resources(run, settings).items()
+    ]
+
+
 def _check_room(run: Run, settings: ServeSettings) -> None:
     """Stops at once if the cluster is too small; Serve would wait for ever."""
     engine, needs = run.config.engine, []
-    for name, replica in _resources(run, settings).items():
-        copies = {"ingress": settings.ingress.min, "critic": settings.critic.min, "scorer": 1}
-        number = copies.get(name, settings.policy.min)
-        needs.append(ResourceNeed(replica, number))
+    for name, need in _needs(run, settings):
+        needs.append(need)
         # Each GPU has a bundle. The replica is in the first one.
         if name.startswith("policy-") and engine.span > 1:
-            needs.append(ResourceNeed({**replica, "CPU": engine.cpus_per_actor}, number * (engine.span - 1)))
+            more = {**need.bundle, "CPU": engine.cpus_per_actor}
+            needs.append(ResourceNeed(more, need.number * (engine.span - 1)))
     remedy = "serve fewer models or replicas, or use larger nodes (ray.cpus on this machine)"
     check(run.config, f"serve {','.join(settings.models)}", needs, remedy)
 

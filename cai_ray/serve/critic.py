@@ -11,7 +11,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from cai_ray.cluster.connect import on_gpu, uses_gpu
+from cai_ray.cluster.connect import on_gpu, prepare_engine, uses_gpu
+from cai_ray.cluster.threads import Crowd
 from cai_ray.config.judge import JudgeConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine.make import make_engine
@@ -33,9 +34,10 @@ class Critic:
     Each call brings its constitution. So a new one needs no restart, and a request ends with the one it began with.
     """
 
-    def __init__(self, run: Run, judge: JudgeConfig):
+    def __init__(self, run: Run, judge: JudgeConfig, crowd: Crowd):
         self.config, self.judge = run.config, judge
         model = run.resolve_model(judge)
+        prepare_engine(model.engine, on_gpu(model.engine), crowd)
         self.sha = model.sha
         self.examiners: dict[str, Examine] = {}
         self.engine: Engine = make_engine(model, on_gpu(model.engine))

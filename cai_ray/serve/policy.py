@@ -7,7 +7,8 @@ from typing import Any
 
 from ray.serve.llm import LLMConfig
 
-from cai_ray.cluster.connect import uses_gpu, worker_env
+from cai_ray.cluster.connect import prepare_engine, uses_gpu
+from cai_ray.cluster.threads import Crowd
 from cai_ray.compat.ray_serve_llm import EngineServer
 from cai_ray.compat.vllm_process import import_for_engine
 from cai_ray.config.run import RunConfig
@@ -27,9 +28,11 @@ class Policy(EngineServer):
     """One policy and its adapters. Its files are fetched to the node where it runs, from wherever the run is."""
 
     async def __init__(  # type: ignore[misc]  # as its base class
-        self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings
+        self, llm_config: LLMConfig, run: Run, role: str, settings: ServeSettings, crowd: Crowd
     ) -> None:
-        if not uses_gpu(run.config):
+        gpu = uses_gpu(run.config)
+        prepare_engine(run.config.engine, gpu, crowd)
+        if not gpu:
             import_for_engine()
         model = await asyncio.to_thread(run.model, role)
         renderer = await asyncio.to_thread(run_renderer, run, role, model)
@@ -38,7 +41,9 @@ class Policy(EngineServer):
             "control": renderer.control_texts(),
         }
         # This description also has what only the model's files say, which the driver could not read.
-        llm_config = await asyncio.to_thread(describe_policy, run, role, settings, model)
+        llm_config = await asyncio.to_thread(
+            describe_policy, run, role, settings, model, runtime_env=llm_config.runtime_env
+        )
         # The files are here. Ray's task that would fetch them leaves an idle process of half a GiB at every start.
         llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().__init__(llm_config)
@@ -53,11 +58,19 @@ def adapters_of(role: str, settings: ServeSettings) -> dict[str, str]:
     return settings.adapters if role == settings.models[0] else {}
 
 
-def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | None = None) -> LLMConfig:
+def describe_policy(
+    run: Run,
+    role: str,
+    settings: ServeSettings,
+    model: str | None = None,
+    *,
+    runtime_env: dict[str, Any] | None = None,
+) -> LLMConfig:
     """Ray Serve LLM's description of a policy.
 
     Args:
         model: a local folder or an id, on the node where the policy runs; None on the machine that places it.
+        runtime_env: that of the replicas; None on a cluster that was started with their environment.
     """
     config = run.config
     gpu = uses_gpu(config)
@@ -82,17 +95,8 @@ def describe_policy(run: Run, role: str, settings: ServeSettings, model: str | N
             "max_ongoing_requests": 4 * config.engine.max_num_seqs,
             "graceful_shutdown_timeout_s": settings.drain_s,
         },
-        runtime_env={"env_vars": environment(config, settings)},
+        runtime_env=runtime_env,
     )
-
-
-def environment(config: RunConfig, settings: ServeSettings) -> dict[str, str]:
-    """Environment variables of every replica."""
-    env = worker_env(config) | {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": str(int(settings.log_prompts))}
-    if not uses_gpu(config):
-        # vLLM would compile its log-probabilities at the first request that needs them: half a minute on CPU.
-        env["TORCH_COMPILE_DISABLE"] = "1"
-    return env
 
 
 def _engine(model: str, config: RunConfig) -> dict[str, Any]:

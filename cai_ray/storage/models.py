@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from cai_ray.config.engine import EngineConfig
 from cai_ray.errors import InputError
 from cai_ray.storage import hub
-from cai_ray.storage.files import exists, local_folder, read_object
+from cai_ray.storage.files import exists, list_files, local_folder, read_object
 from cai_ray.storage.filesystems import is_local, resolve
 from cai_ray.storage.hashes import file_hashes
 from cai_ray.storage.records import derive_id
@@ -136,6 +136,14 @@ def _check_model(uri: str, folder: str) -> None:
             raise InputError(
                 f"model {uri}: {name} is not whole ({e}); {again}, or run `git lfs pull` if it is a pointer to the file"
             ) from e
+
+
+def weight_bytes(uri: str) -> int | None:
+    """The size of a model folder's weights; None of an id, whose folder is not known before it is fetched."""
+    fs, _ = resolve(uri)
+    if weights := list_files(uri, ".safetensors"):
+        return sum(info.size for info in fs.get_file_info(weights))
+    return None
 
 
 def folder_sha(uri: str | Path) -> str:

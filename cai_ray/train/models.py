@@ -124,7 +124,7 @@ def _load(auto: Any, path: str, cfg: TrainConfig, **options: Any) -> tuple[Any, 
     try:
         model, info = auto.from_pretrained(
             path,
-            dtype=getattr(torch, cfg.dtype),
+            dtype=getattr(torch, cfg.precision),
             trust_remote_code=False,
             output_loading_info=True,
             **options,

@@ -251,6 +251,13 @@ def _config(
             "max_tokens": 48,
         },
     }
+    for section in (
+        "engine",
+        "sft",
+        "rm",
+        "ppo",
+    ):  # the same numbers on every machine, and few cores for all tests
+        settings[section] = {"dtype": "float32", "threads": 1, **settings[section]}  # type: ignore[dict-item]
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "config.yaml"
 

@@ -27,9 +27,13 @@ class Shared(NamedTuple):
 
 
 def town_config(**changes: Any) -> RunConfig:
+    """One thread for each process: tests share few cores."""
     engine = {"max_model_len": 192, "max_num_seqs": 128, "kv_cache_mb": 64, "block_size": 32}
     top = {"name": "tests", "model": "town", "constitution": "errand-town", "templates": "errand-town"}
-    return RunConfig.model_validate(top | {"prompts": [{"path": "town:revise"}], "engine": engine} | changes)
+    settings = top | {"prompts": [{"path": "town:revise"}], "engine": engine} | changes
+    for section in ("engine", "sft", "rm", "dpo", "ppo"):
+        settings[section] = {"threads": 1, **settings.get(section, {})}
+    return RunConfig.model_validate(settings)
 
 
 @functools.cache

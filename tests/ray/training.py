@@ -28,6 +28,8 @@ def text(number: int, words: int) -> str:
 def make_run(folder: Path, family: tiny.Family = "llama", **sections: Any) -> Run:
     model = tiny.save_model(folder / "model", family)
     config = {"name": "test", "out": str(folder / "run"), "model": str(model), "constitution": "harmless"}
+    for name in ("engine", "sft", "rm", "dpo", "ppo"):  # tests share few cores
+        sections[name] = {"threads": 1, **sections.get(name, {})}
     return Run(RunConfig.model_validate(config | {"prompts": [{"path": "none.jsonl"}]} | sections))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Literal, NamedTuple
 
-from cai_ray.cluster.connect import engine_env
+from cai_ray.cluster.connect import process_env
 from cai_ray.config.engine import EngineConfig
 from cai_ray.train.families.process import Remote, StepError
 from cai_ray.train.families.table import STEPS
@@ -48,7 +48,7 @@ def examine(
     left = list(steps)
     while left:
         try:
-            env = engine_env(case.engine)
+            env = process_env(case.gpu)
             process = Remote(STEPS_FACTORY, (case,), STEP_TIMEOUT_S, env)
         except StepError as e:
             for step in left:

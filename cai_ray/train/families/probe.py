@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from cai_ray.cluster.connect import uses_gpu
 from cai_ray.errors import InputError
@@ -54,7 +55,8 @@ def _case(run: Run, use: Use, folder: str) -> Case:
     config = run.config
     section = config.ppo if config.method == "ppo" else config.dpo
     template = load_templates(run.resolve_model(use.model).templates).chat_template
-    return Case(folder, engine_of_a_copy(use.engine), section.dtype, template, uses_gpu(config))
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if section.dtype == "bfloat16" else "float32"
+    return Case(folder, engine_of_a_copy(use.engine), dtype, template, uses_gpu(config))
 
 
 def _name(step: str) -> str:

@@ -5,10 +5,13 @@ The driver makes the `EngineOwner` before training starts, because actors made b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from cai_ray.cluster.connect import prepare_engine
 from cai_ray.cluster.placement import ResourceNeed, bundle, check, marks
+from cai_ray.cluster.threads import Crowd
 from cai_ray.config.run import RunConfig
 from cai_ray.storage.models import local_model
 from cai_ray.train.ppo.rollout_engine import RolloutEngine
@@ -25,7 +28,8 @@ class EngineSpec(NamedTuple):
     cpus: float
     gpus: float
     mark: dict[str, float]
-    way: Way = "ray"
+    way: Way
+    prepare: Callable[[], None]
 
     def __call__(self, index: int) -> Any:
         import ray
@@ -39,7 +43,7 @@ class EngineSpec(NamedTuple):
             max_restarts=0,
             scheduling_strategy=place,
         )
-        return actor.remote(self.model, self.arguments, self.end_id, self.way)
+        return actor.remote(self.model, self.arguments, self.end_id, self.way, self.prepare)
 
 
 class EngineOwner:
@@ -97,8 +101,17 @@ def open_engines(
     arguments = engine_args(local_model(model), engine, gpu)
     group = placement_group([place] * ppo.rollout_engines, strategy="PACK")
     mark = marks(config.ray.training_nodes)
+    crowd = Crowd(tuple(needs_of(config, gpu, beside)))
     spec = EngineSpec(
-        model, arguments, end_id, group, place["CPU"], place.get("GPU", 0), mark, ppo.weight_sync
+        model,
+        arguments,
+        end_id,
+        group,
+        place["CPU"],
+        place.get("GPU", 0),
+        mark,
+        ppo.weight_sync,
+        functools.partial(prepare_engine, engine, gpu, crowd),
     )
     return ray.remote(EngineOwner).options(num_cpus=0).remote(spec, ppo.rollout_engines)
 
@@ -113,15 +126,16 @@ def check_room(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None 
         InputError: the cluster will never have room for everything.
     """
     ppo = config.ppo
-    worker = bundle(ppo.cpus_per_worker, 1 if gpu else 0, config.ray.training_nodes)
-    needs = [
-        ResourceNeed(_engine_bundle(config, gpu), ppo.rollout_engines),
-        ResourceNeed(worker, ppo.workers),
-    ]
-    if beside:
-        needs.append(ResourceNeed(beside, 1))
     what = f"ppo.rollout_engines={ppo.rollout_engines} and ppo.workers={ppo.workers}"
-    check(config, what, needs, "use fewer of them, or more nodes")
+    check(config, what, needs_of(config, gpu, beside), "use fewer of them, or more nodes")
+
+
+def needs_of(config: RunConfig, gpu: bool, beside: Mapping[str, float] | None = None) -> list[ResourceNeed]:
+    """What computes in the stage: engines, training workers, and the judge (`beside`) if the stage needs one."""
+    ppo = config.ppo
+    worker = bundle(ppo.cpus_per_worker, 1 if gpu else 0, config.ray.training_nodes)
+    engines = ResourceNeed(_engine_bundle(config, gpu), ppo.rollout_engines)
+    return [engines, ResourceNeed(worker, ppo.workers), *([ResourceNeed(beside, 1)] if beside else [])]
 
 
 def _engine_bundle(config: RunConfig, gpu: bool) -> dict[str, float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from cai_ray.cluster.connect import engine_env, on_gpu
+from cai_ray.cluster.connect import on_gpu, prepare_engine
 from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.placement import bundle, marks
+from cai_ray.cluster.threads import Crowd
 from cai_ray.engine.make import make_engine
 from cai_ray.errors import RowError
 from cai_ray.generate.label import LabelTask, make_judge
@@ -17,9 +18,10 @@ from cai_ray.storage.run import Run
 class WatchJudge:
     """Compares responses as stage `label` does, by the judge of the watch, many in one call."""
 
-    def __init__(self, run: Run, gpu: bool):
+    def __init__(self, run: Run, gpu: bool, crowd: Crowd):
         self.held = Holder()
         model = run.resolve_model(run.config.watch_judge)
+        prepare_engine(model.engine, gpu, crowd)
         self._chain = make_judge(run, run.config.watch_judge)
         self._engine = make_engine(model, gpu)
         self._slots = asyncio.Semaphore(model.engine.max_num_seqs)
@@ -51,7 +53,7 @@ def actor_resources(run: Run) -> dict[str, float] | None:
     )
 
 
-def open_judge(run: Run, needs: dict[str, float]) -> Any:
+def open_judge(run: Run, needs: dict[str, float], crowd: Crowd) -> Any:
     """Starts the actor in the background. If it dies, Ray starts it again and repeats the call."""
     import ray
 
@@ -63,6 +65,5 @@ def open_judge(run: Run, needs: dict[str, float]) -> Any:
         max_restarts=-1,
         max_task_retries=2,
         max_concurrency=4,
-        runtime_env={"env_vars": engine_env(engine)},
     )
-    return actor.remote(run, on_gpu(engine))
+    return actor.remote(run, on_gpu(engine), crowd)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from cai_ray.cluster.holder import Holder
@@ -49,13 +49,22 @@ class RolloutEngine:
         arguments: vLLM's arguments (`engine.vllm.engine_args`).
         end_id: the token that ends a turn (`Renderer.end_id`).
         way: how weights arrive (weights/send.py).
+        prepare: prepares this process for an engine (`cluster.connect.prepare_engine`).
 
     Raises:
         StaleError: from a call, the engine does not have the epoch or version that was asked for.
     """
 
-    def __init__(self, model: str, arguments: dict[str, Any], end_id: int, way: Way = "ray"):
+    def __init__(
+        self,
+        model: str,
+        arguments: dict[str, Any],
+        end_id: int,
+        way: Way,
+        prepare: Callable[[], None],
+    ):
         self.held = Holder()
+        prepare()
         # Before vllm is imported. One process, one batch at a time: that is what makes it deterministic.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -66,7 +66,7 @@ class Rollouts:
         self._fixed: list[list[int]] = from_first([p["ids"] for p in prompts[:FIXED_PROBES]])
         self._weights = partial(gathered_state, policy)
         self._send = make_sender(
-            cfg.weight_sync, self._pool, self._weights, cfg.dtype, run.config.rollout_engine.span
+            cfg.weight_sync, self._pool, self._weights, cfg.precision, run.config.rollout_engine.span
         )
 
     def start(self, version: int) -> None:
@@ -121,11 +121,11 @@ class Rollouts:
         now = probe_logprobs(self._policy, ids, self._cfg, self._pad_id)
         sent = self._send(version)
         # A pass of its own over the weights: what `send` believes to have sent is no evidence.
-        digests = digests_of(self._weights(), self._cfg.dtype)
+        digests = digests_of(self._weights(), self._cfg.precision)
         if self._pool is None:
             return {}
         try:
-            proof = prove(self._pool, digests, version, ids, now, before, TOLERANCE[self._cfg.dtype])
+            proof = prove(self._pool, digests, version, ids, now, before, TOLERANCE[self._cfg.precision])
         except SyncError as e:
             raise Stopped(f"weight sync failed: {e}") from e
         return {

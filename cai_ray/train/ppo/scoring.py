@@ -197,7 +197,7 @@ def check_ratio(worst: float, cfg: PpoConfig) -> None:
     Raises:
         RuntimeError: it is more than rounding.
     """
-    if not worst <= RATIO_TOLERANCE[cfg.dtype]:
+    if not worst <= RATIO_TOLERANCE[cfg.precision]:
         raise RuntimeError(
             f"the ratio is not 1 at the first minibatch: log-probabilities differ by {worst:.3g}"
         )

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from cai_ray.cluster.connect import uses_gpu
+from cai_ray.cluster.threads import Crowd
 from cai_ray.data.left_out import LeftOut
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo import judge
-from cai_ray.train.ppo.engine_owner import close_engines, open_engines
+from cai_ray.train.ppo.engine_owner import close_engines, needs_of, open_engines
 from cai_ray.train.ppo.loop import loop
 from cai_ray.train.ppo.prompts import policy_renderer, read_training_prompts
 from cai_ray.train.ppo.rewards import make_readers
@@ -44,13 +45,14 @@ def run(run: Run) -> dict[str, Any]:
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu = uses_gpu(config)
     judge_bundle = judge.actor_resources(run)
+    crowd = Crowd(tuple(needs_of(config, gpu, judge_bundle)))
     if cfg.watch.every:
         extra["watch_prompts"] = read_watch_prompts(run, renderer, readers)
     owner = open_engines(config, run.locate("sl"), renderer.end_id, gpu, judge_bundle)
     extra["engine_owner"] = owner
-    extra["judge"] = judge.open_judge(run, judge_bundle) if judge_bundle else None
+    extra["judge"] = judge.open_judge(run, judge_bundle, crowd) if judge_bundle else None
     try:
-        out = fit(run, "ppo", loop, cfg, extra)
+        out = fit(run, "ppo", loop, cfg, extra, crowd)
     finally:
         close_engines(owner)
         if judge_bundle:

@@ -118,7 +118,7 @@ def deepspeed_config(cfg: TrainConfig, numel: int) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "gradient_clipping": cfg.max_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": cfg.dtype == "bfloat16"},
+        "bf16": {"enabled": cfg.precision == "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from cai_ray.cluster.connect import cluster_address, uses_gpu, worker_env
+from cai_ray.cluster.connect import cluster_address, uses_gpu
 from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.interrupt import interruptible
 from cai_ray.cluster.placement import ResourceNeed, bundle, check
+from cai_ray.cluster.threads import Crowd, use_threads
 from cai_ray.compat import ray_kv
 from cai_ray.compat.ray_train import local_trainer_class
 from cai_ray.config.fingerprint import fingerprint, layout_settings
@@ -42,7 +43,12 @@ Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 def fit(
-    run: Run, stage: str, loop: Loop, cfg: TrainConfig, extra: dict[str, Any] | None = None
+    run: Run,
+    stage: str,
+    loop: Loop,
+    cfg: TrainConfig,
+    extra: dict[str, Any] | None = None,
+    crowd: Crowd | None = None,
 ) -> dict[str, Any]:
     """Runs `loop` on every rank and returns what it returned on rank 0.
 
@@ -50,6 +56,7 @@ def fit(
         loop: called with {"run": run, **extra}. It restores the last checkpoint itself (`checkpoints.restore`).
         extra: what the loop needs beside the run. Large data comes as object references. `inputs` is a hash of the
             data: a run on other data does not go on from these checkpoints.
+        crowd: who computes in the stage; the group alone by default.
 
     Raises:
         InputError: the cluster is too small, checkpoints are there that do not fit, or a rank raised one.
@@ -70,7 +77,15 @@ def fit(
     trainer = functools.partial(
         _trainer_class(run),
         _on_each_rank,
-        train_loop_config={"run": run, **(extra or {}), "_loop": loop, "_key": key},
+        train_loop_config={
+            "run": run,
+            **(extra or {}),
+            "_loop": loop,
+            "_key": key,
+            # A GPU does all of the work, unless the optimizer's step is on the CPU.
+            "_threads": 1 if cfg.threads == "auto" and gpu and not cfg.offload_optimizer else cfg.threads,
+            "_crowd": crowd or Crowd((ResourceNeed(worker_bundle(run, cfg), cfg.workers),)),
+        },
         scaling_config=ScalingConfig(
             num_workers=cfg.workers,
             use_gpu=gpu,
@@ -82,7 +97,6 @@ def fit(
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=0),  # counted by `restart_until_done`
             checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
-            worker_runtime_env={"env_vars": worker_env(run.config)},
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
     )
@@ -179,11 +193,11 @@ def _on_each_rank(config: dict[str, Any]) -> dict[str, Any]:
     holder, budget = Holder(), config["run"].config.budget
     watch_budget(holder if budget.given else None)
     loop, key = config.pop("_loop"), config.pop("_key")
+    use_threads(config.pop("_threads"), config.pop("_crowd"))
     ray_kv.put(key, "from", str(get_checkpoint()).encode())  # the same on every rank
     if fault := ray_kv.get(key, "fault"):  # left by a rank of the group before
         return {"fault": json.loads(fault)}
     metrics.report_to(key)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     # Random initial weights (an adapter's) are the same on every rank and in every start.
     torch.manual_seed(derive_seed(config["run"].config.seed, "fit"))
     try:

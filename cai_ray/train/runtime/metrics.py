@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay
+from cai_ray.cluster.progress import POLL_S, Progress, ProgressDisplay, duration, short
 from cai_ray.compat.ray_kv import forget, get, put
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
@@ -95,32 +95,15 @@ def _details(step: int, total: int, metrics: Mapping[str, Any], seconds: float |
     """What is shown beside the number of the step: metrics, speed and the time left."""
     parts = [f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics]
     if (speed := metrics.get("tokens/per_s")) is not None:
-        parts.append(f"{_short(speed)} tokens/s")
+        parts.append(f"{short(speed)} tokens/s")
     if seconds is not None and step < total:
-        parts.append(f"{_duration(seconds * (total - step))} left")
+        parts.append(f"{duration(seconds * (total - step))} left")
     return parts
 
 
 def step_seconds(ends: Sequence[float]) -> float | None:
     """Mean duration of the steps that end at these times; None for one step, whose start is not known."""
     return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
-
-
-def _short(number: float) -> str:
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 @contextmanager

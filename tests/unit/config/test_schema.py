@@ -40,7 +40,7 @@ def test_the_schema_has_defaults_bounds_and_marks() -> None:
         "type": "integer",
         "x-changes": "operational",
     }
-    assert sft["dtype"]["enum"] == ["float32", "bfloat16"] and sft["dtype"]["x-changes"] == "result"
+    assert sft["dtype"]["enum"] == ["float32", "bfloat16", "auto"] and sft["dtype"]["x-changes"] == "result"
     assert sft["zero_stage"]["x-checkpoints"] == "layout" and sft["init"]["x-compared-by"] == "model"
     assert SCHEMA["required"] == ["name", "model", "constitution", "prompts"]
 

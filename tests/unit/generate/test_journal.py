@@ -85,7 +85,7 @@ def test_item_37_a_kill_while_publishing_leaves_nothing_double(
 
 def test_item_37_a_slow_disk_holds_the_engine_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill costs the rows that were begun and are not safe: half more than those in flight, and never more."""
-    run = Run(town_config(out=str(tmp_path), engine={"kind": "scripted", "max_num_seqs": 8}))
+    run = Run(town_config(out=str(tmp_path), engine={"kind": "scripted", "max_num_seqs": 8, "threads": 1}))
     made = Journal(run, "revise", Revision, Revision, "part")
     in_flight, begun, safe = 8 + 8 // 4, 0, 0
     at_stake = []

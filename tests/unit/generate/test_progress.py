@@ -8,10 +8,12 @@ import time
 import pytest
 
 from cai_ray.cluster.progress import Progress
+from cai_ray.generate.row_counts import Totals
 from cai_ray.generate.row_progress import RowProgress, SetProgress
 from cai_ray.train.runtime import metrics
 from cai_ray.train.runtime.metrics import RECENT, progress, step_seconds
 
+NOTHING = Totals({}, {})
 PPO = {
     "reward/mean": 0.8312,
     "kl/reference": 1.94,
@@ -66,14 +68,35 @@ def test_time_of_a_step_is_that_of_the_recent_ones() -> None:
 
 def test_rows_say_how_many_failed_and_the_time_left_of_all_sets() -> None:
     first, second = SetProgress("revise", 40, 0.5), SetProgress("revise helpful", 60, 0.5)
-    shown = RowProgress([first, second])._progress(10.2)
+    rows = RowProgress({"part": first, "helpful": second})
+    shown = rows._progress(10.2, NOTHING)
     assert shown.line == "revise: 0 of 40 rows, 10 s"
     first.add([None] * 39 + ["too long"])
     second.add([None, "too long"])
-    shown = RowProgress([first, second])._progress(20.0)
+    shown = rows._progress(20.0, NOTHING)
     assert shown.line == "revise helpful: 2 of 60 rows, 1 failed, 20 s, 28 s left"
     assert shown[:4] == ("revise helpful", 2, 60, "rows")
     assert shown.details == "2.1 rows/s, 1 failed, 28 s left"
+
+
+def test_rows_are_counted_as_they_finish() -> None:
+    """A slice of rows comes back when the last of them is done; the actors' reports come every second."""
+    first, second = SetProgress("revise", 368, 0.5), SetProgress("revise helpful", 60, 0.5, finished_before=8)
+    rows = RowProgress({"part": first, "helpful": second})
+    shown = rows._progress(12.0, Totals({}, {}, 80, 80, 5120, 0, 0, 9.0))
+    assert shown.line == "revise: 0 of 368 rows, 80 under way, 5,120 tokens, 12 s"
+    assert shown.details == "80 under way, 569 tokens/s"
+    shown = rows._progress(70.0, Totals({"part": 92}, {"part": 3}, 80, 80, 33_000, 23_000, 5_750_000, 64.0))
+    assert shown[:4] == ("revise", 92, 368, "rows")
+    line, _, left = shown.line.rpartition(", ")
+    assert line == "revise: 92 of 368 rows, 80 under way, 33,000 tokens, 3 failed, 70 s"
+    assert left in ("2 min left", "3 min left")
+    # Rows of both sets are left over, and those that were finished before are not counted twice.
+    first.add([None] * 368)
+    shown = rows._progress(90.0, Totals({"part": 368, "helpful": 10}, {}, 42, 80, 1, 1, 1, 80.0))
+    assert shown[:3] == ("revise helpful", 18, 60)
+    second.add([None] * 60)
+    assert rows._progress(91.0, Totals({"part": 368, "helpful": 55}, {}, 0, 80, 1, 1, 1, 81.0))[1] == 60
 
 
 def test_what_rank_0_reports_is_a_line_and_its_warnings(
