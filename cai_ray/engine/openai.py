@@ -115,7 +115,8 @@ class OpenaiEngine:
                 attempt += 1
                 left = self.config.give_up_s - (time.monotonic() - started)
                 try:
-                    return read(await self._attempt(data, min(self.config.timeout_s, left)))
+                    answer = await self._attempt(data, min(self.config.timeout_s, left))
+                    return self._read(answer, read)
                 except TryAgain as e:
                     wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
                     wait = max(wait, e.wait)
@@ -127,6 +128,13 @@ class OpenaiEngine:
                             raise InputError(f"{failure}; start it, or correct base_url") from None
                         raise RowError(failure) from None
                 await asyncio.sleep(wait)
+
+    def _read(self, answer: ChatCompletion, read: Callable[[ChatCompletion], T]) -> T:
+        try:
+            return read(answer)
+        except RowError as e:  # the answer is of no use, and has cost something
+            e.spent = read_usage(answer)
+            raise
 
     async def _attempt(self, data: bytes, seconds: float) -> ChatCompletion:
         try:

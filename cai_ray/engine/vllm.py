@@ -13,6 +13,7 @@ from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
+from cai_ray.prompts.cut import decode_answer
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.renderer import Renderer
@@ -94,8 +95,8 @@ class VllmEngine:
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         output, finished = await self._generate(self.renderer.prompt_ids(messages), sampling)
-        ids = output.outputs[0].token_ids
-        return Completion(self.renderer.decode(ids).strip(), finished, _usage(output))
+        text = decode_answer(self.renderer, output.outputs[0].token_ids, truncated=not finished)
+        return Completion(text.strip(), finished, _usage(output))
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
         key = tuple(options)

@@ -21,6 +21,7 @@ from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.evaluate.set_formats import SetRow
 from cai_ray.generate.chain import Rows
 from cai_ray.generate.rows import map_sets
+from cai_ray.generate.text_lengths import TextKind
 from cai_ray.judging.quality import is_refusal, run_templates
 from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
@@ -49,17 +50,22 @@ class SetChain:
     templates: TemplateSet
     sets: Mapping[str, EvalSet]
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        return self.answer.text_kinds
+
     async def __call__(self, engine: Engine, row: SetTask) -> SetAnswer:
         if row["kind"] == "choices":
             scores, usage = await self._weigh(engine, row)
             return {**row, "scores": scores, "usage": usage.as_record()}
-        sampled = await self.answer.sample(engine, row["messages"], row["prompt_id"])
+        answer = await self.answer.sample(engine, row["messages"], row["prompt_id"])
         return {
             **row,
-            "response": sampled.response,
-            "truncated": sampled.truncated,
-            "usage": sampled.usage.as_record(),
-            "refused": is_refusal(sampled.response, self.templates.refusals),
+            "response": answer.text,
+            "truncated": answer.truncated,
+            "tokens": answer.tokens,
+            "usage": answer.usage.as_record(),
+            "refused": is_refusal(answer.text, self.templates.refusals),
         }
 
     async def _weigh(self, engine: Engine, row: SetTask) -> tuple[list[float], Usage]:

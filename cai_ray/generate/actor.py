@@ -13,6 +13,7 @@ import pyarrow as pa
 from cai_ray.cluster.holder import Holder
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.errors import RowError
 from cai_ray.generate.chain import Chain
 from cai_ray.generate.journal import Journal, JournalWriter, Slice
@@ -123,10 +124,11 @@ class ChainActor:
         return Outcome(True, result.get("error"))
 
     async def _walk(self, row: dict[str, Any], journal: Journal) -> Mapping[str, Any]:
+        engine = Metered(self.engine)
         try:
-            return await self.chain(self.engine, row)
+            return await self.chain(engine, row)
         except RowError as e:
-            return journal.failed(row, str(e))
+            return journal.failed(row, {"usage": engine.usage.as_record(), **e.made}, str(e))
         except Exception as e:
             self.fault = e
             raise

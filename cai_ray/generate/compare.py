@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from cai_ray.config.generation import CompareConfig
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
 from cai_ray.engine.check import check_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine, Sampling
+from cai_ray.generate.chain import keeping
 from cai_ray.generate.rows import check_resources, map_rows
-from cai_ray.judging.quality import run_templates, without_thinking
+from cai_ray.generate.text_lengths import TextKind, TextLimit
+from cai_ray.generate.texts import Text, write
+from cai_ray.judging.quality import run_templates
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.records import Comparison, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
@@ -43,34 +47,40 @@ class CompareChain:
     seed: int
     model: str
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        limit = TextLimit("compare.max_tokens", self.config.max_tokens)
+        return [TextKind("answer", f"tokens_{side}", f"truncated_{side}", limit) for side in "ab"]
+
     async def __call__(self, engine: Engine, row: ComparisonTask) -> Comparison:
-        messages = self.templates.answer_messages(row["messages"])
-        a, b = [
-            await engine.chat(
-                messages,
-                Sampling(
-                    self.config.temperature,
-                    self.config.max_tokens,
-                    derive_seed(self.seed, row["prompt_id"], "sample", number),
-                ),
-            )
-            for number in (row["first"], row["second"])
-        ]
-        return {
+        made: dict[str, Any] = {
             "id": row["id"],
             "prompt_id": row["prompt_id"],
             "messages": row["messages"],
             "kind": row["kind"],
             "family": row["family"],
-            "response_a": without_thinking(a.text, self.templates.thinking),
-            "response_b": without_thinking(b.text, self.templates.thinking),
-            "truncated_a": not a.finished,
-            "truncated_b": not b.finished,
             "model": self.model,
             "temperature": self.config.temperature,
             "source": "ai",
-            "usage": (a.usage + b.usage).as_record(),
         }
+        with keeping(made, engine := Metered(engine)):
+            for side, number in (("a", row["first"]), ("b", row["second"])):
+                answer = await self._sample(engine, row, number)
+                made |= {
+                    f"response_{side}": answer.text,
+                    f"truncated_{side}": answer.truncated,
+                    f"tokens_{side}": answer.tokens,
+                }
+        return cast(Comparison, {**made, "usage": engine.usage.as_record()})
+
+    async def _sample(self, engine: Engine, row: ComparisonTask, number: int) -> Text:
+        seed = derive_seed(self.seed, row["prompt_id"], "sample", number)
+        return await write(
+            engine,
+            self.templates.answer_messages(row["messages"]),
+            Sampling(self.config.temperature, self.config.max_tokens, seed),
+            self.templates.thinking,
+        )
 
 
 def tasks(run: Run) -> list[ComparisonTask]:

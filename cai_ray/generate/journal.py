@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -97,12 +97,14 @@ class Journal:
         path = files.join(self.folder, f"done-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet")
         write_table(path, to_table(rows, self.gives))
 
-    def failed(self, row: Mapping[str, Any], error: str) -> dict[str, Any]:
-        """The finished form of a row that failed: the columns that it shares with finished rows, and its error."""
-        return {name: row[name] for name in self.gives.names if name in row} | {"error": error}
+    def failed(self, row: Mapping[str, Any], made: Mapping[str, Any], error: str) -> dict[str, Any]:
+        """The finished form of a row that failed: the columns that it shares with finished rows, those that were made
+        before it failed, and its error."""
+        have = {**row, **made, "error": error}
+        return {name: have[name] for name in self.gives.names if name in have}
 
-    def publish(self) -> Published:
-        """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows.
+    def publish(self, show: Callable[[pa.Table], None] = lambda table: None) -> Published:
+        """Writes NAME-*.parquet, each id once, in files of up to PART_ROWS rows. `show` gets the rows of each file.
 
         Files of an attempt that was killed while publishing are overwritten: a journal only grows. A row that was
         processed twice (it failed before, or its actor died before it could report it) counts once: the first
@@ -116,6 +118,7 @@ class Journal:
             nonlocal errors
             path = files.join(self.target, f"{self.name}-{next(parts):05d}.parquet")
             write_table(path, table.combine_chunks())
+            show(table)
             errors += table.num_rows - table["error"].null_count
             for name in usage:
                 usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0

@@ -49,9 +49,13 @@ def run(run: Run) -> dict[str, Any]:
     columns = ["id", "messages", "kind", "response", "truncated", "steps", "error"]
     revised = run.rows("revise", columns)
     kinds: Counter[str] = Counter()
-    records = to_records(revised, cfg, run.config.seed, templates.critiques, kinds)
+    cut: Counter[str] = Counter({"truncated": 0, "no_text": 0})
+    records = to_records(revised, cfg, run.config.seed, templates.critiques, kinds, cut)
     if not records:
         dropped = f", or take a kind out of sft.drop={list(cfg.drop)}" if cfg.drop else ""
+        if cut.total():
+            dropped += f"; {cut.total()} texts were cut off, so raise revise.max_tokens={run.config.revise.max_tokens}"
+            dropped += " or set sft.truncated: keep" if cut["truncated"] else ""
         raise InputError(
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
@@ -73,6 +77,7 @@ def run(run: Run) -> dict[str, Any]:
         "rows_out": len(fitting),
         "errors": sum(1 for row in revised if row["error"]),
         "left_out_too_long": len(records) - len(fitting),
+        "left_out_cut": dict(cut),
         "revisions": {
             "kept": {k: n for k, n in kinds.items() if k not in cfg.drop},
             "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
@@ -98,6 +103,7 @@ def to_records(
     seed: int,
     critiques: Sequence[str] = (),
     kinds: Counter[str] | None = None,
+    left_out: Counter[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of schema `sft` from rows of schema `revisions`; rows with an error are left out.
 
@@ -107,30 +113,54 @@ def to_records(
 
     Args:
         critiques: rules of the template set that tell a critique from a revision.
-        kinds: counts the revisions by kind (`judging.quality.kind`), including those left out.
+        kinds: counts the revisions by kind (`judging.quality.kind`), including those left out by kind.
+        left_out: counts the texts that are left out because they were cut off (`truncated`), or because the cut fell
+            before they began, so that there is nothing to train on (`no_text`).
     """
-    kinds = Counter() if kinds is None else kinds
+    kinds, left_out = (Counter() if c is None else c for c in (kinds, left_out))
     good = [row for row in rows if not row["error"]]
     revisions, helpful = [], []
     for row in good:
         if row["kind"] == "helpful":
-            helpful.append(_record(row, row["response"], "helpful", truncated=row["truncated"]))
-            continue
-        steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
-        before = [row["response"], *(s["revision"] for s in steps)]
-        pairs = list(zip(steps, before, strict=False))
-        for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
-            revision_kind = kind(step["revision"], response, step.get("critique") or "", critiques)
-            kinds[revision_kind] += 1
-            if revision_kind not in cfg.drop:
-                revisions.append(_record(row, step["revision"], "revision", step["round"]))
-        if not steps:  # every slot was a disabled principle's: the response needed no revision
-            kinds["sound"] += 1
-            revisions.append(_record(row, row["response"], "revision", truncated=row["truncated"]))
+            if row["truncated"] and not row["response"]:
+                left_out["no_text"] += 1
+            else:
+                helpful.append(_record(row, row["response"], "helpful", truncated=row["truncated"]))
+        else:
+            revisions += _revisions(row, cfg, critiques, kinds, left_out)
     if revisions:
         helpful.sort(key=lambda r: derive_id(seed, "helpful", r["id"]))
         helpful = helpful[: round(cfg.helpful_per_revision * len(revisions))]
     return sorted(revisions + helpful, key=lambda r: r["id"])
+
+
+def _revisions(
+    row: dict[str, Any], cfg: SftConfig, critiques: Sequence[str], kinds: Counter[str], left_out: Counter[str]
+) -> list[dict[str, Any]]:
+    """What is trained on of a revised row; counts as `to_records` says."""
+    rounds = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
+    steps = [s for s in rounds if not s.get("left_out")]
+    before = [row["response"], *(s["revision"] for s in steps)]
+    pairs, records = list(zip(steps, before, strict=False)), []
+    for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
+        truncated = bool(step.get("revision_truncated"))
+        if truncated and cfg.truncated == "drop":
+            left_out["truncated"] += 1
+            continue
+        revision_kind = kind(step["revision"], response, step.get("critique") or "", critiques)
+        kinds[revision_kind] += 1
+        if revision_kind not in cfg.drop:
+            records.append(_record(row, step["revision"], "revision", step["round"], truncated))
+    if steps:
+        return records
+    if rounds or (row["truncated"] and not row["response"]):  # no round made a revision
+        left_out["no_text"] += 1
+        return []
+    if row["truncated"] and cfg.truncated == "drop":
+        left_out["truncated"] += 1
+        return []
+    kinds["sound"] += 1  # every slot was a disabled principle's: the response needed no revision
+    return [_record(row, row["response"], "revision", truncated=row["truncated"])]
 
 
 def _record(
