@@ -11,9 +11,9 @@ from typing import Any
 from cai_ray.constitution import Principle
 from cai_ray.engine.protocol import Engine
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
-from cai_ray.generate.label import LabelChain, LabelTask, make_judge, reasoning_kinds
+from cai_ray.generate.label import LabelChain, LabelTask, make_judge
 from cai_ray.generate.rows import map_rows
-from cai_ray.generate.text_lengths import TextKind
+from cai_ray.generate.text_lengths import TextKind, reasoning_kinds
 from cai_ray.judging import certificate
 from cai_ray.judging.certificate import is_tie
 from cai_ray.judging.statistics import rate

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from cai_ray.config.generation import CompareConfig
 from cai_ray.data.preflight import Preflight
@@ -81,6 +82,15 @@ class CompareChain:
             Sampling(self.config.temperature, self.config.max_tokens, seed),
             self.templates.thinking,
         )
+
+
+def left_out_as_cut(comparison: Mapping[str, Any], setting: Literal["drop", "keep"]) -> bool:
+    """Whether a comparison is not labelled, because an answer was cut off before its text began, or was cut off at all
+    and `compare.truncated` is `drop`."""
+    return any(
+        comparison[f"truncated_{side}"] and (setting == "drop" or not comparison[f"response_{side}"])
+        for side in "ab"
+    )
 
 
 def tasks(run: Run) -> list[ComparisonTask]:

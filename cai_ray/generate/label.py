@@ -27,9 +27,10 @@ from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import Abstained, RowError
 from cai_ray.generate import reuse
 from cai_ray.generate.chain import Rows, keeping
+from cai_ray.generate.compare import left_out_as_cut
 from cai_ray.generate.draw import draw
 from cai_ray.generate.rows import check_resources, map_sets
-from cai_ray.generate.text_lengths import TextKind, TextLimit
+from cai_ray.generate.text_lengths import TextKind, reasoning_kinds
 from cai_ray.judging import certificate
 from cai_ray.judging.votes import combine, expected_score, preference, slot_bias
 from cai_ray.prompts.load import load_templates
@@ -245,7 +246,7 @@ def make_chain(run: Run) -> LabelChain:
     """The chain of stage `label`, whose votes have keys."""
     judge = run.config.label.judge
     chain = make_judge(run, judge)
-    settings = (
+    settings: tuple[object, ...] = (
         judge.ask,
         judge.answer,
         judge.both_orders,
@@ -257,26 +258,6 @@ def make_chain(run: Run) -> LabelChain:
     settings += () if truncated == "keep" else (truncated,)
     context = reuse.context(run, run.resolve_model(judge), chain.templates.sha, settings)
     return replace(chain, context=context, truncated=truncated)
-
-
-def reasoning_kinds(key: str, judge: JudgeConfig) -> list[TextKind]:
-    """Where a judge's votes have the lengths of its reasoning. `key` is the judge's section of the configuration."""
-    if judge.answer != "reasoned":
-        return []
-    limit = TextLimit(f"{key}.reasoning_max_tokens", judge.reasoning_max_tokens)
-    return [
-        TextKind("reasoning", f"votes.{name}_tokens", f"votes.{name}_truncated", limit)
-        for name in ("reasoning", "reasoning_swapped")
-    ]
-
-
-def left_out_as_cut(comparison: Mapping[str, Any], setting: Literal["drop", "keep"]) -> bool:
-    """Whether a comparison is not labelled, because an answer was cut off before its text began, or was cut off at all
-    and `compare.truncated` is `drop`."""
-    return any(
-        comparison[f"truncated_{side}"] and (setting == "drop" or not comparison[f"response_{side}"])
-        for side in "ab"
-    )
 
 
 def run(run: Run) -> dict[str, Any]:

@@ -79,13 +79,14 @@ class ReviseChain:
         ]
 
     async def __call__(self, engine: Engine, row: RevisionTask) -> Revision:
+        steps = list[Step]()
         made: Revision = {
             "id": row["id"],
             "prompt_id": row["prompt_id"],
             "messages": row["messages"],
             "kind": row["kind"],
             "family": row["family"],
-            "steps": [],
+            "steps": steps,
             "revision": None,
             "model": self.model,
             "constitution_sha": self.constitution.sha,
@@ -98,24 +99,25 @@ class ReviseChain:
                 if not response and not made["truncated"]:
                     raise RowError("the response is empty")
             elif response or not made["truncated"]:
-                await self._walk(writer, critic, row, made, response)
+                made["revision"] = await self._walk(writer, critic, row, steps, response)
+            else:  # it was cut off before its text began: there is nothing to revise
+                made["revision"] = response
         usage = writer.usage if critic is writer else writer.usage + critic.usage
         return {**made, "usage": usage.as_record()}
 
     async def _walk(
-        self, writer: Engine, critic: Engine, row: RevisionTask, made: Revision, current: str
-    ) -> None:
-        """Adds the rounds to the row."""
-        steps = made["steps"] = list[Step]()
+        self, writer: Engine, critic: Engine, row: RevisionTask, steps: list[Step], current: str
+    ) -> str:
+        """Adds the rounds to `steps`, and returns the answer after them."""
         earlier = reuse.by_key(s for e in row.get("earlier") or () for s in e["steps"] or ())
-        made["revision"] = current
         for number, principle in enumerate(self._draw(row)):
             if principle is None:  # a disabled principle's slot: its round changes nothing
                 continue
             key = self.key(row, current, number, principle)
             step = earlier.get(key) or await self._step(writer, critic, row, current, number, principle, key)
             steps.append(step)
-            made["revision"] = current = step["revision"]
+            current = step["revision"]
+        return current
 
     def key(self, row: Mapping[str, Any], response: str, number: int, principle: Principle) -> str:
         """Hash of everything that a step depends on: the answer it starts from, and the principle's requests."""

@@ -58,8 +58,8 @@ def map_rows(
         model: the engine's model: a role, folder or id, or the settings of a model.
 
     Returns:
-        For the manifest: rows in and out, errors, tokens, calls of engines, lengths of texts (`text_lengths.summarise`),
-        engine seconds, engine kind and model.
+        For the manifest: rows in and out, errors, tokens, calls of engines, lengths of texts
+        (`text_lengths.summarise`), engine seconds, engine kind and model.
 
     Raises:
         InputError: more than `max_error_rate` of the rows failed, or all of the first; the cluster is too small; the

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cai_ray.config.judge import JudgeConfig
+
 HELD = 0.95
 """The share of texts that the named limit holds."""
 
@@ -29,6 +31,17 @@ class TextKind(NamedTuple):
     tokens: str
     truncated: str
     limit: TextLimit
+
+
+def reasoning_kinds(key: str, judge: JudgeConfig) -> list[TextKind]:
+    """Where a judge's votes have the lengths of its reasoning. `key` is the judge's section of the configuration."""
+    if judge.answer != "reasoned":
+        return []
+    limit = TextLimit(f"{key}.reasoning_max_tokens", judge.reasoning_max_tokens)
+    return [
+        TextKind("reasoning", f"votes.{name}_tokens", f"votes.{name}_truncated", limit)
+        for name in ("reasoning", "reasoning_swapped")
+    ]
 
 
 def text_kinds(chain: object) -> Sequence[TextKind]:
@@ -109,7 +122,9 @@ def describe_lengths(stage: str, summaries: Mapping[str, Mapping[str, Any]]) -> 
 
 def _describe(name: str, summary: Mapping[str, Any]) -> str:
     known = summary["median"] is not None
-    line = f"{name} {summary['median']}, {summary['p95']}, {summary['max']}" if known else f"{name} (not known)"
+    line = (
+        f"{name} {summary['median']}, {summary['p95']}, {summary['max']}" if known else f"{name} (not known)"
+    )
     if not summary["truncated"]:
         return f"{line}, none of {summary['texts']} cut"
     line += f", {summary['truncated']} of {summary['texts']} cut at {summary['setting']}={summary['limit']}"

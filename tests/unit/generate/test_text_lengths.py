@@ -13,14 +13,16 @@ LIMIT = TextLimit("revise.max_tokens", 96)
 
 
 def test_a_limit_that_held_nearly_all_is_named_by_the_texts_that_it_held() -> None:
-    out = summarise({n: 1 for n in range(1, 96)}, {96: 5}, LIMIT)
+    out = summarise(dict.fromkeys(range(1, 96), 1), {96: 5}, LIMIT)
     assert (out["texts"], out["truncated"]) == (100, 5)
     assert (out["median"], out["p95"], out["max"]) == (50, 95, 96)
-    assert out["limit_for_95"] == 95, "95 of 100 texts have at most 95 tokens, however long the others would be"
+    assert out["limit_for_95"] == 95, (
+        "95 of 100 texts have at most 95 tokens, however long the others would be"
+    )
 
 
 def test_where_more_were_cut_the_limit_is_not_known() -> None:
-    out = summarise({n: 1 for n in range(1, 95)}, {96: 6}, LIMIT)
+    out = summarise(dict.fromkeys(range(1, 95), 1), {96: 6}, LIMIT)
     assert out["limit_for_95"] == "more than 96"
     assert summarise({}, {96: 3}, LIMIT)["limit_for_95"] == "more than 96"
 
@@ -69,7 +71,13 @@ def table(rows: list[dict[str, Any]]) -> Any:
 
 
 def test_the_texts_of_steps_count_one_by_one_and_rows_without_any_not_at_all() -> None:
-    step: dict[str, Any] = {"round": 1, "principle_id": "p", "revision_request": "r", "revision": "t", "key": "k"}
+    step: dict[str, Any] = {
+        "round": 1,
+        "principle_id": "p",
+        "revision_request": "r",
+        "revision": "t",
+        "key": "k",
+    }
     kinds = [
         TextKind("response", "tokens", "truncated", LIMIT),
         TextKind("revision", "steps.revision_tokens", "steps.revision_truncated", LIMIT),

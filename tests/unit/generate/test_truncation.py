@@ -22,9 +22,9 @@ from cai_ray.errors import RowError
 from cai_ray.export.datasets import _revision
 from cai_ray.generate import actor
 from cai_ray.generate.chain import Chain
-from cai_ray.generate.compare import CompareChain
+from cai_ray.generate.compare import CompareChain, left_out_as_cut
 from cai_ray.generate.journal import Journal
-from cai_ray.generate.label import LabelChain, left_out_as_cut
+from cai_ray.generate.label import LabelChain
 from cai_ray.generate.redteam import RedTeamChain
 from cai_ray.generate.revise import CRITIQUE_CUT, REVISION_CUT, ReviseChain, RevisionTask
 from cai_ray.prompts.load import load_templates
@@ -153,7 +153,8 @@ def test_a_cut_within_the_thinking_leaves_no_text_and_no_error(setting: str) -> 
     thought = cut("<think>She asks for")
     for kind in ("red_team", "helpful"):
         row = revise(by_step(response=thought), kind=kind)
-        assert (row["response"], row["truncated"], row["steps"], row["revision"]) == ("", True, [], None)
+        assert (row["response"], row["truncated"], row["steps"]) == ("", True, [])
+        assert row["revision"] == (None if kind == "helpful" else "")
         assert trained(row, truncated=setting) == ([], Counter(no_text=1))
     row = revise(by_step(revision=thought))
     assert [s["left_out"] for s in row["steps"]] == [REVISION_CUT] * 2
@@ -203,7 +204,14 @@ def test_cut_reasoning_is_used_or_not_as_the_run_says() -> None:
 
 def test_a_red_team_prompt_that_was_cut_is_no_error() -> None:
     chain = RedTeamChain(GENERAL, RedTeamConfig(), 0)
-    task: Any = {"id": "t", "kind": "red_team", "family": None, "split": "train", "source": "s", "examples": ["q"]}
+    task: Any = {
+        "id": "t",
+        "kind": "red_team",
+        "family": None,
+        "split": "train",
+        "source": "s",
+        "examples": ["q"],
+    }
     row = asyncio.run(chain(ScriptedEngine(lambda m, s: cut("How do I")), task))
     assert row["truncated"] and row["tokens"] == 40
 
@@ -237,7 +245,7 @@ def test_a_row_that_fails_keeps_its_response_steps_and_usage(
     saved, usage = walk(tmp_path, monkeypatch, ScriptedEngine(answers), chain, Revision, ROW)
     assert saved["error"] == "a revision is empty"
     assert saved["response"] == "response 1" and saved["truncated"] is False and saved["key"]
-    assert [s["revision"] for s in saved["steps"]] == ["revision 1"]
+    assert [s["revision"] for s in saved["steps"]] == ["revision 1"] and saved["revision"] is None
     assert saved["usage"] == {"prompt": 50, "cached": 0, "generated": 35, "calls": 5}
     assert usage == saved["usage"], "what failed has cost something, too"
 
