@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from cai_ray.config.evaluation import EvaluateConfig
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine, Sampling
-from cai_ray.generate.chain import Rows
+from cai_ray.generate.chain import Rows, keeping
 from cai_ray.generate.rows import map_sets
 from cai_ray.generate.text_lengths import TextKind, TextLimit
 from cai_ray.generate.texts import Text, write
@@ -68,9 +69,9 @@ class AnswerChain:
         return [TextKind("answer", "tokens", "truncated", limit)]
 
     async def __call__(self, engine: Engine, row: AnswerTask) -> PolicyAnswer:
-        answer = await self.sample(
-            engine, row["messages"], row["prompt_id"], row["draw"], greedy=row["purpose"] == "greedy"
-        )
+        greedy = row["purpose"] == "greedy"
+        with keeping({}, engine := Metered(engine)):
+            answer = await self.sample(engine, row["messages"], row["prompt_id"], row["draw"], greedy)
         return {
             **select(row, PolicyPrompt),
             "response": answer.text,

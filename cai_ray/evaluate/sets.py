@@ -14,12 +14,13 @@ from typing import Any
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.evaluation import EvalSet
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import InputError, RowError
 from cai_ray.evaluate import score, set_formats
 from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.evaluate.set_formats import SetRow
-from cai_ray.generate.chain import Rows
+from cai_ray.generate.chain import Rows, keeping
 from cai_ray.generate.rows import map_sets
 from cai_ray.generate.text_lengths import TextKind
 from cai_ray.judging.quality import is_refusal, run_templates
@@ -55,10 +56,11 @@ class SetChain:
         return self.answer.text_kinds
 
     async def __call__(self, engine: Engine, row: SetTask) -> SetAnswer:
-        if row["kind"] == "choices":
-            scores, usage = await self._weigh(engine, row)
-            return {**row, "scores": scores, "usage": usage.as_record()}
-        answer = await self.answer.sample(engine, row["messages"], row["prompt_id"])
+        with keeping({}, engine := Metered(engine)):
+            if row["kind"] == "choices":
+                scores, usage = await self._weigh(engine, row)
+                return {**row, "scores": scores, "usage": usage.as_record()}
+            answer = await self.answer.sample(engine, row["messages"], row["prompt_id"])
         return {
             **row,
             "response": answer.text,

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from cai_ray.cluster.holder import Holder
+from cai_ray.cluster.usage import Usage
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
-from cai_ray.engine.metered import Metered
 from cai_ray.errors import RowError
 from cai_ray.generate.chain import Chain
 from cai_ray.generate.journal import Journal, JournalWriter, Slice
@@ -124,11 +124,10 @@ class ChainActor:
         return Outcome(True, result.get("error"))
 
     async def _walk(self, row: dict[str, Any], journal: Journal) -> Mapping[str, Any]:
-        engine = Metered(self.engine)
         try:
-            return await self.chain(engine, row)
+            return await self.chain(self.engine, row)
         except RowError as e:
-            return journal.failed(row, {"usage": engine.usage.as_record(), **e.made}, str(e))
+            return journal.failed(row, {"usage": Usage(*e.spent).as_record(), **e.made}, str(e))
         except Exception as e:
             self.fault = e
             raise

@@ -33,7 +33,8 @@ def keeping(made: Mapping[str, object], *engines: Metered) -> Iterator[None]:
     try:
         yield
     except RowError as e:
-        e.made = {**made, "usage": sum((engine.usage for engine in engines), Usage()).as_record()}
+        usage = sum((engine.usage for engine in engines), Usage())
+        e.made = {**made, "usage": usage.as_record()}
         raise
 
 

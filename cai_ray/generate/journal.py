@@ -100,7 +100,7 @@ class Journal:
     def failed(self, row: Mapping[str, Any], made: Mapping[str, Any], error: str) -> dict[str, Any]:
         """The finished form of a row that failed: the columns that it shares with finished rows, those that were made
         before it failed, and its error."""
-        have = {**row, **made, "error": error}
+        have = {**made, **row, "error": error}
         return {name: have[name] for name in self.gives.names if name in have}
 
     def publish(self, show: Callable[[pa.Table], None] = lambda table: None) -> Published:

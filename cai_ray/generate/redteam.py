@@ -18,8 +18,10 @@ from cai_ray.data.near_duplicates import NearDuplicates
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import normalised, read_prompts
 from cai_ray.engine.check import check_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
+from cai_ray.generate.chain import keeping
 from cai_ray.generate.rows import check_resources, map_rows
 from cai_ray.generate.text_lengths import TextKind, TextLimit
 from cai_ray.generate.texts import write
@@ -57,14 +59,15 @@ class RedTeamChain:
 
     async def __call__(self, engine: Engine, row: RedTeamTask) -> RedTeamPrompt:
         config = self.config
-        prompt = await write(
-            engine,
-            self.templates.red_team_messages(row["examples"]),
-            Sampling(config.temperature, config.max_tokens, derive_seed(self.seed, row["id"], "prompt")),
-            self.templates.thinking,
-        )
-        if not prompt.text and not prompt.truncated:
-            raise RowError("a prompt is empty")
+        with keeping({}, engine := Metered(engine)):
+            prompt = await write(
+                engine,
+                self.templates.red_team_messages(row["examples"]),
+                Sampling(config.temperature, config.max_tokens, derive_seed(self.seed, row["id"], "prompt")),
+                self.templates.thinking,
+            )
+            if not prompt.text and not prompt.truncated:
+                raise RowError("a prompt is empty")
         return {
             **row,
             "messages": [{"role": "user", "content": prompt.text}],

@@ -13,12 +13,14 @@ import pytest
 
 from cai_ray import constitution
 from cai_ray.cluster.usage import Usage
+from cai_ray.config.evaluation import EvaluateConfig
 from cai_ray.config.generation import CompareConfig, RedTeamConfig, ReviseConfig
 from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.training import SftConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import RowError
+from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.export.datasets import _revision
 from cai_ray.generate import actor
 from cai_ray.generate.chain import Chain
@@ -262,6 +264,28 @@ def test_a_row_that_fails_at_once_keeps_what_the_call_cost(
     saved, usage = walk(tmp_path, monkeypatch, ScriptedEngine(refused), chain, Revision, ROW)
     assert saved["response"] is None and saved["error"] == "the endpoint gave an empty answer"
     assert usage == {"prompt": 9, "cached": 0, "generated": 0, "calls": 1}
+
+
+@pytest.mark.parametrize(
+    ("chain", "task"),
+    [
+        (RedTeamChain(GENERAL, RedTeamConfig(), 0), {"examples": ["q"]}),
+        (AnswerChain(GENERAL, EvaluateConfig(), 0), {"draw": 0, "purpose": "rates", "model": "sl"}),
+        (CompareChain(GENERAL, CompareConfig(), 0, "sl"), {"first": 0, "second": 1}),
+    ],
+)
+def test_an_answer_that_is_of_no_use_has_cost_something(chain: Any, task: dict[str, Any]) -> None:
+    engine = ScriptedEngine(lambda m, s: whole("<think>and the turn ends here"))
+    with pytest.raises(RowError) as failed:
+        asyncio.run(chain(engine, {**ROW, **task}))
+    assert failed.value.made["usage"] == COST.as_record()
+
+
+def test_a_failed_row_keeps_its_own_columns(tmp_path: Path) -> None:
+    run = Run(town_config(out=str(tmp_path)))
+    journal = Journal(run, "stage", RevisionTask, Revision, "part")
+    out = journal.failed(ROW, {"id": "another", "response": "text", "score": 3}, "refused")
+    assert out == {**ROW, "response": "text", "error": "refused"}
 
 
 def test_what_a_failed_row_had_is_not_generated_again() -> None:
