@@ -37,7 +37,6 @@ from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.records import Revision, Step, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
 
-
 CRITIQUE_CUT = "the critique was cut off, and the template set has no `direct`"
 REVISION_CUT = "the revision was cut off before its text began"
 """Why a round made no revision (`Step.left_out`)."""

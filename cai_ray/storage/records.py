@@ -72,12 +72,7 @@ class Vote(TypedDict):
     p_a: float | None
     """Probability that response a is the better one; null where the principle abstained."""
     reasoning: NotRequired[str | None]
-    reasoning_truncated: NotRequired[bool | None]
-    """Whether the reasoning ran into the token limit; `label.truncated` says whether it was used all the same."""
-    reasoning_tokens: NotRequired[int | None]
     reasoning_swapped: NotRequired[str | None]
-    reasoning_swapped_truncated: NotRequired[bool | None]
-    reasoning_swapped_tokens: NotRequired[int | None]
     score_a: NotRequired[float | None]
     score_b: NotRequired[float | None]
     """Expected scores, where responses are rated one by one (`ask: response`)."""
@@ -85,6 +80,11 @@ class Vote(TypedDict):
     """Why there is no preference."""
     key: NotRequired[str | None]
     """Hash of everything that the vote depends on (generate/reuse.py)."""
+    reasoning_truncated: NotRequired[bool | None]
+    """Whether the reasoning ran into the token limit; `label.truncated` says whether it was used all the same."""
+    reasoning_tokens: NotRequired[int | None]
+    reasoning_swapped_truncated: NotRequired[bool | None]
+    reasoning_swapped_tokens: NotRequired[int | None]
 
 
 class Prompt(TypedDict):

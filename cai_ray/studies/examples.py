@@ -42,7 +42,9 @@ class ByPrinciple:
         principle = self.document[row["principle_id"]]
         conversation: list[Turn] = [{"role": "user", "content": row["prompt"]}]
         with keeping({}, engine := Metered(engine)):
-            examination = await self.examine(engine, conversation, row["response"], principle, self.max_tokens)
+            examination = await self.examine(
+                engine, conversation, row["response"], principle, self.max_tokens
+            )
         return {**row, **examination, "usage": engine.usage.as_record()}
 
 
