@@ -7,6 +7,10 @@ that is too busy: one line, exit code 1. Anything else is a fault of this packag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -28,6 +32,11 @@ class Unavailable(Exception):
 
 class RowError(Exception):
     """One row cannot be processed. Its text goes to the row's `error` column, and the job goes on."""
+
+    spent: tuple[int, ...] = ()
+    """What the call that failed used all the same (`cluster.usage.Usage`)."""
+    made: Mapping[str, Any] = MappingProxyType({})
+    """Columns of the row that were made before it failed (`generate.chain.keeping`)."""
 
 
 class Abstained(RowError):

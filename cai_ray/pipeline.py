@@ -139,6 +139,7 @@ def run_stage(
         Stopped: the labels do not pass `label.gates` (after `label`, and before what is trained on them), or the
             budget is spent, before the stage or while it runs.
     """
+    from cai_ray.generate.text_lengths import describe_lengths
     from cai_ray.judging.gates import check_gates
 
     now, done = inputs(run, name), run.manifest(name)
@@ -158,6 +159,8 @@ def run_stage(
         rows = f", {manifest['rows_out']} rows" if "rows_out" in manifest else ""
         errors = f", {manifest['errors']} errors" if manifest.get("errors") else ""
         say(f"{name}: done in {manifest['seconds']:.0f} s{rows}{errors}")
+        if texts := manifest.get("texts"):
+            say(describe_lengths(name, texts))
     if name == "label":  # it is complete, whatever a gate says: with other gates the run goes on from here
         check_gates(run)
 

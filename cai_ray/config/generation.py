@@ -82,6 +82,9 @@ class CompareConfig(Section):
     """Most tokens of an answer."""
     prompts: tuple[PromptSource, ...] = ()
     """Prompts of this stage. Defaults to the run's prompts."""
+    truncated: Literal["drop", "keep"] = "keep"
+    """Comparisons with an answer that was cut off at `max_tokens`: `keep` labels them, and trains on the cut answer
+    without an end of turn; `drop` leaves them out."""
     limit: int | None = Field(default=None, gt=0)
     """Use only this many training prompts from the start."""
 
@@ -106,6 +109,9 @@ class LabelConfig(Section):
     """Comparisons with a known preference on development prompts. They measure the labels and train nothing."""
     gold_limit: int = Field(default=300, gt=0)
     """Use only this many gold comparisons from the start."""
+    truncated: Literal["drop", "keep"] = "keep"
+    """Reasoning that was cut off at `judge.reasoning_max_tokens` (`judge.answer: reasoned`): `keep` weighs the options
+    after it; `drop` weighs them as if there were none."""
     gates: LabelGates = LabelGates()
     """Bounds that stop the run before it trains on bad labels."""
 

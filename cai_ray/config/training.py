@@ -96,6 +96,9 @@ class SftConfig(TrainConfig):
     drop: tuple[Literal["critique", "loop", "copy"], ...] = ()
     """Revisions to leave out: those that are a critique, that loop, or that copy the response before them. The manifest
     counts them in any case."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """Revisions that were cut off at `revise.max_tokens`: `drop` leaves them out, `keep` trains on them without an end
+    of turn. Helpfulness samples that were cut off are always trained on in that way."""
     helpful_per_revision: float = Field(default=1.0, ge=0)
     """Most helpfulness samples per revision."""
     epochs: int = Field(default=1, gt=0)

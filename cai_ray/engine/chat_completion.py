@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from cai_ray.cluster.usage import Usage
 from cai_ray.engine.protocol import Completion
 from cai_ray.errors import RowError
+from cai_ray.prompts.cut import without_incomplete_end
 
 # What vLLM writes in place of minus infinity, which JSON does not have.
 _NOTHING = -9999.0
@@ -91,14 +92,16 @@ class ChatCompletion(_Fields):
 
 
 def read_completion(answer: ChatCompletion) -> Completion:
-    """The text that the model wrote."""
+    """The text that the model wrote. It is empty only if the token limit fell before the answer, within a thought that
+    the endpoint keeps to itself."""
     choice = answer.choices[0]
-    text = (choice.message.content or "").strip()
+    text, finished = choice.message.content or "", choice.finish_reason == "stop"
     if choice.finish_reason not in ("stop", "length"):
         raise RowError(f"the endpoint ended the answer with finish_reason {choice.finish_reason!r}")
-    if not text:
+    text = text.strip() if finished else without_incomplete_end(text).strip()
+    if finished and not text:
         raise RowError("the endpoint gave an empty answer")
-    return Completion(text, choice.finish_reason == "stop", read_usage(answer))
+    return Completion(text, finished, read_usage(answer))
 
 
 def read_first_tokens(answer: ChatCompletion) -> list[tuple[str, float]] | None:

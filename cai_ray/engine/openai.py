@@ -114,7 +114,7 @@ class OpenaiEngine:
                 try:
                     answer = await self._attempt(sent, min(self.config.timeout_s, left))
                     self._learn(sent, changes)
-                    return read(answer)
+                    return self._read(answer, read)
                 except _Refused as e:
                     changes |= self._fields.react(e.response, e.said, sent)
                     attempt -= 1  # each refusal changes something: it is no failure that may pass
@@ -131,6 +131,13 @@ class OpenaiEngine:
                             raise InputError(f"{failure}; {e.remedy}") from None
                         raise RowError(failure) from None
                 await asyncio.sleep(wait)
+
+    def _read(self, answer: ChatCompletion, read: Callable[[ChatCompletion], T]) -> T:
+        try:
+            return read(answer)
+        except RowError as e:  # the answer is of no use, and has cost something
+            e.spent = read_usage(answer)
+            raise
 
     def _body(self, messages: Messages, fields: Mapping[str, Any]) -> dict[str, Any]:
         turns, continued = plain_messages(messages), {}

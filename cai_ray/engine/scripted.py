@@ -12,13 +12,15 @@ from cai_ray.prompts.messages import Messages, plain_messages
 class ScriptedEngine:
     """
     Args:
-        answer: `answer(messages, sampling)` returns the text of a `chat`.
+        answer: `answer(messages, sampling)` returns the text of a `chat`, or the whole completion.
         weigh: `weigh(messages, options)` returns the log-probabilities of a `choose`.
     """
 
     def __init__(
         self,
-        answer: Callable[[list[dict[str, str]], Sampling], str] = lambda messages, sampling: "fine",
+        answer: Callable[[list[dict[str, str]], Sampling], str | Completion] = lambda messages, sampling: (
+            "fine"
+        ),
         weigh: Callable[[list[dict[str, str]], Sequence[str]], list[float]] = lambda m, options: (
             [-0.7] * len(options)
         ),
@@ -28,9 +30,11 @@ class ScriptedEngine:
         self._generated = 0
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
-        text = self.answer(plain_messages(messages), sampling)
-        self._generated += len(text.split())
-        return Completion(text, True, Usage(len(messages), 0, len(text.split()), 1))
+        answer = self.answer(plain_messages(messages), sampling)
+        if not isinstance(answer, Completion):
+            answer = Completion(answer, True, Usage(len(messages), 0, len(answer.split()), 1))
+        self._generated += answer.usage.generated
+        return answer
 
     async def choose(self, messages: Messages, options: Sequence[str]) -> tuple[list[float], Usage]:
         self._generated += 1

@@ -13,6 +13,7 @@ from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
 from cai_ray.errors import InputError, RowError
+from cai_ray.prompts.cut import decode_answer
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.models import make_renderer
 from cai_ray.storage.models import ResolvedModel
@@ -93,7 +94,7 @@ class VllmEngine:
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Completion:
         output, finished = await self._generate(self.renderer.prompt_ids(messages), sampling)
-        written = self.renderer.decode(output.outputs[0].token_ids)
+        written = decode_answer(self.renderer, output.outputs[0].token_ids, truncated=not finished)
         # With the beginning of the thought, whoever wrote it: what is read is the whole turn.
         text = self.renderer.begun_thought(messages) + written
         return Completion(text.strip(), finished, _usage(output))

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
-from cai_ray.cluster.usage import Usage
 from cai_ray.config.evaluation import EvaluateConfig
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine, Sampling
-from cai_ray.generate.chain import Rows
+from cai_ray.generate.chain import Rows, keeping
 from cai_ray.generate.rows import map_sets
-from cai_ray.judging.quality import without_thinking
+from cai_ray.generate.text_lengths import TextKind, TextLimit
+from cai_ray.generate.texts import Text, write
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.stages import POLICIES
@@ -49,16 +50,9 @@ class PolicyAnswer(PolicyPrompt):
 
     response: NotRequired[str | None]
     truncated: NotRequired[bool | None]
+    tokens: NotRequired[int | None]
     usage: NotRequired[TokenUsage | None]
     error: NotRequired[str | None]
-
-
-class Sampled(NamedTuple):
-    """One response of a policy."""
-
-    response: str
-    truncated: bool
-    usage: Usage
 
 
 @dataclass(frozen=True)
@@ -69,31 +63,35 @@ class AnswerChain:
     config: EvaluateConfig
     seed: int
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        limit = TextLimit("evaluate.max_tokens", self.config.max_tokens)
+        return [TextKind("answer", "tokens", "truncated", limit)]
+
     async def __call__(self, engine: Engine, row: AnswerTask) -> PolicyAnswer:
-        sampled = await self.sample(
-            engine, row["messages"], row["prompt_id"], row["draw"], greedy=row["purpose"] == "greedy"
-        )
+        greedy = row["purpose"] == "greedy"
+        with keeping({}, engine := Metered(engine)):
+            answer = await self.sample(engine, row["messages"], row["prompt_id"], row["draw"], greedy)
         return {
             **select(row, PolicyPrompt),
-            "response": sampled.response,
-            "truncated": sampled.truncated,
-            "usage": sampled.usage.as_record(),
+            "response": answer.text,
+            "truncated": answer.truncated,
+            "tokens": answer.tokens,
+            "usage": answer.usage.as_record(),
         }
 
     async def sample(
         self, engine: Engine, messages: Messages, prompt_id: str, draw: int = 0, greedy: bool = False
-    ) -> Sampled:
+    ) -> Text:
         """The response number `draw` to a prompt, or the greedy one."""
-        completion = await engine.chat(
+        temperature = 0.0 if greedy else self.config.temperature
+        seed = derive_seed(self.seed, prompt_id, str(draw))
+        return await write(
+            engine,
             self.templates.answer_messages(messages),
-            Sampling(
-                0.0 if greedy else self.config.temperature,
-                self.config.max_tokens,
-                derive_seed(self.seed, prompt_id, str(draw)),
-            ),
+            Sampling(temperature, self.config.max_tokens, seed),
+            self.templates.thinking,
         )
-        response = without_thinking(completion.text, self.templates.thinking)
-        return Sampled(response, not completion.finished, completion.usage)
 
 
 class Answers(NamedTuple):

@@ -13,6 +13,7 @@ from cai_ray.engine.protocol import Engine
 from cai_ray.evaluate.ranking import AXES, Meeting, ratings
 from cai_ray.generate.label import LabelChain, LabelTask, make_judge
 from cai_ray.generate.rows import map_rows
+from cai_ray.generate.text_lengths import TextKind, reasoning_kinds
 from cai_ray.judging import certificate
 from cai_ray.judging.certificate import is_tie
 from cai_ray.judging.statistics import rate
@@ -44,6 +45,10 @@ class PreferenceChain:
 
     harmless: LabelChain
     helpful: LabelChain
+
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        return reasoning_kinds("evaluate.judge", self.harmless.config)
 
     async def __call__(self, engine: Engine, row: PreferenceTask) -> Preference:
         label = await (self.helpful if row["kind"] == "helpful" else self.harmless)(engine, row)
@@ -107,6 +112,8 @@ def _tasks(rows: Sequence[Judgement], models: Sequence[str]) -> list[PreferenceT
             "family": answers[a]["family"],
             "response_a": answers[a]["response"] or "",
             "response_b": answers[b]["response"] or "",
+            "truncated_a": answers[a].get("truncated"),
+            "truncated_b": answers[b].get("truncated"),
             "model_a": a,
             "model_b": b,
         }

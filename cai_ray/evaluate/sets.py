@@ -16,12 +16,14 @@ from cai_ray.cluster.usage import Usage
 from cai_ray.config.evaluation import EvalSet
 from cai_ray.data import set_formats
 from cai_ray.data.set_formats import SetRow
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import InputError, RowError
 from cai_ray.evaluate import score
 from cai_ray.evaluate.policies import AnswerChain
-from cai_ray.generate.chain import Rows
+from cai_ray.generate.chain import Rows, keeping
 from cai_ray.generate.rows import map_sets
+from cai_ray.generate.text_lengths import TextKind
 from cai_ray.judging.quality import is_refusal, run_templates
 from cai_ray.judging.statistics import rate
 from cai_ray.prompts.load import load_templates
@@ -50,17 +52,23 @@ class SetChain:
     templates: TemplateSet
     sets: Mapping[str, EvalSet]
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        return self.answer.text_kinds
+
     async def __call__(self, engine: Engine, row: SetTask) -> SetAnswer:
-        if row["kind"] == "choices":
-            scores, usage = await self._weigh(engine, row)
-            return {**row, "scores": scores, "usage": usage.as_record()}
-        sampled = await self.answer.sample(engine, row["messages"], row["prompt_id"])
+        with keeping({}, engine := Metered(engine)):
+            if row["kind"] == "choices":
+                scores, usage = await self._weigh(engine, row)
+                return {**row, "scores": scores, "usage": usage.as_record()}
+            answer = await self.answer.sample(engine, row["messages"], row["prompt_id"])
         return {
             **row,
-            "response": sampled.response,
-            "truncated": sampled.truncated,
-            "usage": sampled.usage.as_record(),
-            "refused": is_refusal(sampled.response, self.templates.refusals),
+            "response": answer.text,
+            "truncated": answer.truncated,
+            "tokens": answer.tokens,
+            "usage": answer.usage.as_record(),
+            "refused": is_refusal(answer.text, self.templates.refusals),
         }
 
     async def _weigh(self, engine: Engine, row: SetTask) -> tuple[list[float], Usage]:

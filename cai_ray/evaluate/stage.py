@@ -59,6 +59,7 @@ def run(run: Run) -> dict[str, Any]:
     metrics["harness"] = harness.evaluate(run, POLICIES)
     files.write_json(run.path("evaluate", "metrics.json"), metrics)
     every = summaries + set_summaries
+    lengths = {f"{s['engine']['model']} answers": s["texts"]["answer"] for s in summaries if s.get("texts")}
     return {
         "rows_in": sum(s["rows_in"] for s in every),
         "rows_out": len(answers.rates) + sum(s["rows_out"] - s["errors"] for s in set_summaries),
@@ -67,6 +68,7 @@ def run(run: Run) -> dict[str, Any]:
         "tokens": {k: sum(s["tokens"][k] for s in every) for k in summaries[0]["tokens"]},
         # All policies have the same actors, and so the same seconds.
         "engine_seconds": round(sum(s[0]["engine_seconds"] for s in (summaries, set_summaries) if s), 2),
+        "texts": lengths,
         "engine": summaries[0]["engine"],
         "models": {s["engine"]["model"]: s["engine"]["model_sha"] for s in summaries},
     }

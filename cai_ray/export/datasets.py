@@ -64,7 +64,7 @@ def _revision(row: dict[str, Any], left_out: Counter[str]) -> dict[str, Any] | N
         "prompt": row["messages"],
         "completion": _answer(answer),
         "steps": [{k: step[k] for k in ("principle_id", "critique", "revision")} for step in steps],
-        "truncated": bool(row["truncated"]) and not steps,
+        "truncated": bool(steps[-1].get("revision_truncated") if steps else row["truncated"]),
     }
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from cai_ray.cluster.connect import prepare_engine
 from cai_ray.cluster.holder import Holder
 from cai_ray.cluster.threads import Crowd
+from cai_ray.cluster.usage import Usage
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
 from cai_ray.errors import RowError
@@ -137,7 +138,7 @@ class ChainActor:
         try:
             return await self.chain(self.engine, row)
         except RowError as e:
-            return journal.failed(row, str(e))
+            return journal.failed(row, {"usage": Usage(*e.spent).as_record(), **e.made}, str(e))
         except Exception as e:
             self.fault = e
             raise

@@ -5,10 +5,10 @@ One row is one prompt with all its samples; afterwards every two of them become 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import CompareConfig
@@ -16,9 +16,13 @@ from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.training import training_prompts
 from cai_ray.engine.check import check_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine, Sampling
+from cai_ray.generate.chain import keeping
 from cai_ray.generate.rows import check_resources, map_rows
-from cai_ray.judging.quality import run_templates, without_thinking
+from cai_ray.generate.text_lengths import TextKind, TextLimit
+from cai_ray.generate.texts import Text, write
+from cai_ray.judging.quality import run_templates
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import schema_of, to_tables
 from cai_ray.storage.records import Comparison, TokenUsage, Turn, derive_id, derive_seed
@@ -46,6 +50,7 @@ class Sample(TypedDict):
 
     response: str
     truncated: bool
+    tokens: int | None
     usage: TokenUsage
 
 
@@ -65,26 +70,44 @@ class SamplesChain:
     config: CompareConfig
     seed: int
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        limit = TextLimit("compare.max_tokens", self.config.max_tokens)
+        return [TextKind("answer", "samples.tokens", "samples.truncated", limit)]
+
     async def __call__(self, engine: Engine, row: SamplesTask) -> Samples:
-        samples, usage = list[Sample](), Usage()
-        for number in range(self.config.samples):
-            answer = await engine.chat(
-                self.templates.answer_messages(row["messages"]),
-                Sampling(
-                    self.config.temperature,
-                    self.config.max_tokens,
-                    derive_seed(self.seed, row["prompt_id"], "sample", number),
-                ),
-            )
-            usage = usage + answer.usage
-            samples.append(
-                {
-                    "response": without_thinking(answer.text, self.templates.thinking),
-                    "truncated": not answer.finished,
-                    "usage": answer.usage.as_record(),
-                }
-            )
-        return {**row, "samples": samples, "usage": usage.as_record()}
+        samples = list[Sample]()
+        made = {**row, "samples": samples}
+        with keeping(made, engine := Metered(engine)):
+            for number in range(self.config.samples):
+                answer = await self._sample(engine, row, number)
+                samples.append(
+                    {
+                        "response": answer.text,
+                        "truncated": answer.truncated,
+                        "tokens": answer.tokens,
+                        "usage": answer.usage.as_record(),
+                    }
+                )
+        return cast(Samples, {**made, "usage": engine.usage.as_record()})
+
+    async def _sample(self, engine: Engine, row: SamplesTask, number: int) -> Text:
+        seed = derive_seed(self.seed, row["prompt_id"], "sample", number)
+        return await write(
+            engine,
+            self.templates.answer_messages(row["messages"]),
+            Sampling(self.config.temperature, self.config.max_tokens, seed),
+            self.templates.thinking,
+        )
+
+
+def left_out_as_cut(comparison: Mapping[str, Any], setting: Literal["drop", "keep"]) -> bool:
+    """Whether a comparison is not labelled, because an answer was cut off before its text began, or was cut off at all
+    and `compare.truncated` is `drop`."""
+    return any(
+        comparison[f"truncated_{side}"] and (setting == "drop" or not comparison[f"response_{side}"])
+        for side in "ab"
+    )
 
 
 def tasks(run: Run, left_out: LeftOut | None = None) -> list[SamplesTask]:
@@ -108,30 +131,30 @@ def tasks(run: Run, left_out: LeftOut | None = None) -> list[SamplesTask]:
 
 
 def to_comparisons(row: Samples, config: CompareConfig, model: str) -> Iterator[Comparison]:
-    """Every two samples of a prompt. What a sample cost counts in the first comparison that it stands in."""
-    samples, counted = row.get("samples"), set[int]()
+    """Every two samples of a prompt. What a sample cost counts in the first comparison that it stands in, and what a
+    failed prompt cost in its first comparison."""
+    samples, error, counted = row.get("samples") or [], row.get("error"), set[int]()
     about = {name: row[name] for name in ("prompt_id", "messages", "kind", "family")}  # type: ignore[literal-required]
-    for first, second in _pairs(config):
+    for number, (first, second) in enumerate(_pairs(config)):
         comparison: dict[str, Any] = {
             "id": _id(row["prompt_id"], first, second),
             **about,
-            "error": row.get("error"),
+            "model": model,
+            "temperature": config.temperature,
+            "source": "ai",
+            "error": error,
         }
-        if samples:
-            a, b = samples[first], samples[second]
-            usage = sum((Usage(**samples[n]["usage"]) for n in {first, second} - counted), Usage())
+        for side, place in (("a", first), ("b", second)):
+            for name in ("response", "truncated", "tokens") if place < len(samples) else ():
+                comparison[f"{name}_{side}"] = samples[place][name]  # type: ignore[literal-required]
+        if error is None:
+            costs = [samples[place]["usage"] for place in {first, second} - counted]
             counted |= {first, second}
-            comparison |= {
-                "response_a": a["response"],
-                "response_b": b["response"],
-                "truncated_a": a["truncated"],
-                "truncated_b": b["truncated"],
-                "model": model,
-                "temperature": config.temperature,
-                "source": "ai",
-                "usage": usage.as_record(),
-            }
-        yield cast(Comparison, comparison)
+        else:
+            spent = row.get("usage")
+            costs = [spent] if spent and number == 0 else []
+        usage = sum((Usage(**cost) for cost in costs), Usage())
+        yield cast(Comparison, {**comparison, "usage": usage.as_record()})
 
 
 def _pairs(config: CompareConfig) -> Iterator[tuple[int, int]]:

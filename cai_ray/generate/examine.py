@@ -14,8 +14,10 @@ from cai_ray.config.judge import JudgeConfig
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.engine.protocol import Engine, Sampling
+from cai_ray.errors import RowError
 from cai_ray.generate.label import LabelChain, LabelTask
-from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
+from cai_ray.generate.texts import write
+from cai_ray.judging.quality import revision_alone, run_templates
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.records import Turn, derive_id, derive_seed
@@ -58,21 +60,23 @@ class Examine:
         # Greedy, so that the same question has the same answer.
         turns = [*conversation, {"role": "assistant", "content": response}]
         sampling = Sampling(0.0, max_tokens, derive_seed(self.seed, turns, principle.id))
-        critique = await engine.chat(
-            self.templates.critique_messages(conversation, response, principle), sampling
-        )
-        remarks = without_thinking(critique.text, self.templates.thinking)
-        revision = await engine.chat(
-            self.templates.revision_messages(conversation, response, principle, remarks), sampling
-        )
-        revised = without_thinking(revision.text, self.templates.thinking)
-        revised = without_prefix(revised, self.templates.prefixes)
+        templates = self.templates
+        asked = templates.critique_messages(conversation, response, principle)
+        critique = await write(engine, asked, sampling, templates.thinking)
+        if critique.truncated and templates.direct:  # not used, as in stage `revise`
+            asked = templates.direct_messages(conversation, response, principle)
+        else:
+            asked = templates.revision_messages(conversation, response, principle, critique.text)
+        revision = await write(engine, asked, sampling, templates.thinking)
+        revised = revision_alone(revision.text, templates)
+        if revision.truncated and not revised:
+            raise RowError(f"the revision was cut off before its text began; raise max_tokens={max_tokens}")
         label = await judge_by(self.judge, [principle])(
             engine, comparison(conversation, revised.strip(), response.strip())
         )
         p = label["p_a"]
         assert p is not None  # only a row with an error has none
-        return {"at_stake": p > AT_STAKE, "p_at_stake": p, "critique": remarks, "revision": revised}
+        return {"at_stake": p > AT_STAKE, "p_at_stake": p, "critique": critique.text, "revision": revised}
 
 
 def make_examine(config: RunConfig, judge: JudgeConfig, document: Constitution) -> Examine:

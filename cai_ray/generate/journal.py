@@ -144,25 +144,28 @@ class Journal:
             for group in by_size(small, FULL_BYTES, len(small)):
                 self.merge(group)
 
-    def failed(self, row: Mapping[str, Any], error: str) -> dict[str, Any]:
-        """The finished form of a row that failed: the columns that it shares with finished rows, and its error."""
-        return {name: row[name] for name in self.gives.names if name in row} | {"error": error}
+    def failed(self, row: Mapping[str, Any], made: Mapping[str, Any], error: str) -> dict[str, Any]:
+        """The finished form of a row that failed: the columns that it shares with finished rows, those that were made
+        before it failed, and its error."""
+        have = {**made, **row, "error": error}
+        return {name: have[name] for name in self.gives.names if name in have}
 
-    def publish(self) -> Published:
-        """Writes NAME-*.parquet in the order of ids, each id once.
+    def publish(self, show: Callable[[pa.Table], None] = lambda table: None) -> Published:
+        """Writes NAME-*.parquet in the order of ids, each id once. `show` gets the rows of each part that is written.
 
         A row that was processed twice (it failed before, or its actor died before it could report it) counts once: the
         first occurrence without an error is taken.
         """
-        return _reading_again(self._publish)
+        return _reading_again(lambda: self._publish(show))
 
-    def _publish(self) -> Published:
+    def _publish(self, show: Callable[[pa.Table], None]) -> Published:
         ids = (i for table in self._done(["id"]) for i in table["id"].to_pylist())
         rows, errors, usage = 0, 0, dict.fromkeys(Usage._fields, 0)
         with SortedWriter(self.target, self.gives, ids, self.name) as writer:
             for table in self._done():
                 writer.add(table)
             for part in writer.write(_first_of_each):
+                show(part)
                 rows += part.num_rows
                 errors += part.num_rows - part["error"].null_count
                 for name in usage:

@@ -19,10 +19,14 @@ from cai_ray.data.overlap import normalised
 from cai_ray.data.preflight import Preflight
 from cai_ray.data.sources import read_prompts
 from cai_ray.engine.check import check_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import InputError, RowError
+from cai_ray.generate.chain import keeping
 from cai_ray.generate.rows import check_resources, map_rows
-from cai_ray.judging.quality import is_refusal, run_templates, without_thinking
+from cai_ray.generate.text_lengths import TextKind, TextLimit
+from cai_ray.generate.texts import write
+from cai_ray.judging.quality import is_refusal, run_templates
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import select, to_table
 from cai_ray.storage.records import Prompt, RedTeamPrompt, derive_id, derive_seed
@@ -49,21 +53,28 @@ class RedTeamChain:
     config: RedTeamConfig
     seed: int
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        limit = TextLimit("redteam.max_tokens", self.config.max_tokens)
+        return [TextKind("prompt", "tokens", "truncated", limit)]
+
     async def __call__(self, engine: Engine, row: RedTeamTask) -> RedTeamPrompt:
         config = self.config
-        written = await engine.chat(
-            self.templates.red_team_messages(row["examples"]),
-            Sampling(config.temperature, config.max_tokens, derive_seed(self.seed, row["id"], "prompt")),
-        )
-        text = without_thinking(written.text, self.templates.thinking)
-        if not written.finished:
-            raise RowError("a prompt hit redteam.max_tokens")
-        if not text:
-            raise RowError("a prompt is empty")
+        with keeping({}, engine := Metered(engine)):
+            prompt = await write(
+                engine,
+                self.templates.red_team_messages(row["examples"]),
+                Sampling(config.temperature, config.max_tokens, derive_seed(self.seed, row["id"], "prompt")),
+                self.templates.thinking,
+            )
+            if not prompt.text and not prompt.truncated:
+                raise RowError("a prompt is empty")
         return {
             **row,
-            "messages": [{"role": "user", "content": text}],
-            "usage": written.usage.as_record(),
+            "messages": [{"role": "user", "content": prompt.text}],
+            "truncated": prompt.truncated,
+            "tokens": prompt.tokens,
+            "usage": prompt.usage.as_record(),
         }
 
 
@@ -112,7 +123,9 @@ def _choose(run: Run, quotas: dict[str, int]) -> tuple[list[Prompt], Counter[str
         family = row["family"] or ""
         if row["error"] is not None:
             continue
-        if is_refusal(row["messages"][-1]["content"], refusals):
+        if row["truncated"]:
+            left_out["truncated"] += 1
+        elif is_refusal(row["messages"][-1]["content"], refusals):
             left_out["refusal"] += 1
         elif by_family[family] == quotas[family]:
             left_out["more than asked for"] += 1

@@ -34,6 +34,7 @@ class EarlierRevision(TypedDict):
     key: NotRequired[str | None]
     response: str | None
     truncated: bool | None
+    tokens: NotRequired[int | None]
     steps: list[Step] | None
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NotRequired, TypedDict
 
-from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import ReviseConfig
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.data.left_out import LeftOut
@@ -20,19 +19,27 @@ from cai_ray.data.preflight import Preflight
 from cai_ray.data.training import training_prompts
 from cai_ray.engine.api_key import read_key
 from cai_ray.engine.check import check_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.openai import OpenaiEngine
-from cai_ray.engine.protocol import Completion, Engine, Sampling
+from cai_ray.engine.protocol import Engine, Sampling
 from cai_ray.errors import RowError
 from cai_ray.generate import reuse
+from cai_ray.generate.chain import keeping
 from cai_ray.generate.draw import draw
 from cai_ray.generate.rows import check_resources, map_rows
-from cai_ray.judging.quality import run_templates, without_prefix, without_thinking
+from cai_ray.generate.text_lengths import TextKind, TextLimit
+from cai_ray.generate.texts import Text, write
+from cai_ray.judging.quality import revision_alone, run_templates
 from cai_ray.prompts.check import check_direct
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.records import Revision, Step, Turn, derive_id, derive_seed
 from cai_ray.storage.run import Run
+
+CRITIQUE_CUT = "the critique was cut off, and the template set has no `direct`"
+REVISION_CUT = "the revision was cut off before its text began"
+"""Why a round made no revision (`Step.left_out`)."""
 
 
 class RevisionTask(TypedDict):
@@ -60,55 +67,77 @@ class ReviseChain:
     critique_model: ResolvedModel | None = None
     critique_templates: TemplateSet | None = None
 
+    @property
+    def text_kinds(self) -> list[TextKind]:
+        limit = TextLimit("revise.max_tokens", self.config.max_tokens)
+        of_critiques = TextLimit("revise.critique_max_tokens", self.config.critique_max_tokens)
+        return [
+            TextKind("response", "tokens", "truncated", limit),
+            TextKind("critique", "steps.critique_tokens", "steps.critique_truncated", of_critiques),
+            TextKind("revision", "steps.revision_tokens", "steps.revision_truncated", limit),
+        ]
+
     async def __call__(self, engine: Engine, row: RevisionTask) -> Revision:
-        response, usage = await self._respond(engine, row)
-        if row["kind"] == "helpful":
-            if not response["response"]:
-                raise RowError("the response is empty")
-            return {**response, "steps": [], "revision": None, "usage": usage.as_record()}
-        current, steps = str(response["response"]), list[Step]()
+        steps = list[Step]()
+        made: Revision = {
+            "id": row["id"],
+            "prompt_id": row["prompt_id"],
+            "messages": row["messages"],
+            "kind": row["kind"],
+            "family": row["family"],
+            "steps": steps,
+            "revision": None,
+            "model": self.model,
+            "constitution_sha": self.constitution.sha,
+        }
+        writer = Metered(engine)
+        critic = Metered(self._critique_engine) if self._critique_engine else writer
+        with keeping(made, *{writer, critic}):
+            response = await self._respond(writer, row, made)
+            if row["kind"] == "helpful":
+                if not response and not made["truncated"]:
+                    raise RowError("the response is empty")
+            elif response or not made["truncated"]:
+                made["revision"] = await self._walk(writer, critic, row, steps, response)
+            else:  # it was cut off before its text began: there is nothing to revise
+                made["revision"] = response
+        usage = writer.usage if critic is writer else writer.usage + critic.usage
+        return {**made, "usage": usage.as_record()}
+
+    async def _walk(
+        self, writer: Engine, critic: Engine, row: RevisionTask, steps: list[Step], current: str
+    ) -> str:
+        """Adds the rounds to `steps`, and returns the answer after them."""
         earlier = reuse.by_key(s for e in row.get("earlier") or () for s in e["steps"] or ())
         for number, principle in enumerate(self._draw(row)):
             if principle is None:  # a disabled principle's slot: its round changes nothing
                 continue
             key = self.key(row, current, number, principle)
-            if (step := earlier.get(key)) is None:
-                step, spent = await self._step(engine, row, current, number, principle, key)
-                usage = usage + spent
+            step = earlier.get(key) or await self._step(writer, critic, row, current, number, principle, key)
             steps.append(step)
             current = step["revision"]
-        return {**response, "steps": steps, "revision": current, "usage": usage.as_record()}
+        return current
 
     def key(self, row: Mapping[str, Any], response: str, number: int, principle: Principle) -> str:
         """Hash of everything that a step depends on: the answer it starts from, and the principle's requests."""
         requests = (principle.critique_request, principle.revision_request)
         return derive_id(self.context, row["messages"], response, number, principle.id, *requests)
 
-    async def _respond(self, engine: Engine, row: RevisionTask) -> tuple[Revision, Usage]:
-        """The row with its first response."""
+    async def _respond(self, engine: Engine, row: RevisionTask, made: Revision) -> str:
+        """Adds the first response to the row, and returns it."""
         key = derive_id(self.context, row["messages"])
         if earlier := reuse.by_key(row.get("earlier") or ()).get(key):
-            text, truncated, usage = earlier["response"], earlier["truncated"], Usage()
+            text, truncated, tokens = earlier["response"], earlier["truncated"], earlier.get("tokens")
         else:
-            first = await engine.chat(
+            first = await write(
+                engine,
                 self.templates.answer_messages(row["messages"]),
                 self._sampling(row, "response", self.config.temperature, self.config.max_tokens),
+                self.templates.thinking,
             )
-            text = without_thinking(first.text, self.templates.thinking)
-            truncated, usage = not first.finished, first.usage
-        revision: Revision = {
-            "id": row["id"],
-            "prompt_id": row["prompt_id"],
-            "messages": row["messages"],
-            "kind": row["kind"],
-            "family": row["family"],
-            "response": text,
-            "truncated": truncated,
-            "key": key,
-            "model": self.model,
-            "constitution_sha": self.constitution.sha,
-        }
-        return revision, usage
+            text, truncated, tokens = first.text, first.truncated, first.tokens
+        made |= {"response": text, "truncated": truncated, "tokens": tokens, "key": key}
+        return str(text)
 
     def _draw(self, row: RevisionTask) -> list[Principle | None]:
         return draw(
@@ -120,38 +149,60 @@ class ReviseChain:
         )
 
     async def _step(
-        self, engine: Engine, row: RevisionTask, current: str, number: int, principle: Principle, key: str
-    ) -> tuple[Step, Usage]:
-        """One round: critique and revision, or where `revise.critique` is off, the revision alone."""
+        self,
+        writer: Engine,
+        critic: Engine,
+        row: RevisionTask,
+        current: str,
+        number: int,
+        principle: Principle,
+        key: str,
+    ) -> Step:
+        """One round: critique and revision, or the revision alone.
+
+        A critique that was cut off is not used: what it says may turn around in what is missing. The revision is then
+        asked for as where `revise.critique` is off; if the template set cannot do that, the round is left out.
+        """
         conversation, templates, config = row["messages"], self.templates, self.config
-        remarks, usage = "", Usage()
-        if config.critique:
-            asking = self.critique_templates or templates
-            critique = await (self._critique_engine or engine).chat(
-                asking.critique_messages(conversation, current, principle),
-                self._sampling(
-                    row, f"critique {number}", config.revision_temperature, config.critique_max_tokens
-                ),
-            )
-            usage = critique.usage
-            remarks = without_thinking(critique.text, asking.thinking)
-            messages = templates.revision_messages(conversation, current, principle, remarks)
-        else:
-            messages = templates.direct_messages(conversation, current, principle)
-        revision = await engine.chat(
-            messages,
-            self._sampling(row, f"revision {number}", config.revision_temperature, config.max_tokens),
-        )
         step: Step = {
             "round": number + 1,
             "principle_id": principle.id,
             "critique_request": principle.critique_request if config.critique else None,
-            "critique": remarks if config.critique else None,
+            "critique": None,
             "revision_request": principle.revision_request,
-            "revision": _revision_text(revision, templates),
+            "revision": current,
             "key": key,
         }
-        return step, usage + revision.usage
+        if config.critique:
+            critique = await self._criticise(critic, row, current, number, principle)
+            step["critique"], step["critique_truncated"] = critique.text, critique.truncated
+            step["critique_tokens"] = critique.tokens
+            if critique.truncated and templates.direct is None:
+                return {**step, "left_out": CRITIQUE_CUT}
+        if config.critique and not step["critique_truncated"]:
+            messages = templates.revision_messages(conversation, current, principle, critique.text)
+        else:
+            messages = templates.direct_messages(conversation, current, principle)
+        sampling = self._sampling(row, f"revision {number}", config.revision_temperature, config.max_tokens)
+        revision = await write(writer, messages, sampling, templates.thinking)
+        step["revision_truncated"], step["revision_tokens"] = revision.truncated, revision.tokens
+        text = revision_alone(revision.text, templates)
+        if not text and not revision.truncated:
+            raise RowError("a revision is empty")
+        return {**step, "revision": text} if text else {**step, "left_out": REVISION_CUT}
+
+    async def _criticise(
+        self, critic: Engine, row: RevisionTask, current: str, number: int, principle: Principle
+    ) -> Text:
+        templates, config = self.critique_templates or self.templates, self.config
+        return await write(
+            critic,
+            templates.critique_messages(row["messages"], current, principle),
+            self._sampling(
+                row, f"critique {number}", config.revision_temperature, config.critique_max_tokens
+            ),
+            templates.thinking,
+        )
 
     @cached_property
     def _critique_engine(self) -> Engine | None:
@@ -160,15 +211,6 @@ class ReviseChain:
 
     def _sampling(self, row: RevisionTask, step: str, temperature: float, max_tokens: int) -> Sampling:
         return Sampling(temperature, max_tokens, derive_seed(self.seed, row["id"], step))
-
-
-def _revision_text(revision: Completion, templates: TemplateSet) -> str:
-    text = without_prefix(without_thinking(revision.text, templates.thinking), templates.prefixes)
-    if not text:
-        raise RowError("a revision is empty")
-    if not revision.finished:
-        raise RowError("a revision hit revise.max_tokens")
-    return text
 
 
 def tasks(run: Run, left_out: LeftOut | None = None) -> list[RevisionTask]:

@@ -33,6 +33,7 @@ from cai_ray.generate.actor import ChainActor, rows_in_flight
 from cai_ray.generate.chain import Chain, Gives, Rows, Takes
 from cai_ray.generate.journal import SLICE_ROWS, Journal, Published, Slice
 from cai_ray.generate.row_progress import RowProgress, SetProgress
+from cai_ray.generate.text_lengths import TextLengths, text_kinds
 from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.run import Run
 
@@ -59,14 +60,16 @@ def map_rows(
         model: the engine's model: a role, folder or id, or the settings of a model.
 
     Returns:
-        For the manifest: rows in and out, errors, tokens, calls of engines, engine seconds, engine kind and model.
+        For the manifest: rows in and out, errors, tokens, calls of engines, lengths of texts
+        (`text_lengths.summarise`), engine seconds, engine kind and model.
 
     Raises:
         InputError: more than `max_error_rate` of the rows failed, or all of the first; the cluster is too small; the
             engine's input is at fault.
         OverBudget: rows are left over; those that were begun are finished and saved.
     """
-    return map_sets(run, stage, {name: Rows(rows, model)}, chain, takes=takes, gives=gives)[name]
+    sets = {name: Rows(rows, model)}
+    return map_sets(run, stage, sets, chain, takes=takes, gives=gives)[name]
 
 
 def map_sets(
@@ -109,9 +112,14 @@ def map_sets(
         _print_finished(finished, progress)
         with interruptible(), worker_errors(), RowProgress(progress):
             _follow(outcomes, progress)
-    published = {name: journal.publish() for name, journal in journals.items()}
+    lengths = {name: TextLengths(text_kinds(chain)) for name in sets}
+    published = {name: journal.publish(lengths[name].add) for name, journal in journals.items()}
     seconds = time.time() - started
-    return {name: _summary(published[name], totals[name], models[name], seconds) for name in sets}
+    return {
+        name: _summary(published[name], totals[name], models[name], seconds)
+        | {"texts": lengths[name].summary()}
+        for name in sets
+    }
 
 
 def _slice_rows(engine: EngineConfig) -> int:

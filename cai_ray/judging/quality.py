@@ -1,7 +1,8 @@
 """Quality of generated texts: what part is the answer, and what is wrong with a revision. Pure functions on text.
 
 The rules depend on the language and the model family, so they are data of the template set: marks of thinking blocks
-(`thinking`), openings that do not belong to a revision (`prefixes`), and openings of a critique (`critiques`).
+(`thinking`), openings and endings that do not belong to a revision (`prefixes`, `suffixes`), and openings of a critique
+(`critiques`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ _RUN = re.compile(r"(\S{1,40}?)\1{4,}")
 LOOP_NGRAM = 4
 LOOP_WORDS = 40
 LOOP_CHARACTERS = 200
+# An afterword is at most this many characters at the end of a revision.
+LONGEST_AFTERWORD = 1500
+_LINE_BREAK = re.compile(r"\n\s*")
+# Lines that set a revision apart from what stands before or after it.
+_RULE_ABOVE = re.compile(r"\s*(?:[-*_=][^\S\n]*){3,}\n")
+_RULE_BELOW = re.compile(r"\n\s*(?:[-*_=][^\S\n]*){3,}\s*\Z")
+_WRAPPINGS = (('"', '"'), ("“", "”"), ("«", "»"), ("**", "**"))
 # A revision and its critique are the same text if they share this many of their three-word sequences (Jaccard).
 SAME_TEXT = 0.6
 
@@ -36,28 +44,37 @@ def run_templates(config: RunConfig, name: str | None = None) -> TemplateSet:
     return templates if config.thinking == "strip" else templates.model_copy(update={"thinking": None})
 
 
-def without_thinking(text: str, thinking: Thinking | None) -> str:
+def without_thinking(text: str, thinking: Thinking | None, truncated: bool = False) -> str:
     """The answer after the thinking blocks that a text begins with; a text without any stays as it is.
 
     Only the beginning counts: further on, an answer may mention the marks. If the opening mark is missing, the chat
-    template has begun the block.
+    template has begun the block. If a text was cut off within a block, its answer is empty.
+
+    Args:
+        truncated: whether the token limit ended the text.
 
     Raises:
-        RowError: a block does not end, so there is no answer.
+        RowError: the model ended its turn within a block, so there is no answer.
     """
     if thinking is None:
         return text
     head, ends, rest = text.partition(thinking.close)
     opens = head.lstrip().startswith(thinking.open)
     if not ends and (opens or thinking.begun):
-        raise RowError("a thinking block does not end; raise max_tokens of this step")
+        return _unended(truncated)
     if not ends or (thinking.open in head and not opens):
         return text
     while rest.lstrip().startswith(thinking.open):
         _, ends, rest = rest.partition(thinking.close)
         if not ends:
-            raise RowError("a thinking block does not end; raise max_tokens of this step")
+            return _unended(truncated)
     return rest.strip()
+
+
+def _unended(truncated: bool) -> str:
+    if not truncated:
+        raise RowError("a thinking block does not end; raise max_tokens of this step")
+    return ""
 
 
 def without_prefix(text: str, rules: Sequence[str]) -> str:
@@ -65,7 +82,44 @@ def without_prefix(text: str, rules: Sequence[str]) -> str:
     rest = text
     while match := next((m for rule in rules if (m := re.match(rule, rest)) and m.end()), None):
         rest = rest[match.end() :]
+        if rule := _RULE_ABOVE.match(rest):
+            rest = rest[rule.end() :]
     return rest.strip() if len(rest) < len(text) else text
+
+
+def without_suffix(text: str, rules: Sequence[str]) -> str:
+    """A revision without its afterwords, such as "(Note: I removed the threat.)"; one that is nothing else stays."""
+    rest = text.rstrip()
+    while start := next((i for i in _last_parts(rest) if any(re.fullmatch(r, rest[i:]) for r in rules)), 0):
+        rest = _RULE_BELOW.sub("", rest[:start]).rstrip()
+    return rest.strip() if len(rest) < len(text.rstrip()) else text
+
+
+def revision_alone(text: str, templates: TemplateSet) -> str:
+    """What a model wrote as a revision, without introductions and afterwords, and without the quotation marks that then
+    surround it as a whole."""
+    rest = without_suffix(without_prefix(text, templates.prefixes), templates.suffixes)
+    return _unwrapped(rest) if rest != text else text
+
+
+def _last_parts(text: str) -> list[int]:
+    """Where the last lines of a text begin, and a parenthesis that ends it; the earliest comes first."""
+    earliest = len(text) - LONGEST_AFTERWORD
+    starts = [m.end() for m in _LINE_BREAK.finditer(text, max(1, earliest))]
+    if opening := {")": "(", "]": "["}.get(text[-1:]):
+        starts.append(text.rfind(opening))
+    return [i for i in starts if i >= max(1, earliest) and text[:i].strip()]
+
+
+def _unwrapped(text: str) -> str:
+    for opening, closing in _WRAPPINGS:
+        inner = text[len(opening) : -len(closing)]
+        if text == opening + inner + closing and opening not in inner and closing not in inner:
+            return inner.strip()
+    lines = text.splitlines()
+    if all(line.startswith(">") or not line.strip() for line in lines):
+        return "\n".join(re.sub("^> ?", "", line) for line in lines).strip()
+    return text
 
 
 def kind(revision: str, before: str, critique: str, rules: Sequence[str]) -> Kind:

@@ -69,7 +69,7 @@ def _problems(templates: TemplateSet) -> Iterator[str]:
     if templates.scores is not None and len(templates.scores) != 10:
         yield f"scores has {len(templates.scores)} texts; list ten, from the worst to the best"
     yield from _transcript_problems(templates)
-    for key in ("prefixes", "critiques", "refusals", "reasons"):
+    for key in ("prefixes", "suffixes", "critiques", "refusals", "reasons"):
         yield from _rule_problems(key, getattr(templates, key))
 
 

@@ -55,6 +55,9 @@ class TemplateSet(BaseModel):
     """The marks of thinking blocks. The run's `thinking` says whether the blocks are kept."""
     prefixes: tuple[str, ...] = ()
     """Regular expressions for the start of a revision. What they match is removed, until none matches."""
+    suffixes: tuple[str, ...] = ()
+    """Regular expressions for the end of a revision: for whole lines, or a parenthesis. What they match is removed,
+    until none matches."""
     critiques: tuple[str, ...] = ()
     """Regular expressions for the start of a revision. If one matches, it is a critique (`sft.drop`)."""
     refusals: tuple[str, ...] = ()

@@ -41,8 +41,18 @@ class Step(TypedDict):
     critique_request: str | None
     critique: str | None
     """Both are null where the answer is revised without a critique (`revise.critique: false`)."""
+    critique_truncated: NotRequired[bool | None]
+    """Whether the critique ran into the token limit. Such a critique is not used: the revision was asked for without
+    one, unless `left_out` says otherwise."""
+    critique_tokens: NotRequired[int | None]
     revision_request: str
     revision: str
+    """The answer after this round."""
+    revision_truncated: NotRequired[bool | None]
+    """Whether the revision ran into the token limit. The next round goes on from it all the same."""
+    revision_tokens: NotRequired[int | None]
+    left_out: NotRequired[str | None]
+    """Why the round made no revision; `revision` is then the answer before it."""
     key: str
     """Hash of everything that the step depends on (generate/reuse.py)."""
 
@@ -70,6 +80,11 @@ class Vote(TypedDict):
     """Why there is no preference."""
     key: NotRequired[str | None]
     """Hash of everything that the vote depends on (generate/reuse.py)."""
+    reasoning_truncated: NotRequired[bool | None]
+    """Whether the reasoning ran into the token limit; `label.truncated` says whether it was used all the same."""
+    reasoning_tokens: NotRequired[int | None]
+    reasoning_swapped_truncated: NotRequired[bool | None]
+    reasoning_swapped_tokens: NotRequired[int | None]
 
 
 class Prompt(TypedDict):
@@ -91,6 +106,9 @@ class RedTeamPrompt(TypedDict):
 
     id: str
     messages: NotRequired[list[Turn] | None]
+    truncated: NotRequired[bool | None]
+    """Whether the prompt ran into the token limit; such a prompt is left out."""
+    tokens: NotRequired[int | None]
     kind: str
     family: str | None
     split: str
@@ -110,10 +128,13 @@ class Revision(TypedDict):
     family: str | None
     response: NotRequired[str | None]
     truncated: NotRequired[bool | None]
-    """Whether the response ran into the length limit."""
+    """Whether the response ran into the token limit. Where that fell before the answer, within the thinking, the
+    response is empty and there are no steps."""
+    tokens: NotRequired[int | None]
+    """Tokens of the response, thinking included."""
     steps: NotRequired[list[Step] | None]
     revision: NotRequired[str | None]
-    """The last step's; the response itself where all slots were those of disabled principles."""
+    """The answer after the last step; the response itself where all slots were those of disabled principles."""
     key: NotRequired[str | None]
     """Hash of everything that the response depends on (generate/reuse.py)."""
     model: NotRequired[str | None]
@@ -156,6 +177,8 @@ class Pair(TypedDict):
 class Comparison(Pair):
     """Two samples of the SL-CAI policy."""
 
+    tokens_a: NotRequired[int | None]
+    tokens_b: NotRequired[int | None]
     usage: NotRequired[TokenUsage | None]
     error: NotRequired[str | None]
 
@@ -286,6 +309,7 @@ class SetAnswer(TypedDict):
     """Whether the request is one to decline (refusals)."""
     response: NotRequired[str | None]
     truncated: NotRequired[bool | None]
+    tokens: NotRequired[int | None]
     refused: NotRequired[bool | None]
     options: NotRequired[list[str] | None]
     correct: NotRequired[list[int] | None]

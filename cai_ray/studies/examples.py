@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from cai_ray.constitution import Constitution
+from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine
 from cai_ray.errors import InputError
+from cai_ray.generate.chain import keeping
 from cai_ray.generate.examine import Examine, make_examine
 from cai_ray.generate.rows import map_rows
 from cai_ray.judging.statistics import rate
@@ -39,8 +41,11 @@ class ByPrinciple:
     async def __call__(self, engine: Engine, row: ExampleTask) -> Examined:
         principle = self.document[row["principle_id"]]
         conversation: list[Turn] = [{"role": "user", "content": row["prompt"]}]
-        examination = await self.examine(engine, conversation, row["response"], principle, self.max_tokens)
-        return {**row, **examination}
+        with keeping({}, engine := Metered(engine)):
+            examination = await self.examine(
+                engine, conversation, row["response"], principle, self.max_tokens
+            )
+        return {**row, **examination, "usage": engine.usage.as_record()}
 
 
 def run(run: Run, document: Constitution) -> dict[str, Any]:

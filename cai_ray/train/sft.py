@@ -64,8 +64,12 @@ def run(run: Run) -> dict[str, Any]:
     cfg, templates = run.config.sft, load_templates(run.config.templates)
     rows = run.each_row("revise", ["id", "messages", "kind", "response", "truncated", "steps", "error"])
     choice = choose_records(rows, cfg, run.config.seed, templates.critiques)
+    kinds, cut = choice.kinds, choice.cut
     if not choice.ids:
         dropped = f", or take a kind out of sft.drop={list(cfg.drop)}" if cfg.drop else ""
+        if cut.total():
+            dropped += f"; {cut.total()} texts were cut off, so raise revise.max_tokens={run.config.revise.max_tokens}"
+            dropped += " or set sft.truncated: keep" if cut["truncated"] else ""
         raise InputError(
             f"{run.path('revise')}: no row can be trained on; look at its `error` column{dropped}"
         )
@@ -84,13 +88,13 @@ def run(run: Run) -> dict[str, Any]:
     extra = {"data": ray.put(data), "model": location(run, cfg.init), "pad_id": renderer.pad_id}
     extra["inputs"] = data.sha
     result = fit(run, "sft", loop, cfg, extra)
-    kinds = choice.kinds
     return {
         "rows_in": choice.rows,
         "rows_out": len(data),
         "errors": choice.errors,
         "left_out_too_long": left_out["too_long"],
         "left_out_refused": left_out["refused"],
+        "left_out_cut": dict(cut),
         "revisions": {
             "kept": {k: n for k, n in kinds.items() if k not in cfg.drop},
             "dropped": {k: n for k, n in kinds.items() if k in cfg.drop},
@@ -153,6 +157,9 @@ class Choice(NamedTuple):
     ids: IdSet
     kinds: Counter[str]
     """Revisions by kind (`judging.quality.kind`), including those that `sft.drop` leaves out."""
+    cut: Counter[str]
+    """Texts that are left out because they were cut off (`truncated`), or because the cut fell before they began, so
+    that there is nothing to train on (`no_text`)."""
     rows: int
     errors: int
 
@@ -178,12 +185,12 @@ def choose_records(
     Args:
         critiques: rules of the template set that tell a critique from a revision.
     """
-    kinds: Counter[str] = Counter()
+    kinds, cut = Counter[str](), Counter({"truncated": 0, "no_text": 0})
     count = errors = 0
     revisions, helpful, draws = array("Q"), array("Q"), array("Q")
     for row in rows:
         count, errors = count + 1, errors + bool(row["error"])
-        for record, step, before in candidates(row, cfg):
+        for record, step, before in candidates(row, cfg, cut):
             number = id_number(record["id"])
             if record["kind"] == "helpful":
                 helpful.append(number)
@@ -196,7 +203,7 @@ def choose_records(
     if revisions:
         drawn = np.argsort(as_numpy(draws), kind="stable")[: round(cfg.helpful_per_revision * len(revisions))]
         helpful = array("Q", as_numpy(helpful)[drawn].tobytes())
-    return Choice(IdSet.of_numbers(revisions + helpful), kinds, count, errors)
+    return Choice(IdSet.of_numbers(revisions + helpful), kinds, cut, count, errors)
 
 
 def to_records(
@@ -207,19 +214,40 @@ def to_records(
         yield from (record for record, _, _ in candidates(row, cfg) if record["id"] in chosen)
 
 
-def candidates(row: dict[str, Any], cfg: SftConfig) -> Iterator[Candidate]:
-    """A helpfulness sample; or a row's last revision, every round's, or those of the first (`sft.revisions`)."""
+def candidates(row: dict[str, Any], cfg: SftConfig, cut: Counter[str] | None = None) -> Iterator[Candidate]:
+    """A helpfulness sample; or a row's last revision, every round's, or those of the first (`sft.revisions`).
+
+    Args:
+        cut: counts the texts that are left out as cut off (`Choice.cut`).
+    """
+    cut = Counter() if cut is None else cut
     if row["error"]:
         return
+    without_text = row["truncated"] and not row["response"]
     if row["kind"] == "helpful":
-        yield Candidate(_record(row, row["response"], "helpful", truncated=row["truncated"]))
+        if without_text:
+            cut["no_text"] += 1
+        else:
+            yield Candidate(_record(row, row["response"], "helpful", truncated=row["truncated"]))
         return
-    steps = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
+    rounds = [s for s in row["steps"] if cfg.revisions != "up_to_n" or s["round"] <= cfg.up_to]
+    steps = [s for s in rounds if not s.get("left_out")]
     before = [row["response"], *(s["revision"] for s in steps)]
     pairs = list(zip(steps, before, strict=False))
     for step, response in pairs[-1:] if cfg.revisions == "final" else pairs:
-        yield Candidate(_record(row, step["revision"], "revision", step["round"]), step, response)
-    if not steps:  # every slot was a disabled principle's: the response needed no revision
+        truncated = bool(step.get("revision_truncated"))
+        if truncated and cfg.truncated == "drop":
+            cut["truncated"] += 1
+        else:
+            record = _record(row, step["revision"], "revision", step["round"], truncated)
+            yield Candidate(record, step, response)
+    if steps:
+        return
+    if rounds or without_text:  # no round made a revision
+        cut["no_text"] += 1
+    elif row["truncated"] and cfg.truncated == "drop":
+        cut["truncated"] += 1
+    else:  # every slot was a disabled principle's: the response needed no revision
         yield Candidate(_record(row, row["response"], "revision", truncated=row["truncated"]))
 
 

@@ -186,7 +186,7 @@ def test_published_prompts_through_the_first_stage(tmp_path: Path) -> None:
 
 def test_red_team_prompts_written_by_the_model_are_a_source(tmp_path: Path) -> None:
     config = _config(tmp_path, "llama", {})
-    # A random model often runs to the length limit, which makes a row an error.
+    # A random model often runs to the length limit, and a prompt that was cut off is left out.
     few = {"redteam.count": 4, "redteam.oversample": 2, "redteam.max_tokens": 96, "max_error_rate": 0.9}
     succeed("redteam", config, *settings(few))
     written = tmp_path / "run" / "redteam"
@@ -225,7 +225,7 @@ def _config(
         "model": str(tiny.with_ends(tiny.save_model(folder / "model", family))),
         "constitution": "harmless",
         "prompts": prompts or [{"path": lines("prompts.jsonl", rows)}],
-        # A random model's revision may be blank or without an end; that row is an error, and the others go on.
+        # A random model's revision may be blank; that row is an error, and the others go on.
         "max_error_rate": 0.5,
         "engine": {"max_model_len": 2560, "max_num_seqs": 8, "kv_cache_mb": 128, "block_size": 32},
         "revise": {"rounds": 2, "max_tokens": 96, "critique_max_tokens": 48, "revision_temperature": 1.0},

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cai_ray.prompts.cut import decode_answer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import RolloutRow, derive_id
@@ -73,7 +74,7 @@ def save_rollouts(
             "policy_version": rollouts[i].version,
             "id": derive_id("rollout", step, i, rows[i]["id"]),
             "messages": rows[i]["messages"],
-            "response": renderer.decode(rollouts[i].ids),
+            "response": decode_answer(renderer, rollouts[i].ids, rollouts[i].truncated),
             "reward": float(targets.score[i]),
             "kl_reference": float(targets.kl[i]),
             "length": len(rollouts[i].ids),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cai_ray.config.ppo import PpoConfig
 from cai_ray.errors import InputError
+from cai_ray.prompts.cut import decode_answer
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.messages import Message
 from cai_ray.prompts.models import run_renderer
@@ -54,7 +55,7 @@ class Reader:
         """
         messages = [
             *self.templates.answer_messages(conversation),
-            Message(role="assistant", content=self.policy.decode(response)),
+            Message(role="assistant", content=decode_answer(self.policy, response, truncated)),
         ]
         ids, mask = self.renderer.dialogue_ids(messages, truncated)
         return Example(ids[-self.limit :], mask[-self.limit :])

@@ -13,6 +13,7 @@ from typing import Any
 
 from cai_ray.data.sources import read_prompts
 from cai_ray.errors import InputError, Stopped
+from cai_ray.prompts.cut import decode_answer
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.storage import files
@@ -117,7 +118,7 @@ class Watch:
         ]
         rollouts = self.rollouts.sample(requests, step)
         batch = make_batch([p["ids"] for p in self.prompts], rollouts)
-        texts = [self.renderer.decode(r.ids) for r in rollouts]
+        texts = [decode_answer(self.renderer, r.ids, r.truncated) for r in rollouts]
         conversations = [p["messages"] for p in self.prompts]
         groups = rank_micro_batches(batch.lengths, cfg.micro_batch_tokens, rank(), world_size())
 

@@ -210,9 +210,22 @@ def test_a_request_that_is_refused_is_the_rows_error(server: Server, status: int
 
 
 @pytest.mark.parametrize("text", ["", "  ", None])
-def test_an_empty_answer_is_the_rows_error(server: Server, text: str | None) -> None:
-    with pytest.raises(RowError, match="empty answer"):
+def test_an_empty_answer_is_the_rows_error_and_has_cost_something(server: Server, text: str | None) -> None:
+    with pytest.raises(RowError, match="empty answer") as failed:
         ask(server, Reply(completion(text)))
+    assert failed.value.spent == Usage(9, 4, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [("北京\ufffd", "北京"), ("a \ufffd b", "a \ufffd b"), ("", ""), (None, "")]
+)
+def test_an_answer_that_was_cut_ends_with_a_complete_character(
+    server: Server, text: str | None, kept: str
+) -> None:
+    """One that is empty was cut within a thought that the endpoint keeps to itself."""
+    done = ask(server, Reply(completion(text, "length")))
+    assert (done.text, done.finished) == (kept, False)
+    assert ask(server, Reply(completion("the mark \ufffd"))).text == "the mark \ufffd", "it was not cut"
 
 
 def test_text_that_is_no_unicode_is_the_rows_error(server: Server) -> None:

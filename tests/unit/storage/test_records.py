@@ -95,5 +95,6 @@ def test_columns_that_other_programs_read_stay_as_they_are() -> None:
     votes = schema_of(Label).field("votes").type.value_type
     assert ", ".join(votes.field(i).name for i in range(votes.num_fields)) == (
         "principle_id, logprob_a, logprob_b, logprob_a_swapped, logprob_b_swapped, p_a, reasoning, reasoning_swapped, "
-        "score_a, score_b, abstained, key"
+        "score_a, score_b, abstained, key, "
+        "reasoning_truncated, reasoning_tokens, reasoning_swapped_truncated, reasoning_swapped_tokens"
     )
