@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import re
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
-from cai_ray.prompts.tokenizers import PlainText
+from cai_ray.prompts.tokenizers import PlainText, Place
 
-_LINE_START = re.compile(r"(?<=\n)(?=[A-Za-z0-9_#])")
-# A token of a vocabulary that goes on behind a line break. Byte-level vocabularies write it as Ċ.
-_CROSSES = re.compile("[\nĊ][A-Za-z0-9_#]")
-_LINE_ENDS = ("word", "word.", "x = 7", "你好", "é", "(y)", "end:", "a/", "'", "`", "_", "two  ", "| -")
-_BREAKS = ("\n", "\n\n", "\n\n\n", " \n", "\r\n", "\n \n", "\t\n")
-_LINE_STARTS = ("word", "Word", "# Title", "7 up", "_x", "s", "2024-01", "##", "#!")
+
+class _Cut(NamedTuple):
+    place: re.Pattern[str]
+    crosses: re.Pattern[str]
+    """Finds a token of a vocabulary that goes over such a place. Byte-level ones write a line break as Ċ."""
+
+
+# Before the first letter of a line; or before line breaks, for tokenizers that split blanks by what follows them.
+_CUTS = (
+    _Cut(re.compile(r"(?<=\n)(?=[A-Za-z0-9_#])"), re.compile("[\nĊ][A-Za-z0-9_#]")),
+    _Cut(re.compile(r"(?<=[!-~])(?=\n)"), re.compile("[!-~][\nĊ]")),
+)
+_ENDS = ("word", "word.", "x = 7", "你好", "é", "(y)", "end:", "a/", "'", "`", "_", "two  ", "| -")
+_BREAKS = ("\n", "\n\n", "\n\n\n", " \n", "\r\n", "\n \n", "\t\n", "\n  ", "\n\t")
+_STARTS = ("word", "Word", "# Title", "7 up", "_x", "s", "2024-01", "##", "#!", "'s", "/", ")", "你")
 
 
 class Chunks:
-    """Cuts texts at the beginnings of lines, for a tokenizer that encodes a line as it does behind other lines.
+    """Cuts texts at lines, for a tokenizer that encodes a line as it does beside other lines.
 
     That is so if no token of its vocabulary goes over such a border, and its pre-tokenizer, which is tried, does not
     look over it either. For other tokenizers a text is one chunk.
     """
 
     def __init__(self, plain: PlainText):
-        self.cuts = _keeps_lines_apart(plain)
+        self.cut = next((cut.place for cut in _CUTS if _changes_nothing(cut, plain)), None)
 
     def __call__(self, text: str) -> list[str]:
-        return _LINE_START.split(text) if self.cuts and "\n" in text else [text]
+        return self.cut.split(text) if self.cut and "\n" in text else [text]
 
 
-def _keeps_lines_apart(plain: PlainText) -> bool:
-    start, behind = plain.backends["start"], plain.backends["text"]
-    if any(_CROSSES.search(token) for token in start.get_vocab(with_added_tokens=True)):
+def _changes_nothing(cut: _Cut, plain: PlainText) -> bool:
+    backends: dict[Place, Any] = dict(plain.backends)
+    if any(cut.crosses.search(token) for token in backends["start"].get_vocab(with_added_tokens=True)):
         return False
-
-    def ids(backend: Any, text: str) -> list[int]:
-        return list(backend.encode(text, add_special_tokens=False).ids)
-
-    befores = ["".join(parts) for parts in product(_LINE_ENDS, _BREAKS)]
-    rests = {line: ids(behind, line) for line in _LINE_STARTS}
-    return all(
-        ids(start, before + line) == ids(start, before) + rest
-        for before in befores
-        for line, rest in rests.items()
-    )
+    for sample in map("".join, product(_ENDS, _BREAKS, _STARTS)):
+        ids: list[int] = []
+        for number, part in enumerate(cut.place.split(sample)):
+            ids += backends["text" if number else "start"].encode(part, add_special_tokens=False).ids
+        if ids != backends["start"].encode(sample, add_special_tokens=False).ids:
+            return False
+    return True
