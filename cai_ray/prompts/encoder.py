@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from cai_ray.errors import RowError
+from cai_ray.prompts.chunks import Chunks
 from cai_ray.prompts.messages import Piece
 from cai_ray.prompts.spans import Spans, joined
 from cai_ray.prompts.tokenizers import Place, without_control_tokens
@@ -21,6 +22,7 @@ from cai_ray.prompts.tokenizers import Place, without_control_tokens
 # The texts whose ids are kept, in characters: all of them together, and the longest one.
 CACHED_CHARACTERS = 4_000_000
 _LONGEST_CACHED = 20_000
+_ENTRY = 100  # what an entry takes beside its text and ids counts as so many
 
 # What a control token that swallows blanks takes for one. Python's own idea of a blank is a little wider.
 _BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -53,22 +55,22 @@ class TextCache:
 
     def __init__(self, characters: int = CACHED_CHARACTERS):
         self.limit, self.characters = characters, 0
-        self._ids: OrderedDict[tuple[str, str], array[int]] = OrderedDict()
+        self._ids: OrderedDict[tuple[Place, str], array[int]] = OrderedDict()
 
-    def get(self, key: tuple[str, str]) -> array[int] | None:
+    def get(self, key: tuple[Place, str]) -> array[int] | None:
         ids = self._ids.get(key)
         if ids is not None:
             self._ids.move_to_end(key)
         return ids
 
-    def put(self, key: tuple[str, str], ids: Sequence[int]) -> None:
+    def put(self, key: tuple[Place, str], ids: Sequence[int]) -> None:
         if len(key[1]) > _LONGEST_CACHED or key in self._ids:  # long texts seldom come twice
             return
         self._ids[key] = array("i", ids)
-        self.characters += len(key[1])
+        self.characters += len(key[1]) + _ENTRY
         while self.characters > self.limit:
             (_, text), _ = self._ids.popitem(last=False)
-            self.characters -= len(text)
+            self.characters -= len(text) + _ENTRY
 
 
 class SpanEncoder:
@@ -83,6 +85,7 @@ class SpanEncoder:
         self._plain = without_control_tokens(tokenizer, control)
         self._added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if i not in self._plain.kept}
         self._literal = lru_cache(maxsize=4096)(self._split_literal)
+        self._chunks = Chunks(self._plain)
         self.cache = TextCache()
 
     def encode(self, spans: Iterable[Piece], begins: End = START) -> tuple[list[int], End]:
@@ -125,14 +128,18 @@ class SpanEncoder:
 
     def _segment_ids(self, segment: Spans, place: Place) -> list[int]:
         """Ids of the text between two control tokens."""
-        text = segment[0].text if len(segment) == 1 else "".join(span.text for span in segment)
-        kept = self.cache.get((place, text))
-        if kept is not None:
-            return kept.tolist()
-        ids = self._encode(text, place)
-        if not self.control.isdisjoint(ids):
-            self._check(segment, place, ids)
-        self.cache.put((place, text), ids)
+        ids: list[int] = []
+        for number, text in enumerate(self._chunks("".join(span.text for span in segment))):
+            key: tuple[Place, str] = ("text" if number else place, text)
+            known = self.cache.get(key)
+            if known is not None:
+                ids += known
+                continue
+            new = self._encode(text, key[0])
+            if not self.control.isdisjoint(new):
+                self._check(segment, place, new)
+            self.cache.put(key, new)
+            ids += new
         return ids
 
     def _encode(self, text: str, place: Place) -> list[int]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.town import tokenizer as town
+from tests import tiny
 from tests.tokenizers import CONVERSATIONS, FAMILIES, messages, tokenizer
 
 SYSTEMS = (None, "Be kind.\n", "")
@@ -158,6 +159,31 @@ def test_item_02_a_blank_that_the_tokenizer_puts_first_is_no_part_of_an_option()
     assert made.tokenizer.convert_ids_to_tokens(made.option_ids(["A", "B"])) == ["A", "B"]
     made = renderer("mistral-v3")
     assert made.tokenizer.convert_ids_to_tokens(made.option_ids(["A", "B"])) == ["▁A", "▁B"]
+
+
+@pytest.mark.parametrize("family", ["mistral-v1", "mistral-v3", "qwen2.5", "tekken", "deepseek", "gpt-2"])
+def test_texts_are_cut_at_lines_and_encoded_as_one(family: str) -> None:
+    """Most lines of a prompt were encoded before, and are not encoded again."""
+    made = Renderer(tiny.tokenizer()) if family == "gpt-2" else renderer(family)
+    assert made._encoder._chunks.cut
+    text = "\n".join(turn for turns in CONVERSATIONS.values() for turn in turns)
+    plain = made._encoder._plain.backends["start"]
+    for one in (text, text.replace("\n", "\n\n"), text.replace("\n", " \n"), text.replace(" ", "\n")):
+        assert len(made._encoder._chunks(one)) > 10
+        assert made.encode_content(one) == plain.encode(one, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_whose_tokens_go_over_line_breaks_is_given_whole_texts() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate([*map(chr, range(32, 127)), "\n", ".\n", "\nH", "</s>"])}
+    backend = Tokenizer(models.BPE(vocab, [(".", "\n"), ("\n", "H")]))
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    words.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    made = Renderer(words)
+    assert made._encoder._chunks.cut is None
+    assert made.encode_content("a.\nH") == [vocab[c] for c in ("a", ".\n", "H")]
 
 
 def test_the_system_turn_may_be_moved() -> None:
