@@ -27,6 +27,8 @@ class Stage(NamedTuple):
     """The method that has this stage; None: both have it."""
     before: bool = False
     """The stage prepares inputs of a run and is no part of it: `cai-ray run` leaves it out."""
+    training_data: bool = False
+    """It reads prompts or comparisons of people that are trained on."""
     checks: str = ""
     """The module of `check(run, preflight)` and `check_room(run)`: a light one of its own if `module` imports torch.
     Empty: there is nothing to check."""
@@ -75,6 +77,7 @@ STAGES: dict[str, Stage] = {
             "thinking",
             "constitution",
         ),
+        training_data=True,
     ),
     "sft": Stage(
         "the SL-CAI policy, fine-tuned on the revisions",
@@ -91,6 +94,7 @@ STAGES: dict[str, Stage] = {
         checks="cai_ray.generate.compare",
         needs=("sft",),
         reads=("compare", "prompts", "engine", "templates", "template_args", "chat_template", "thinking"),
+        training_data=True,
     ),
     "label": Stage(
         "the feedback model's soft preferences",
@@ -108,6 +112,7 @@ STAGES: dict[str, Stage] = {
         needs=("sft", "label"),
         reads=("rm", "model", "templates", "template_args", "chat_template"),
         method="ppo",
+        training_data=True,
     ),
     "ppo": Stage(
         "the RL-CAI policy",
@@ -117,6 +122,7 @@ STAGES: dict[str, Stage] = {
         needs=("sft", "rm"),
         reads=("ppo", "prompts", "engine", "templates", "template_args", "chat_template"),
         method="ppo",
+        training_data=True,
     ),
     "dpo": Stage(
         "the policy by direct preference optimisation, in the place of rm and ppo (method: dpo)",
@@ -126,6 +132,7 @@ STAGES: dict[str, Stage] = {
         needs=("sft", "label"),
         reads=("dpo", "templates", "template_args", "chat_template"),
         method="dpo",
+        training_data=True,
     ),
     "evaluate": Stage(
         "base, SL-CAI and final policy on held-out prompts",

@@ -28,9 +28,6 @@ from cai_ray.storage.models import model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 
-_TRAINED_ON_DATA = ("revise", "compare", "rm", "ppo", "dpo")
-"""Stages that read training data of people, which `evaluate.overlap: drop` makes depend on what is held out."""
-
 
 def inputs(run: Run, name: str) -> dict[str, str]:
     """What a stage's result depends on: each input by name with a short hash.
@@ -71,7 +68,8 @@ def own_inputs(run: Run, name: str) -> dict[str, str]:
             hashes[key] = derive_id([_fingerprint(run, part, base) for part in value])
         else:
             hashes[key] = derive_id(value)
-    if name in _TRAINED_ON_DATA and (held_out := held_out_sources(config)):
+    # `evaluate.overlap: drop` leaves out of training what is held out.
+    if STAGES[name].training_data and (held_out := held_out_sources(config)):
         hashes["held_out"] = derive_id([_fingerprint(run, part, base) for part in held_out])
     if name == "ppo" and config.ppo.watch.asks_judge:
         hashes["watch_document"] = config.document_of(config.watch_judge).sha

@@ -104,9 +104,10 @@ def model_config(location: str) -> dict[str, Any] | None:
         InputError: it is damaged.
     """
     again = "copy the folder again"
-    repo = hub_model(location)
-    if repo is None:
+    if "://" in location or exists(location):
         return read_object(os.path.join(location, "config.json"), again)
+    if (repo := hub.parse_model(location)) is None:
+        return None
     try:
         folder = hub.config_folder(repo)
     except hub.Unreachable:

@@ -27,10 +27,15 @@ MODULES = sorted(
 )
 # Facts about single stages or roles, by name, which only these modules state.
 FACTS = {
+    "benchmarks/overhead.py": "rows and calls of each part that is measured",
+    "cai_ray/begin/plan.py": "usual learning rates",
     "cai_ray/data/town.py": "names of the town's prompt sets",
     "cai_ray/estimate/sample.py": "the prompts that each stage takes",
     "cai_ray/export/roles.py": "what a card says of a model or a stage",
     "cai_ray/studies/edit_cost.py": "engine calls of the stages that ask",
+    "cai_ray/train/checks/families.py": "the models that each stage asks",
+    "cai_ray/train/families/page.py": "headings of the table of families",
+    "cai_ray/train/families/steps.py": "how a step of each stage is tried",
 }
 
 

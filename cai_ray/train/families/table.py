@@ -12,9 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from cai_ray.stages import stages_that
+
 PLACE = Path(__file__).with_name("families.json")
 
-STEPS = ("engine", "sft", "rm", "dpo", "ppo", "sft_lora", "rm_lora", "dpo_lora", "ppo_lora")
+_TRAINING = stages_that("trains")
+STEPS = ("engine", *_TRAINING, *(f"{name}_lora" for name in _TRAINING))
 """What is tried with a family: an engine that generates, and each training stage with all weights and with LoRA."""
 
 LONGROPE = " with LongRoPE"

@@ -42,7 +42,7 @@ def walk(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Any = answer) -> dic
                 try:
                     journal.write([asyncio.run(chain(ScriptedEngine(answer), row))])
                 except RowError as e:
-                    journal.write([journal.failed(row, str(e))])
+                    journal.write([journal.failed(row, e.made, str(e))])
         published = journal.publish()
         return {
             "rows_in": published.rows,

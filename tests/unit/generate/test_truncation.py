@@ -24,7 +24,7 @@ from cai_ray.evaluate.policies import AnswerChain
 from cai_ray.export.datasets import _revision
 from cai_ray.generate import actor
 from cai_ray.generate.chain import Chain
-from cai_ray.generate.compare import CompareChain, left_out_as_cut
+from cai_ray.generate.compare import SamplesChain, left_out_as_cut, to_comparisons
 from cai_ray.generate.journal import Journal
 from cai_ray.generate.label import LabelChain
 from cai_ray.generate.redteam import RedTeamChain
@@ -34,7 +34,7 @@ from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run
-from cai_ray.train.sft import to_records
+from cai_ray.train.sft import choose_records, to_records
 from tests.ray.engines import town_config
 
 TOWN, GENERAL = constitution.load("errand-town"), load_templates("general")
@@ -84,9 +84,10 @@ def revise(answer: Answer, templates: TemplateSet = GENERAL, rounds: int = 2, **
 
 
 def trained(row: dict[str, Any], **config: Any) -> tuple[list[tuple[str, bool]], Counter[str]]:
-    left_out: Counter[str] = Counter()
-    records = to_records([{**row, "error": None}], SftConfig(**config), 0, left_out=left_out)
-    return [(r["messages"][-1]["content"], r["truncated"]) for r in records], left_out
+    rows, cfg = [{**row, "error": None}], SftConfig(**config)
+    choice = choose_records(rows, cfg, 0)
+    records = to_records(rows, cfg, choice.ids)
+    return [(r["messages"][-1]["content"], r["truncated"]) for r in records], +choice.cut
 
 
 def test_every_text_says_whether_it_was_cut_and_how_long_it_is() -> None:
@@ -175,12 +176,17 @@ def test_a_cut_helpful_sample_is_trained_on_without_an_end() -> None:
 
 def test_cut_answers_stay_in_comparisons() -> None:
     texts = iter([cut("Use leeks and"), whole("No."), cut("<think>hm"), whole("No.")])
-    chain = CompareChain(GENERAL, CompareConfig(), 0, "sl")
-    engine = ScriptedEngine(lambda m, s: next(texts))
-    row = asyncio.run(chain(engine, {**ROW, "first": 0, "second": 1}))
+    config, engine = CompareConfig(), ScriptedEngine(lambda m, s: next(texts))
+    chain = SamplesChain(GENERAL, config, 0)
+
+    def compared() -> Any:
+        (row,) = to_comparisons(asyncio.run(chain(engine, ROW)), config, "sl")  # type: ignore[arg-type]
+        return row
+
+    row = compared()
     assert (row["truncated_a"], row["truncated_b"], row["tokens_a"]) == (True, False, 40)
     assert not left_out_as_cut(row, "keep") and left_out_as_cut(row, "drop")
-    empty = asyncio.run(chain(engine, {**ROW, "first": 0, "second": 1}))
+    empty = compared()
     assert empty["response_a"] == "" and left_out_as_cut(empty, "keep"), "there is nothing to compare"
     assert not left_out_as_cut({**row, "truncated_a": None}, "drop")
 
@@ -271,7 +277,7 @@ def test_a_row_that_fails_at_once_keeps_what_the_call_cost(
     [
         (RedTeamChain(GENERAL, RedTeamConfig(), 0), {"examples": ["q"]}),
         (AnswerChain(GENERAL, EvaluateConfig(), 0), {"draw": 0, "purpose": "rates", "model": "sl"}),
-        (CompareChain(GENERAL, CompareConfig(), 0, "sl"), {"first": 0, "second": 1}),
+        (SamplesChain(GENERAL, CompareConfig(), 0), {}),
     ],
 )
 def test_an_answer_that_is_of_no_use_has_cost_something(chain: Any, task: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_tokens_and_rows_are_in_the_order_of_the_records(
     choice = sft.choose_records(read, cfg, 0)
     renderer, templates = Renderer(tiny.tokenizer()), load_templates("general")
     data = sft.write_records(
-        run, sft.to_records(read, cfg, choice.ids), renderer, templates, 4096, choice.ids
+        run, sft.to_records(read, cfg, choice.ids), renderer, templates, 4096, choice.ids, Counter()
     )
 
     wanted = [r for r in training.sft_records(rows, cfg) if len(r["messages"][-1]["content"]) < 5000]

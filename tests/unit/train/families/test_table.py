@@ -40,7 +40,7 @@ def test_the_table_has_a_row_for_each_family_that_is_tried() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_whole_and_every_refusal_has_its_reason(name: str) -> None:
     family = from_json(ROWS[name])
-    assert tuple(family.results) == STEPS and to_json(family) == ROWS[name]
+    assert set(family.results) == set(STEPS) and to_json(family) == ROWS[name]
     for found in family.results.values():
         assert bool(found.why) == (found.status == "refused" or bool(found.needs))
         assert "/tmp" not in found.why and "\n" not in found.why
