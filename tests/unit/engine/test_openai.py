@@ -521,7 +521,9 @@ def test_a_stage_with_an_endpoint_is_hashed_by_what_answers(tmp_path: Path) -> N
     plain = load(tmp_path)
     named = {"model", "engine", "templates", "constitution"}
     assert set(result_settings(plain.label.judge)) == set(plain.label.judge.model_dump()) - named
-    own = f"label.judge.engine={{dtype: float32, kv_cache_mb: 99, max_model_len: {plain.engine.max_model_len}}}"
+    own = (
+        f"label.judge.engine={{dtype: float32, kv_cache_mb: 99, max_model_len: {plain.engine.max_model_len}}}"
+    )
     assert label(own) == label(), "an engine here is how, not what"
     assert label("label.judge.engine={max_model_len: 99}") != label(), "other prompts fit its context"
     assert label("label.judge.engine={quantization: fp8}") != label(), "rounded weights say something else"
