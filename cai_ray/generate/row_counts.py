@@ -115,9 +115,9 @@ def add_up(meter: Meter | None) -> Totals:
 def seconds_left(rows: int, totals: Totals) -> float | None:
     """Estimates the time for the rows that are left, those under way included; None before a row is finished.
 
-    It is by tokens. What a row that waits takes is the mean of those that are finished. What a row under way still
-    takes is the rest of that mean, or about the standard deviation where it has had more; the longest of them takes
-    longer, and fewer and fewer rows share the engine until it ends.
+    It is by tokens. What a row that waits takes is at least the mean of those that are finished. What a row under way
+    still takes is the rest of that mean, or about the standard deviation where it has had more; the longest of them
+    takes longer, and fewer and fewer rows share the engine until it ends.
 
     At first short rows finish, and this is too little. The rate of rows is then too much, since what rows under way
     have had counts for nothing. So at first it is the geometric mean of both.
@@ -131,7 +131,9 @@ def seconds_left(rows: int, totals: Totals) -> float | None:
     rate = totals.tokens / totals.seconds
     mean = totals.finished_tokens / done
     deviation = max(0.0, totals.finished_squares / done - mean**2) ** 0.5
-    per_row = max(mean, totals.tokens / (done + totals.under_way))
+    least = max(mean, totals.tokens / (done + totals.under_way))
+    # Where lengths vary much, short rows are most of those that are finished, and what those under way have had counts.
+    per_row = least * (totals.tokens / done / least) ** min(1.0, (deviation / mean) ** 2)
     each_has = (totals.tokens - totals.finished_tokens) / max(1, totals.under_way)
     each_needs = math.hypot(max(0.0, per_row - each_has), deviation)
     # For rows whose lengths are exponential, the longest needs as many means as the harmonic number of rows, which is
