@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai_ray.config.training import TrainConfig
@@ -41,6 +41,7 @@ def padded(data: Pairs, rows: list[int]) -> int:
     return len(rows) * max(len(data.responses[i].ids) for i in rows) if rows else 0
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(LENGTHS, st.integers(1, 3))
 def test_every_response_is_in_one_pass_of_its_pairs_micro_batch(lengths, world):
     data = pairs_of(lengths)
