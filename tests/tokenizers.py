@@ -331,8 +331,19 @@ def _deepseek() -> Any:
 
 
 def _llama_3() -> Any:
-    named = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
-    named += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
+    named = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+    ]
+    named += [
+        "<|finetune_right_pad_id|>",
+        "<|step_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+    ]
     named += ["<|eot_id|>", "<|python_tag|>"]
     named += [f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(named))]
     lines = (_package("llama_models") / "llama3" / "tokenizer.model").read_bytes().splitlines()

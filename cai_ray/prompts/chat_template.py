@@ -133,9 +133,7 @@ class ChatTemplate:
         skeleton = self._skeleton(tuple(roles), (True,) * len(roles), False)
         return skeleton.strips[skeleton.order.index(len(roles) - 1)]
 
-    def _make_skeleton(
-        self, roles: tuple[str, ...], marked: tuple[bool, ...], generation: bool
-    ) -> _Skeleton:
+    def _make_skeleton(self, roles: tuple[str, ...], marked: tuple[bool, ...], generation: bool) -> _Skeleton:
         literals, order = self._around_marks(roles, marked, generation, "")
         if sorted(order) != [i for i, mark in enumerate(marked) if mark]:
             raise RowError(f"the chat template drops or repeats a message of {list(roles)}")

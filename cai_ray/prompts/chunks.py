@@ -6,7 +6,7 @@ import re
 from itertools import product
 from typing import Any, NamedTuple
 
-from cai_ray.prompts.tokenizers import PlainText, Place
+from cai_ray.prompts.tokenizers import Place, PlainText
 
 
 class _Cut(NamedTuple):

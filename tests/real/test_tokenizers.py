@@ -17,7 +17,9 @@ def test_llama_3_has_the_ids_of_the_whole_template() -> None:
     for system in (None, "Be kind.\n", ""):
         for turns in CONVERSATIONS.values():
             talk = messages(turns[:1], system)
-            asked = words.apply_chat_template(talk, tokenize=True, return_dict=False, add_generation_prompt=True)
+            asked = words.apply_chat_template(
+                talk, tokenize=True, return_dict=False, add_generation_prompt=True
+            )
             assert made.prompt_ids(talk) == asked, talk
             answered = messages(turns[:2], system)
             right = words.apply_chat_template(answered, tokenize=True, return_dict=False)

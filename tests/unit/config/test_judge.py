@@ -133,7 +133,9 @@ def test_template_arguments_of_the_run_are_those_of_its_own_models(tmp_path: Pat
         assert model.chat_template == "short" and model.has_own_templates
     judge = JudgeConfig(model="base", template_args={"effort": "high"}, chat_template="long")
     model = run.resolve_model(judge)
-    assert model.template_args == {"enable_thinking": False, "effort": "high"} and model.chat_template == "long"
+    assert (
+        model.template_args == {"enable_thinking": False, "effort": "high"} and model.chat_template == "long"
+    )
     other = run.resolve_model(JudgeConfig(model="/elsewhere"))
     assert other.template_args == {} and other.chat_template is None and not other.has_own_templates
     with pytest.raises(InputError, match=r"template_args.*tokenize: the renderer itself sets it"):

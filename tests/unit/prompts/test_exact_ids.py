@@ -93,7 +93,9 @@ def test_text_comes_back_from_its_ids(family: str) -> None:
         elif family in ("tekken", "deepseek"):
             assert same == text
         else:  # SentencePiece writes blanks as ▁ and cannot tell the two apart
-            first = 1 if family == "mistral-v3" and text[0] in " ▁" else 0  # taken for the one that it puts first
+            first = (
+                1 if family == "mistral-v3" and text[0] in " ▁" else 0
+            )  # taken for the one that it puts first
             assert same == text.replace("▁", " ")[first:]
 
 

@@ -231,21 +231,29 @@ def test_a_content_that_the_template_trims_is_trained_on_as_trimmed() -> None:
         renderer = Renderer(WORDS, WORDS.chat_template.replace("m['content']", f"(m['content'] {filters})"))
         messages = talk("\n  why? \n", "\n Yes \n")
         text = WORDS.decode(renderer.dialogue_ids(messages)[0])
-        assert text + "\n" == WORDS.apply_chat_template(messages, chat_template=renderer.template, tokenize=False)
+        assert text + "\n" == WORDS.apply_chat_template(
+            messages, chat_template=renderer.template, tokenize=False
+        )
         assert f"assistant\n{left}" in text
         begun = renderer.prompt_ids(talk("q", "The answer is:\n"))
         assert WORDS.decode(begun).endswith("The answer is:\n"), "what is continued has no end to strip"
 
 
 def test_a_template_may_leave_out_a_turn_without_words() -> None:
-    template = WORDS.chat_template.replace("{{ '<|im_start|>'", "{% if m['content'] %}{{ '<|im_start|>'").replace(
-        "<|im_end|>\\n' }}", "<|im_end|>\\n' }}{% endif %}"
-    )
+    template = WORDS.chat_template.replace(
+        "{{ '<|im_start|>'", "{% if m['content'] %}{{ '<|im_start|>'"
+    ).replace("<|im_end|>\\n' }}", "<|im_end|>\\n' }}{% endif %}")
     renderer = Renderer(WORDS, template)
-    assert renderer.prompt_ids([{"role": "system", "content": ""}, *talk("a")]) == renderer.prompt_ids(talk("a"))
+    assert renderer.prompt_ids([{"role": "system", "content": ""}, *talk("a")]) == renderer.prompt_ids(
+        talk("a")
+    )
 
 
-NAMED = {"default": WORDS.chat_template, "tool_use": "{{ tools }}", "short": "{{ messages[0].content }}<|im_end|>"}
+NAMED = {
+    "default": WORDS.chat_template,
+    "tool_use": "{{ tools }}",
+    "short": "{{ messages[0].content }}<|im_end|>",
+}
 
 
 def test_the_default_of_several_chat_templates_is_taken_unless_one_is_named() -> None:
@@ -254,7 +262,9 @@ def test_the_default_of_several_chat_templates_is_taken_unless_one_is_named() ->
     assert Renderer(words).prompt_ids(talk("a")) == RENDERER.prompt_ids(talk("a"))
     words.chat_template = {"one": WORDS.chat_template, "two": "x"}
     assert Renderer(words, name="one").prompt_ids(talk("a")) == RENDERER.prompt_ids(talk("a"))
-    with pytest.raises(InputError, match="no chat template named 'default'; set `chat_template` to one of: one, two"):
+    with pytest.raises(
+        InputError, match="no chat template named 'default'; set `chat_template` to one of: one, two"
+    ):
         Renderer(words)
     with pytest.raises(InputError, match="named 'three'; set `chat_template` to one of: default"):
         Renderer(WORDS, name="three")
@@ -299,7 +309,10 @@ def test_a_tokenizer_is_loaded_as_it_was_saved_though_its_class_says_otherwise(t
     )
     text = "12345 + 678 = x"
     found = load_tokenizer(tmp_path)
-    assert found(text, add_special_tokens=False)["input_ids"] == words(text, add_special_tokens=False)["input_ids"]
+    assert (
+        found(text, add_special_tokens=False)["input_ids"]
+        == words(text, add_special_tokens=False)["input_ids"]
+    )
     assert Renderer(found, WORDS.chat_template).prompt_ids(talk(text)) == RENDERER.prompt_ids(talk(text))
 
 
