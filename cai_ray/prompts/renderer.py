@@ -253,7 +253,7 @@ class Renderer:
         return self._follow(prompt, answer)[1]
 
     def _question(self, messages: Messages) -> Spans:
-        """A prompt whose answer comes at once: behind the thought that the template begins or leaves empty."""
+        """A prompt whose answer comes at once: behind a thought that the template begins, or that it writes empty."""
         prompt = self._chat.render(messages, True).spans
         closes = close_thought(open_thought(prompt, self.thinking), self.thinking)
         if not closes and self.thinking and self.thinking.close in self._gap:
