@@ -139,8 +139,11 @@ class Driver:
         os.killpg(self.process.pid, number)
         return self.process.wait(60)
 
-    def leftovers(self, patience: float = 40) -> list[str]:
-        """Processes that it started, directly or not, and that still run after some patience."""
+    def leftovers(self, patience: float = 120) -> list[str]:
+        """Processes that it started, directly or not, and that still run after some patience.
+
+        Most end at once. A worker of Ray that was about to start waits 60 s for the node that started it.
+        """
         _, alive = psutil.wait_procs(self.children.values(), timeout=patience)
         return [_name(p) for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 

@@ -38,7 +38,7 @@ def town_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         shutil.rmtree(kept.parent)  # runs of other versions
         shutil.copytree(out, kept.with_suffix(".part"))
         kept.with_suffix(".part").rename(kept)
-    elif not out.exists():
+    else:
         shutil.copytree(kept, out)
     return out
 
