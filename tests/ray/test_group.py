@@ -242,7 +242,9 @@ def saves_slowly(config: dict[str, Any]) -> dict[str, float]:
     out["restored"] = state["step"]
     out["leftovers"] = len(list(checkpoints._scratch().glob("*")))
     StorageContext.persist_current_checkpoint = slow
-    out |= {"first_s": save(3), "second_s": save(4)}
+    out["first_s"] = save(3)
+    # Said here, since Ray Train may wait for ever for the second of two uploads from one folder.
+    assert save(4) > UPLOAD_S - 0.5, "one is on its way at a time"
     return out
 
 
@@ -251,7 +253,7 @@ def test_item_35_a_checkpoint_is_uploaded_beside_training_and_counts_when_it_is_
     out = fit(run, "sft", saves_slowly, run.config.sft)
     assert out["restored"] == 1, "the second was half there"
     assert out["leftovers"] == 0
-    assert out["first_s"] < 1 and out["second_s"] > UPLOAD_S - 0.5, "one is on its way at a time"
+    assert out["first_s"] < 1, "training waits for no upload"
     (record,) = Path(run.path("sft", "checkpoints")).glob("*/checkpoint_manager_snapshot.json")
     kept = json.loads(record.read_text())
     last = record.parent / kept["latest_checkpoint_result"]["checkpoint_dir_name"]
