@@ -20,9 +20,9 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make setup         install everything into $(VENV); every other target does this first"
 	@echo "make demo          run Constitutional AI on the embedded world"
-	@echo "make test          run the tests that cover a first change (unit, Ray, end-to-end), in 12 minutes"
-	@echo "make test-rest     run the Ray and end-to-end tests that make test leaves out, in 18 minutes"
-	@echo "make test-families check the table of model families with a small model of each, in 8 minutes; WRITE=1 renews it"
+	@echo "make test          run the tests that cover a first change (unit, Ray, end-to-end)"
+	@echo "make test-rest     run the Ray and end-to-end tests that make test leaves out"
+	@echo "make test-families check the table of model families with a small model of each; WRITE=1 renews it"
 	@echo "make test-unit     run the unit tests only"
 	@echo "make test-cluster  run the tests of clusters: jobs, several nodes, object storage"
 	@echo "make test-gpu      run the tests that need a GPU"
