@@ -272,6 +272,8 @@ def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> Non
         ("label.judge.model=/nowhere", "no such folder"),
         ("label.judge.answer=reasoned", "template set errand-town has no reasoning"),
         ("rm.init=/nowhere", "no such folder"),
+        ("revise.reviser.model=/nowhere", "no such folder"),
+        ("revise.reviser.templates=nowhere", "template set nowhere"),
     ],
 )
 def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override: str, says: str) -> None:
@@ -337,7 +339,14 @@ def test_a_way_for_weights_that_the_device_does_not_have(tmp_path: Path, device:
         pipeline.check_inputs(config, ["ppo"])
 
 
-@pytest.mark.parametrize("engine", ["engine.block_size=16", "label.judge.engine={block_size: 48}"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "engine.block_size=16",
+        "label.judge.engine={block_size: 48}",
+        "revise.reviser={engine: {block_size: 48}}",
+    ],
+)
 def test_a_block_size_that_vllm_refuses_on_cpu(tmp_path: Path, engine: str) -> None:
     config = load_config("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
     with pytest.raises(InputError, match="on CPU vLLM takes multiples of 32"):
