@@ -52,13 +52,12 @@ class Answered(TypedDict):
     truncated: NotRequired[bool | None]
     tokens: NotRequired[int | None]
     key: NotRequired[str | None]
+    usage: NotRequired[TokenUsage | None]
+    error: NotRequired[str | None]
 
 
 class FirstAnswer(PromptRow, Answered):
-    """The policy's answer to a prompt."""
-
-    usage: NotRequired[TokenUsage | None]
-    error: NotRequired[str | None]
+    """The policy's answer to a prompt, as a row."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from cai_ray.generate import first_answers, reuse
 from cai_ray.generate.chain import keeping
 from cai_ray.generate.draw import draw
 from cai_ray.generate.first_answers import (
-    FirstAnswer,
+    Answered,
     FirstAnswerChain,
     FirstAnswerTask,
     PromptRow,
@@ -54,7 +54,7 @@ REVISION_CUT = "the revision was cut off before its text began"
 class RevisionTask(FirstAnswerTask):
     """A prompt that is to be answered, and revised if it is a red-team prompt."""
 
-    first: NotRequired[FirstAnswer | None]
+    first: NotRequired[Answered | None]
     """The policy's answer, where it is there before a reviser's engine starts."""
 
 
@@ -121,7 +121,7 @@ class ReviseChain:
                 writer.usage = Usage(**usage)
             if (error := first.get("error")) is not None:
                 raise RowError(error)
-            made |= select(first, first_answers.Answered)
+            made |= select(first, Answered)
         else:
             made |= await self.answering.answer(writer, row, row.get("earlier") or ())
         return str(made["response"])
@@ -287,7 +287,7 @@ def run(run: Run) -> dict[str, Any]:
 def _answered(run: Run) -> Iterator[RevisionTask]:
     """The prompts with the policy's answers to them. They are read from the files: there may be many."""
     for first in run.each_row("revise", name=first_answers.NAME):
-        yield {**select(first, PromptRow), "first": first}
+        yield {**select(first, PromptRow), "first": select(first, Answered)}
 
 
 def check(run: Run, preflight: Preflight) -> None:

@@ -485,3 +485,15 @@ def test_a_run_stays_with_the_commits_that_it_began_with(tmp_path: Path, hub: Hu
     hub.close()
     hub_module.pin.cache_clear()
     assert go(out, *given).config.model == f"org/name@{first}"
+
+
+def test_item_38_prompts_that_leave_a_reviser_too_little_room(tmp_path: Path) -> None:
+    """What it reads beside the prompt is the answer and its critique, and a revision follows."""
+    said: list[str] = []
+    reviser = "revise.reviser={engine: {max_model_len: 160}}"
+    config = load_config("errand-town", [reviser], out=str(tmp_path))
+    pipeline.check_inputs(config, ["revise"], say=said.append, renders=True)
+    (line,) = [line for line in said if line.startswith("revise.reviser: ") and "longer than" in line]
+    written = 2 * config.revise.max_tokens + config.revise.critique_max_tokens
+    assert f"context of 160 leaves beside {written} to be written" in line
+    assert not [line for line in said if line.startswith("prompts: ") and "longer than" in line]
