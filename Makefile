@@ -15,7 +15,7 @@ unexport PYTHONPATH
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rest test-families test-unit test-cluster test-gpu check format mutants clean
+.PHONY: help setup demo test test-rest test-families test-real test-unit test-cluster test-gpu check format mutants clean
 
 help:
 	@echo "make setup         install everything into $(VENV); every other target does this first"
@@ -23,6 +23,7 @@ help:
 	@echo "make test          run the tests that cover a first change (unit, Ray, end-to-end)"
 	@echo "make test-rest     run the Ray and end-to-end tests that make test leaves out"
 	@echo "make test-families check the table of model families with a small model of each; WRITE=1 renews it"
+	@echo "make test-real     fetch a real model (93 MB) and take it through every stage, in 15 minutes; in no CI"
 	@echo "make test-unit     run the unit tests only"
 	@echo "make test-cluster  run the tests of clusters: jobs, several nodes, object storage"
 	@echo "make test-gpu      run the tests that need a GPU"
@@ -51,6 +52,9 @@ test-families: setup
 ifdef WRITE
 	$(BIN)/cai-ray config models > docs/models.md
 endif
+
+test-real: setup
+	$(PYTEST) tests/real
 
 test-unit: setup
 	$(PYTEST) tests/unit

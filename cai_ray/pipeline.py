@@ -184,7 +184,8 @@ def _make(
     except OverBudget as e:  # what was under way has cost something, too
         raise OverBudget(f"{name}: {cost.over_budget(run.config, cost.attempts(run)) or e}") from e
     if left_out := cost.left_out(run, name, identity):
-        result = {**result, "engine": {**result.get("engine", {}), "left_out": left_out}}
+        asked = "reviser" if "reviser" in result else "engine"  # the policy is never at an endpoint
+        result = {**result, asked: {**result.get(asked, {}), "left_out": left_out}}
     manifest = {
         "stage": name,
         "id": uuid.uuid4().hex[:12],

@@ -31,25 +31,11 @@ class ReviseConfig(Section):
     """Most tokens of a critique."""
     helpful_samples: int = Field(default=1, ge=0)
     """Answers to each helpfulness prompt. They are trained on without a critique, to keep the policy helpful."""
-    critique_model: PromptedModel | None = None
-    """The model at an endpoint that writes the critiques. By default the model that answers writes them. Revisions are
-    always its own."""
+    reviser: PromptedModel | None = None
+    """The model that writes critiques and revisions, where the policy is too small to write them. The policy still
+    gives the first answers. By default it does all of it."""
     limit: int | None = Field(default=None, gt=0)
     """Use only this many training prompts from the start."""
-
-    @model_validator(mode="after")
-    def _critique_is_served(self) -> ReviseConfig:
-        if self.critique_model is None:
-            return self
-        if not self.critique:
-            raise ValueError("critique=false: nobody writes one; leave out `critique_model`")
-        kind = self.critique_model.engine.kind if self.critique_model.engine else None
-        if kind != "openai":
-            raise ValueError(
-                f"critique_model.{f'engine.kind={kind}' if kind else 'engine is not set'}: the model that answers has "
-                "the engine here; use kind: openai, for a local model with the address of a `vllm serve`"
-            )
-        return self
 
 
 class RedTeamConfig(Section):

@@ -146,7 +146,7 @@ class RunConfig(Section):
         for key, value in (
             ("sft.init", self.sft.init),
             ("redteam.model", self.redteam.model),
-            ("revise.critique_model.model", served.model if (served := self.revise.critique_model) else None),
+            ("revise.reviser.model", reviser.model if (reviser := self.revise.reviser) else None),
             *((f"{key}.model", judge.model) for key, judge in self.judges.items()),
             ("rm.init", self.rm.init),
             *(("ppo.rewards", source.model) for source in self.ppo.rewards),
@@ -182,7 +182,7 @@ class RunConfig(Section):
         if self.engine.kind == "openai":
             raise ValueError(
                 "engine.kind=openai: the policy is trained here, so no endpoint has it; give the endpoint as "
-                "`label.judge.engine` (the feedback model) or `revise.critique_model.engine`"
+                "`label.judge.engine` (the feedback model) or `revise.reviser.engine`"
             )
         return self
 

@@ -22,7 +22,7 @@ _SHARED: dict[type[Section], tuple[str, str]] = {
     TrainConfig: ("Training", "Shared by `sft`, `rm`, `ppo` and `dpo`, each of which has its own values."),
     PreferenceConfig: ("Preferences", "Shared by `rm` and `dpo`, beside the settings of training."),
     EngineConfig: ("Engines", "The keys of `engine`, and of every other engine that a section names."),
-    PromptedModel: ("Prompted models", "The keys of `revise.critique_model` and of every judge."),
+    PromptedModel: ("Prompted models", "The keys of `revise.reviser` and of every judge."),
     JudgeConfig: (
         "Judges",
         "The keys of `label.judge`, `ppo.watch.judge` and `evaluate.judge`, beside those of every prompted model.",

@@ -111,8 +111,32 @@ class Preflight:
                         f"{key}: its prompt cannot be rendered ({e}); choose other templates"
                     ) from e
 
-    def trains_on_prompts(self, key: str, sources: Iterable[PromptSource], written: int) -> None:
-        """Notes the prompts of a setting as trained on.
+    def check_reviser(self, key: str, reviser: PromptedModel) -> TemplateSet:
+        """Checks that a reviser can be asked: its engine, tokenizer and key. Args as of `check_judge`.
+
+        Returns:
+            How it is asked.
+
+        Raises:
+            InputError: one of them cannot be used.
+        """
+        model = self.run.resolve_model(reviser)
+        check_engine(model.engine, f"{key}.engine" if reviser.engine else "engine")
+        templates = load_templates(model.templates)
+        if not model.is_served:
+            self.renderer(reviser)
+        elif "revise" in self.stages and self.models_here:
+            read_key(model.engine)
+        return templates
+
+    def asks_about(self, key: str, model: PromptedModel, prompts: Sequence[Prompt], written: int) -> None:
+        """Tells how many of these prompts a model's chat template refuses, or leave too little of its context."""
+        if prompts and self._renders:
+            resolved = self.run.resolve_model(model)
+            self._render(key, prompts, written, model, load_templates(resolved.templates))
+
+    def trains_on_prompts(self, key: str, sources: Iterable[PromptSource], written: int) -> list[Prompt]:
+        """Notes the prompts of a setting as trained on, and returns them.
 
         Args:
             written: the most tokens that are written after one of them.
@@ -132,6 +156,7 @@ class Preflight:
         self._tell(key, left_out)
         self._trained_on |= text_keys(train)
         self._render(key, train, written)
+        return train
 
     def trains_on_comparisons(self, source: Comparisons) -> None:
         """Notes the prompts of human comparisons as trained on.
@@ -175,13 +200,21 @@ class Preflight:
                 f"{key}: {held} rows are held out as well, and left out of training (evaluate.overlap=drop)"
             )
 
-    def _render(self, key: str, rows: Sequence[Prompt], written: int) -> None:
-        if not self._renders or not rows or (renderer := self.renderer()) is None:
+    def _render(
+        self,
+        key: str,
+        rows: Sequence[Prompt],
+        written: int,
+        model: PromptedModel | str = "base",
+        templates: TemplateSet | None = None,
+    ) -> None:
+        if not self._renders or not rows or (renderer := self.renderer(model)) is None:
             return
         from cai_ray.engine.vllm import model_context
 
-        context = self.run.config.engine.max_model_len or model_context(self.run.model("base"))
-        for line in PromptCheck(renderer, self.templates, context).lines(key, rows, written):
+        resolved = self.run.resolve_model(model)
+        context = resolved.engine.max_model_len or model_context(self.run.model(resolved.name))
+        for line in PromptCheck(renderer, templates or self.templates, context).lines(key, rows, written):
             self._say(line)
 
 

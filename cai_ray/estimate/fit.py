@@ -94,7 +94,7 @@ def _remedies(
 
 def _candidates(config: RunConfig, stage: str, gpus: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that may make a stage fit: a section of the configuration, and values in it."""
-    if STAGES[stage].kind != "trains":
+    if stage not in STAGES or STAGES[stage].kind != "trains":  # a judge or reviser has a part of its own
         yield from (
             ("engine", {"tensor_parallel": n, "max_actors": gpus // n}) for n in (2, 4, 8) if n <= gpus
         )

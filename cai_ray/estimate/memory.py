@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cai_ray.config.engine import EngineConfig
-from cai_ray.config.judge import JudgeConfig
+from cai_ray.config.judge import PromptedModel
 from cai_ray.config.run import RunConfig
 from cai_ray.config.training import TrainConfig
 from cai_ray.estimate.shape import Shape
@@ -57,25 +57,27 @@ def memory_needs(config: RunConfig, shapes: Callable[[str], Shape], gpu: bool) -
             engine_need("ppo", "rollouts", policy, config.rollout_engine, gpu, config.ppo.rollout_engines),
         ]
         if config.ppo.watch.asks_judge:
-            last += [n._replace(processes=1) for n in _judge("ppo", config, config.watch_judge, shapes, gpu)]
+            last += [n._replace(processes=1) for n in _asked("ppo", config, config.watch_judge, shapes, gpu)]
     return [
         engine_need("revise", "engine", shapes("base"), engine, gpu),
+        # It starts when the policy has answered.
+        *(_asked("reviser", config, reviser, shapes, gpu) if (reviser := config.revise.reviser) else ()),
         MemoryNeed("sft", "trainer", config.sft.workers, 1, trained(policy, config.sft, gpu)),
         engine_need("compare", "engine", policy, engine, gpu),
-        *_judge("label", config, config.label.judge, shapes, gpu),
+        *_asked("label", config, config.label.judge, shapes, gpu),
         *last,
         engine_need("evaluate", "engine", policy, engine, gpu),
         # It starts when the policies have answered.
-        *(_judge("judge", config, judge, shapes, gpu) if (judge := config.evaluate.judge) else ()),
+        *(_asked("judge", config, judge, shapes, gpu) if (judge := config.evaluate.judge) else ()),
     ]
 
 
-def _judge(
-    stage: str, config: RunConfig, judge: JudgeConfig, shapes: Callable[[str], Shape], gpu: bool
+def _asked(
+    stage: str, config: RunConfig, model: PromptedModel, shapes: Callable[[str], Shape], gpu: bool
 ) -> list[MemoryNeed]:
-    """The engines of a judge; none if it is at an endpoint."""
-    engine = judge.engine or config.engine
-    return [] if engine.kind == "openai" else [engine_need(stage, "engine", shapes(judge.model), engine, gpu)]
+    """The engines of a judge or reviser; none if it is at an endpoint."""
+    engine = model.engine or config.engine
+    return [] if engine.kind == "openai" else [engine_need(stage, "engine", shapes(model.model), engine, gpu)]
 
 
 def trained(shape: Shape, cfg: TrainConfig, gpu: bool, scores: bool = False) -> dict[str, float]:

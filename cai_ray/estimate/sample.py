@@ -68,7 +68,7 @@ def sampled(config: RunConfig, folder: str, count: int) -> RunConfig:
         data["label"]["judge"],
         data["evaluate"]["judge"],
         data["ppo"]["watch"]["judge"],
-        data["revise"]["critique_model"],
+        data["revise"]["reviser"],
     ):
         if prompted and prompted["engine"]:
             prompted["engine"] |= {"min_actors": 1, "max_actors": 1}

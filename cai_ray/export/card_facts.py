@@ -107,6 +107,12 @@ def public_name(model: str) -> str:
     return hub_id(model) or model.rstrip("/").rpartition("/")[2]
 
 
+def reviser_name(config: RunConfig) -> str | None:
+    """The public name of the model that wrote critiques and revisions, if that was not the policy."""
+    reviser = config.revise.reviser
+    return public_name(reviser.model) if reviser and reviser.model not in ("base", config.model) else None
+
+
 def _rate(rate: dict[str, Any]) -> str:
     value = percent(rate["value"])
     return value if rate["value"] is None else f"{value} ({interval(rate)}, n = {rate['n']})"

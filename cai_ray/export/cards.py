@@ -18,6 +18,7 @@ from cai_ray.export.card_facts import (
     hub_id,
     policy_results,
     public_name,
+    reviser_name,
     reward_model_results,
     row_counts,
     settings,
@@ -38,7 +39,7 @@ def model_card(role: str, facts: RunFacts, end: str = "", scale: dict[str, float
         scale: of a reward model, its reward_head.json.
     """
     config = facts.config
-    described = role_of(role, config.method)
+    described = role_of(role, config.method, reviser_name(config))
     data = ModelCardData(
         base_model=hub_id(config.model),
         library_name="transformers",
@@ -79,6 +80,7 @@ def dataset_card(facts: RunFacts, rows: dict[str, int], left_out: dict[str, int]
         data,
         facts,
         rows=rows,
+        reviser=reviser_name(facts.config),
         left_out=", ".join(f"{number} {why}" for why, number in left_out.items()),
         use=snippets.dataset(next(reversed(rows))),
         label_quality=certificate_facts(facts.certificate) if facts.certificate else [],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cai_ray.export.card_facts import public_name
 from cai_ray.storage.arrow import arrow_type, schema_of
 from cai_ray.storage.records import SftRow, Turn
 
@@ -26,6 +27,7 @@ SCHEMAS = {
                 "steps",
                 pa.list_(pa.struct([(n, _text) for n in ("principle_id", "critique", "revision")])),
             ),
+            ("reviser", _text),
             ("truncated", pa.bool_()),
             ("constitution_sha", _text),
         ]
@@ -64,6 +66,7 @@ def _revision(row: dict[str, Any], left_out: Counter[str]) -> dict[str, Any] | N
         "prompt": row["messages"],
         "completion": _answer(answer),
         "steps": [{k: step[k] for k in ("principle_id", "critique", "revision")} for step in steps],
+        "reviser": public_name(reviser) if (reviser := row.get("reviser")) else None,
         "truncated": bool(steps[-1].get("revision_truncated") if steps else row["truncated"]),
     }
 

@@ -29,9 +29,16 @@ class RoleCard(NamedTuple):
     limitations: tuple[str, ...]
 
 
-def role_of(name: str, method: str) -> RoleCard:
-    """The role `sl`, `rm` or `rl` in a run of a method."""
-    return _RL_BY_DPO if name == "rl" and method == "dpo" else _ROLES[name]
+def role_of(name: str, method: str, reviser: str | None = None) -> RoleCard:
+    """The role `sl`, `rm` or `rl` in a run of a method.
+
+    Args:
+        reviser: the name of the model that wrote critiques and revisions, if that was not the policy.
+    """
+    role = _RL_BY_DPO if name == "rl" and method == "dpo" else _ROLES[name]
+    if name != "sl" or reviser is None:
+        return role
+    return role._replace(about=_ABOUT_SL.format(who=reviser))
 
 
 def _through(stage: str, method: str) -> tuple[str, ...]:
@@ -45,10 +52,14 @@ _POLICY_LIMITATIONS = (
     "The labels are a model's opinion of a short document. What that model does not see, and what the document's "
     "authors did not think of, nobody taught this policy.",
 )
+_ABOUT_SL = (
+    "A language model, fine-tuned on its own answers after {who} had criticised and revised them by "
+    "a constitution."
+)
 _ROLES = {
     "sl": RoleCard(
         f"{MODELS['sl'].title} policy",
-        "A language model, fine-tuned on its own answers after it had criticised and revised them by a constitution.",
+        _ABOUT_SL.format(who="it"),
         _through("sft", "ppo"),
         ("sft",),
         "text-generation",

@@ -16,6 +16,7 @@ from cai_ray.cluster.threads import Crowd
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.make import make_engine
+from cai_ray.engine.metered import Metered
 from cai_ray.errors import RowError
 from cai_ray.generate.chain import Chain
 from cai_ray.generate.journal import Journal, JournalWriter, Slice
@@ -129,14 +130,15 @@ class ChainActor:
                     if self.held.stop_reason:
                         return Outcome(False)
                     with writer.busy(), self.counts.under_way():
-                        result = await self._walk(row, self.journals[name])
+                        result = await self._walk(engine := Metered(self.engine), row, self.journals[name])
                 await writer.save(result)
-                self.counts.finish(name, result)
+                # What the row's own column counts may be of an earlier pass as well.
+                self.counts.finish(name, result.get("error") is not None, engine.usage.generated)
         return Outcome(True, result.get("error"))
 
-    async def _walk(self, row: dict[str, Any], journal: Journal) -> Mapping[str, Any]:
+    async def _walk(self, engine: Metered, row: dict[str, Any], journal: Journal) -> Mapping[str, Any]:
         try:
-            return await self.chain(self.engine, row)
+            return await self.chain(engine, row)
         except RowError as e:
             return journal.failed(row, {"usage": Usage(*e.spent).as_record(), **e.made}, str(e))
         except Exception as e:

@@ -96,7 +96,8 @@ def borrow(run: Run, other: Run, stage: str) -> None:
 
 
 def with_earlier(run: Run, stage: str, tasks: Iterable[Task], name: str = "part") -> Iterator[Task]:
-    """Tasks with the earlier rows of their id in the column `earlier`, where there are any."""
+    """Tasks with the earlier rows of their id in the column `earlier`, where there are any, beside those that they
+    have."""
     folder = run.path(stage, FOLDER)
     if not has_rows(folder, name):
         yield from tasks
@@ -105,7 +106,10 @@ def with_earlier(run: Run, stage: str, tasks: Iterable[Task], name: str = "part"
     while block := list(islice(tasks, CHUNK)):
         earlier = _earlier(folder, stage, name, [task["id"] for task in block])
         for task in block:
-            yield cast(Task, {**task, "earlier": earlier[task["id"]]}) if task["id"] in earlier else task
+            if rows := earlier.get(task["id"]):
+                yield cast(Task, {**task, "earlier": [*(task.get("earlier") or ()), *rows]})
+            else:
+                yield task
 
 
 def _earlier(folder: str, stage: str, name: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -39,11 +39,10 @@ class RowCounts:
         finally:
             self._under_way -= 1
 
-    def finish(self, name: str, row: Mapping[str, Any]) -> None:
-        """Counts a row of the set `name` that is safe."""
+    def finish(self, name: str, failed: bool, tokens: int) -> None:
+        """Counts a row of the set `name` that is safe, and the tokens that were generated for it here."""
         self._finished[name] += 1
-        self._failed[name] += row.get("error") is not None
-        tokens = (row.get("usage") or {}).get("generated") or 0
+        self._failed[name] += failed
         self._finished_tokens += tokens
         self._finished_squares += tokens**2
 

@@ -10,6 +10,7 @@ from cai_ray.report.text import interval, percent
 METRICS = {
     "harm": "harm",
     "harm_greedy": "harm, temperature 0",
+    "declined": "declines red-team prompts",
     "helpful": "helpful",
     "over_refusal": "over-refusal",
     "evasive": "evasive refusals",

@@ -42,6 +42,7 @@ def build(run: Run) -> dict[str, Any]:
         {
             "name": run.config.name,
             "model": run.config.model,
+            "reviser": reviser.model if (reviser := run.config.revise.reviser) else None,
             "seed": run.config.seed,
             "method": run.config.method,
             **_measured(run),

@@ -16,6 +16,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         _refusals(report),
         _preference(report),
         _human_labels(report),
+        _reviser(report),
     ]
     return [sentence for sentence in sentences if sentence]
 
@@ -58,6 +59,12 @@ def _human_labels(report: dict[str, Any]) -> str:
     count = report["human_harmlessness_labels"]
     judges = "the written principles and these labels" if count else "the written principles alone"
     return f"Human labels of harm: {count}. What is harmful was judged by {judges}."
+
+
+def _reviser(report: dict[str, Any]) -> str:
+    reviser = report.get("reviser")
+    written_by_policy = reviser in (None, "base", report["model"])
+    return "" if written_by_policy else f"Critiques and revisions were written by {reviser}."
 
 
 def _rate(report: dict[str, Any], policy: str, metric: str) -> float | None:

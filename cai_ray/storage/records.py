@@ -138,6 +138,9 @@ class Revision(TypedDict):
     key: NotRequired[str | None]
     """Hash of everything that the response depends on (generate/reuse.py)."""
     model: NotRequired[str | None]
+    """The policy, which gave the response."""
+    reviser: NotRequired[str | None]
+    """The model that wrote critiques and revisions: that of `revise.reviser`, or the policy."""
     constitution_sha: NotRequired[str | None]
     usage: NotRequired[TokenUsage | None]
     error: NotRequired[str | None]

@@ -272,6 +272,8 @@ def test_the_run_keeps_its_configuration_and_constitution(tmp_path: Path) -> Non
         ("label.judge.model=/nowhere", "no such folder"),
         ("label.judge.answer=reasoned", "template set errand-town has no reasoning"),
         ("rm.init=/nowhere", "no such folder"),
+        ("revise.reviser.model=/nowhere", "no such folder"),
+        ("revise.reviser.templates=nowhere", "template set nowhere"),
     ],
 )
 def test_item_38_what_is_wrong_is_said_before_any_work(tmp_path: Path, override: str, says: str) -> None:
@@ -337,7 +339,14 @@ def test_a_way_for_weights_that_the_device_does_not_have(tmp_path: Path, device:
         pipeline.check_inputs(config, ["ppo"])
 
 
-@pytest.mark.parametrize("engine", ["engine.block_size=16", "label.judge.engine={block_size: 48}"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "engine.block_size=16",
+        "label.judge.engine={block_size: 48}",
+        "revise.reviser={engine: {block_size: 48}}",
+    ],
+)
 def test_a_block_size_that_vllm_refuses_on_cpu(tmp_path: Path, engine: str) -> None:
     config = load_config("errand-town", ["engine.device=cpu", engine], out=str(tmp_path))
     with pytest.raises(InputError, match="on CPU vLLM takes multiples of 32"):
@@ -476,3 +485,15 @@ def test_a_run_stays_with_the_commits_that_it_began_with(tmp_path: Path, hub: Hu
     hub.close()
     hub_module.pin.cache_clear()
     assert go(out, *given).config.model == f"org/name@{first}"
+
+
+def test_item_38_prompts_that_leave_a_reviser_too_little_room(tmp_path: Path) -> None:
+    """What it reads beside the prompt is the answer and its critique, and a revision follows."""
+    said: list[str] = []
+    reviser = "revise.reviser={engine: {max_model_len: 160}}"
+    config = load_config("errand-town", [reviser], out=str(tmp_path))
+    pipeline.check_inputs(config, ["revise"], say=said.append, renders=True)
+    (line,) = [line for line in said if line.startswith("revise.reviser: ") and "longer than" in line]
+    written = 2 * config.revise.max_tokens + config.revise.critique_max_tokens
+    assert f"context of 160 leaves beside {written} to be written" in line
+    assert not [line for line in said if line.startswith("prompts: ") and "longer than" in line]

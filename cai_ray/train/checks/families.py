@@ -174,8 +174,8 @@ def _remedy(run: Run, use: Use, architecture: str) -> str:
 def _prompted(run: Run, stage: str) -> Iterator[tuple[str, Any]]:
     """The settings of models that a stage asks beside the policy."""
     config = run.config
-    if stage == "revise" and config.revise.critique_model:
-        yield "revise.critique_model", config.revise.critique_model
+    if stage == "revise" and config.revise.reviser:
+        yield "revise.reviser", config.revise.reviser
     if stage == "label":
         yield "label.judge", config.label.judge
     if stage == "ppo" and config.ppo.watch.asks_judge:

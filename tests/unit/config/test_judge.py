@@ -81,11 +81,8 @@ def test_only_a_reasoned_answer_is_clamped_by_default() -> None:
             "evaluate.judge.model=rl is made by",
         ),
         ("ppo.watch.judge.model=rl", "ppo.watch.judge.model=rl is not made yet"),
-        ("revise.critique_model={model: m}", "critique_model.engine is not set"),
-        (
-            "revise.critique_model={model: sl, engine: {kind: openai, base_url: 'http://x/v1'}}",
-            "revise.critique_model.model=sl is not made yet",
-        ),
+        ("revise.reviser={model: sl}", "revise.reviser.model=sl is not made yet"),
+        ("revise.critique_model={model: m}", "critique_model"),
     ],
 )
 def test_judges_that_cannot_be_asked(override: str, says: str) -> None:

@@ -18,7 +18,6 @@ from cai_ray.cli import main
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.engine import EngineConfig
 from cai_ray.config.fingerprint import result_settings
-from cai_ray.config.generation import ReviseConfig
 from cai_ray.config.load import load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.engine import openai as module
@@ -29,7 +28,6 @@ from cai_ray.engine.options import option_logprobs
 from cai_ray.engine.protocol import Completion
 from cai_ray.engine.request_fields import NEUTRAL
 from cai_ray.errors import Abstained, InputError, RowError
-from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
 from cai_ray.provenance.inputs import own_inputs
 from cai_ray.storage.run import Run
@@ -360,9 +358,7 @@ def load(out: Path, *overrides: str) -> RunConfig:
             "label.judge={model: sl, engine: {kind: openai, base_url: 'http://x'}}",
             "label.judge.model=sl is made by this run",
         ),
-        ("revise.critique_model={model: big}", "engine is not set.*address of a `vllm serve`"),
-        ("revise.critique_model={model: big, engine: {kind: vllm}}", "address of a `vllm serve`"),
-        ("revise.critique_model={engine: {kind: openai}}", "kind=openai needs `base_url`"),
+        ("revise.reviser={engine: {kind: openai}}", "kind=openai needs `base_url`"),
     ],
 )
 def test_what_an_endpoint_cannot_be_is_said_without_its_secrets(
@@ -389,6 +385,17 @@ def test_check_looks_for_the_key_and_not_for_a_tokenizer(
     out = capsys.readouterr().out
     assert "ok: nothing was started" in out and KEY not in out
     assert not [line for line in out.splitlines() if line.startswith("label")], "it needs no memory here"
+
+
+def test_check_looks_for_the_revisers_key_if_it_is_about_to_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reviser = ENDPOINT.replace("label.judge.engine=", "revise.reviser.engine=")
+    config = load(tmp_path / "run", reviser, "revise.reviser.model=gpt-9")
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    pipeline.check_inputs(config, ["sft"])
+    with pytest.raises(InputError, match="environment variable TEST_KEY is not set"):
+        pipeline.check_inputs(config, ["revise"])
 
 
 def test_item_38_scores_that_an_endpoint_cannot_tell_apart(
@@ -442,19 +449,3 @@ def test_template_arguments_are_sent_only_where_they_are_given(server: Server) -
     plain, given = server.bodies
     assert "chat_template_kwargs" not in plain
     assert given == plain | {"chat_template_kwargs": {"enable_thinking": False}}
-
-
-def test_critiques_come_from_the_critique_model_and_revisions_from_the_policy(server: Server) -> None:
-    from cai_ray import constitution
-    from cai_ray.engine.scripted import ScriptedEngine
-
-    server.replies = [Reply(completion("too rude"))]
-    revise, critic = ReviseConfig(rounds=2), model("big", endpoint(server.url))
-    chain = ReviseChain(
-        constitution.load("harmless"), GENERAL, revise, seed=0, model="town", critique_model=critic
-    )
-    chain = pickle.loads(pickle.dumps(chain))
-    row = {"id": "r", "prompt_id": "p", "messages": ASK, "kind": "red_team", "family": None}
-    out = asyncio.run(chain(ScriptedEngine(answer=lambda messages, sampling: "policy"), row))
-    assert [(s["critique"], s["revision"]) for s in out["steps"]] == [("too rude", "policy")] * 2
-    assert [b["model"] for b in server.bodies] == ["big"] * 2

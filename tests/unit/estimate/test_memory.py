@@ -168,3 +168,23 @@ def _tiny(folder: Path) -> RunConfig:
     return validate(
         {"name": "t", "model": str(folder), "constitution": "harmless", "prompts": [{"path": "x"}]}, "test"
     )
+
+
+def test_a_reviser_needs_room_of_its_own_unless_it_is_at_an_endpoint() -> None:
+    def engines(*overrides: str) -> list[tuple[str, float]]:
+        cfg = load(*overrides)
+        needs = memory.memory_needs(cfg, lambda role: shape_of(cfg, "base"), gpu=True)
+        return [(n.stage, n.parts["weights"]) for n in needs if n.stage in ("revise", "reviser")]
+
+    served = "revise.reviser={model: big, engine: {kind: openai, base_url: 'http://h/v1'}}"
+    assert engines() == engines(served) and len(engines()) == 1
+    quantised = "revise.reviser={model: big, engine: {quantization: fp8}}"
+    (_, whole), (stage, half) = engines(quantised)
+    assert stage == "reviser" and half == pytest.approx(whole / 2)
+
+
+def test_a_reviser_that_does_not_fit_is_one_line() -> None:
+    cfg = load("check.gpu_gib=40", "ppo.lora={rank: 4}", "sft.zero_stage=3", "rm.zero_stage=3")
+    needs = [memory.MemoryNeed("reviser", "engine", 1, 1, {"weights": 50.0 * memory.GIB})]
+    line = fit._remedies(cfg, lambda role: shape_of(cfg, "base"), needs, 8, 40.0)
+    assert line == "use a smaller model or larger GPUs" or line.startswith("what fits: ")

@@ -13,6 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from cai_ray.cli import main
+from cai_ray.config.judge import PromptedModel
 from cai_ray.config.run import RunConfig
 from cai_ray.constitution import load
 from cai_ray.errors import InputError
@@ -287,6 +288,22 @@ def test_a_base_model_of_the_hub_is_named(run: Run, tmp_path: Path) -> None:
         out = tmp_path / f"out {len(model)}"
         export(other, str(out))
         assert front(out / "models" / "sl" / "README.md").get("base_model") == named
+
+
+def test_the_cards_say_who_wrote_critiques_and_revisions(run: Run, tmp_path: Path) -> None:
+    export(run, str(tmp_path / "alone"))
+    assert "after it had criticised" in (tmp_path / "alone" / "models" / "sl" / "README.md").read_text()
+    reviser = PromptedModel(model="/secret/place/large")
+    revise = run.config.revise.model_copy(update={"reviser": reviser})
+    other = Run(run.config.model_copy(update={"revise": revise}))
+    by_another = revised(0, reviser="/secret/place/large")
+    other.write_rows("revise", to_table([by_another, helpful(2)], Revision))
+    export(other, str(tmp_path / "out"))
+    cards = [(tmp_path / "out" / f / "README.md").read_text() for f in ("models/sl", "models/rl", "datasets")]
+    assert "after large had criticised" in cards[0] and "`large` wrote" in cards[2]
+    assert not any("secret" in card for card in cards)
+    written = {row["reviser"] for row in rows(tmp_path / "out", "revisions")}
+    assert written == {"large", None}
 
 
 def test_what_is_not_done_is_left_out_and_named(run: Run, tmp_path: Path) -> None:

@@ -1,21 +1,27 @@
 """The chain of critique and revision, on a scripted engine."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cai_ray import constitution
+from cai_ray.cluster.usage import Usage
 from cai_ray.config.generation import ReviseConfig
+from cai_ray.config.load import load_config
 from cai_ray.config.run import RunConfig
 from cai_ray.config.sources import PromptSource
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
-from cai_ray.generate.revise import ReviseChain
+from cai_ray.generate.revise import ReviseChain, make_chain
 from cai_ray.judging.quality import run_templates
 from cai_ray.prompts.check import check_direct
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.arrow import to_table
+from cai_ray.storage.records import Revision
+from cai_ray.storage.run import Run
 
 TOWN = constitution.load("errand-town")
 ROW = {
@@ -90,13 +96,6 @@ def test_item_38_a_set_without_a_way_to_ask_for_revisions_at_once() -> None:
     check_direct(load_templates("errand-town"))
     with pytest.raises(InputError, match=r"revise\.critique=false: template set errand-town has no direct"):
         check_direct(load_templates("errand-town").model_copy(update={"direct": None}))
-    with pytest.raises(ValueError, match="critique=false"):
-        ReviseConfig.model_validate(
-            {
-                "critique": False,
-                "critique_model": {"model": "m", "engine": {"kind": "openai", "base_url": "http://h/v1"}},
-            }
-        )
 
 
 def test_a_disabled_principles_slot_is_skipped() -> None:
@@ -186,3 +185,91 @@ def test_seeds_differ_by_row_and_step_and_not_by_order() -> None:
     seeds.clear()
     revise(note, id="r2")
     assert not set(first) & set(seeds)
+
+
+FIRST = {
+    "response": "sure , unfold it .",
+    "truncated": False,
+    "tokens": 5,
+    "key": "k",
+    "usage": Usage(7, 0, 5, 1).as_record(),
+    "error": None,
+}
+
+
+def revised_by_another(
+    answer: Any = by_step, templates: TemplateSet | None = None, **row: Any
+) -> dict[str, Any]:
+    """A row whose first answer is there, with the engine of a reviser."""
+    settings = ReviseConfig(rounds=2, draw="without_replacement")
+    chain = ReviseChain(
+        TOWN,
+        load_templates("errand-town"),
+        settings,
+        seed=0,
+        model="small",
+        reviser="large",
+        reviser_templates=templates,
+    )
+    out = asyncio.run(chain(ScriptedEngine(answer), {**ROW, "first": FIRST, **row}))
+    to_table([out], Revision)  # every column is declared
+    return dict(out)
+
+
+def test_a_reviser_writes_critiques_and_revisions_of_the_policys_answer() -> None:
+    out = revised_by_another()
+    assert (out["response"], out["tokens"], out["key"]) == ("sure , unfold it .", 5, "k")
+    assert [s["critique"] for s in out["steps"]] == [
+        "critique of [sure , unfold it .]",
+        "critique of [revision of [sure , unfold it .]]",
+    ]
+    assert out["revision"] == out["steps"][-1]["revision"] != out["response"]
+    assert (out["model"], out["reviser"]) == ("small", "large")
+    assert out["usage"]["calls"] == 1 + 4, "the policy's call counts, too"
+
+
+def test_the_policy_is_named_where_it_revises_by_itself() -> None:
+    out = revise(by_step)
+    assert out["model"] == out["reviser"] == "m"
+
+
+def test_a_reviser_is_asked_by_its_own_template_set() -> None:
+    seen: list[str] = []
+
+    def note(messages: list[dict[str, str]], sampling: Any) -> str:
+        seen.append("".join(m["content"] for m in messages))
+        return "<think>Hm.</think>a text of its own"
+
+    out = revised_by_another(note, load_templates("general"))
+    assert len(seen) == 4 and all("# Critique request" in asked for asked in seen)
+    assert {s["critique"] for s in out["steps"]} == {"a text of its own"}, "its thinking is taken off"
+
+
+def test_a_reviser_is_asked_nothing_about_helpfulness_prompts_and_failed_answers() -> None:
+    def never(messages: Any, sampling: Any) -> str:
+        raise AssertionError("asked")
+
+    out = revised_by_another(never, kind="helpful")
+    assert out["response"] == FIRST["response"] and out["steps"] == [] and out["revision"] is None
+    with pytest.raises(RowError, match="too long") as e:
+        revised_by_another(never, first={"error": "too long", "usage": {**FIRST["usage"]}})
+    assert e.value.made["usage"]["generated"] == 5 and e.value.made["reviser"] == "large"
+
+
+def chain_of(tmp_path: Path, *overrides: str) -> ReviseChain:
+    return make_chain(Run(load_config("errand-town", list(overrides), out=str(tmp_path))))
+
+
+def test_the_keys_of_steps_say_who_writes_them_and_those_of_answers_do_not(tmp_path: Path) -> None:
+    served = "engine: {kind: openai, base_url: 'http://h/v1'}"
+    alone = chain_of(tmp_path)
+    one, two = (chain_of(tmp_path, f"revise.reviser={{model: {name}, {served}}}") for name in ("a", "b"))
+    assert alone.context == one.context == two.context
+    assert len({chain.key(ROW, "text", 0, TOWN.principles[0]) for chain in (alone, one, two)}) == 3
+    assert (alone.reviser, one.reviser) == (None, "a")
+
+
+def test_a_reviser_that_is_the_base_model_has_its_name(tmp_path: Path) -> None:
+    chain = chain_of(tmp_path, "revise.reviser={templates: general}")
+    assert chain.reviser == "town" and chain.templates.name == "errand-town"
+    assert chain.reviser_templates is not None and chain.reviser_templates.name == "general"

@@ -47,9 +47,9 @@ def test_an_actor_counts_what_is_finished_and_what_is_under_way() -> None:
             report = counts.report()
             assert (report["under_way"], report["tokens"], report["finished_tokens"]) == (2, 4, 0)
             assert report["seconds"] > 0
-        counts.finish("part", {"error": None, "usage": {"generated": 4}})
-        counts.finish("part", {"error": "too long"})
-        counts.finish("helpful", {"error": None, "usage": None})
+        counts.finish("part", failed=False, tokens=4)
+        counts.finish("part", failed=True, tokens=0)
+        counts.finish("helpful", failed=False, tokens=0)
     report = counts.report()
     assert report["finished"] == {"part": 2, "helpful": 1} and report["failed"]["part"] == 1
     assert (report["under_way"], report["finished_tokens"], report["finished_squares"]) == (0, 4, 16)

@@ -416,6 +416,13 @@ def test_page_names_everything_it_must(town_run: Run) -> None:
     )  # both axes, families, revision rounds, calibration, and the one curve with numbers
 
 
+def test_page_says_who_wrote_critiques_and_revisions(town_run: Run) -> None:
+    report = stage.build(town_run)
+    said = "Critiques and revisions were written by"
+    assert report["reviser"] is None and said not in Page(html.page(report)).text
+    assert f"{said} org/large." in Page(html.page({**report, "reviser": "org/large"})).text
+
+
 def test_page_without_gold_leaves_sections_out(town_run: Run) -> None:
     report = stage.build(town_run)
     none = rate([])

@@ -131,6 +131,17 @@ def test_a_judge_needs_an_engine_alone(tmp_path: Path) -> None:
     assert checked(tmp_path, "Good", {"label": {"judge": served}}) == []
 
 
+def test_a_reviser_needs_an_engine_alone(tmp_path: Path) -> None:
+    reviser = {"model": folder(tmp_path / "large", "NoPpo")}
+    assert checked(tmp_path, "Good", {"revise": {"reviser": reviser}}) == []
+    folder(tmp_path / "large", "NoEngine")
+    with pytest.raises(
+        InputError, match=r"^revise.reviser.model .*large: revise does not work with NoEngine"
+    ):
+        checked(tmp_path, "Good", {"revise": {"reviser": reviser}})
+    assert checked(tmp_path, "Good", {"revise": {"reviser": reviser}}, stages=["sft"]) == []
+
+
 def test_a_longer_context_than_the_original_one_is_refused(tmp_path: Path) -> None:
     """The bound is a number of the model's own config.json."""
     rope = {"rope_parameters": {"original_max_position_embeddings": 4096}}
