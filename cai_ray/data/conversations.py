@@ -197,7 +197,7 @@ def _parts(value: Any) -> list[_Part]:
         text = clean(value)
         return [_Part(*turn) for turn in turns_of(text)] or [_Part("user", text)]
     if isinstance(value, Mapping):
-        value = _rows_of_lists(value) or [value]
+        value = _rows_of_lists(value) or [dict(value)]
     if not isinstance(value, list | tuple) or not any(isinstance(m, Mapping) for m in value):
         raise OddRow("no conversation", f"messages or a text are needed, got {short(value)}")
     return [_part(message) for message in value if message is not None]
