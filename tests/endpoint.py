@@ -31,7 +31,7 @@ class Reply:
         self.status, self.seconds, self.drop, self.headers = status, seconds, drop, headers
 
 
-def completion(text: str | None = "fine", finish: str = "stop", **choice: Any) -> dict[str, Any]:
+def completion(text: Any = "fine", finish: str = "stop", **choice: Any) -> dict[str, Any]:
     usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
     message = {"role": "assistant", "content": text}
     return {"choices": [{"message": message, "finish_reason": finish, **choice}], "usage": usage}

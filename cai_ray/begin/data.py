@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from cai_ray.config.sources import PromptSource
 from cai_ray.data.conversations import to_messages
 from cai_ray.data.left_out import LeftOut, OddRow
 from cai_ray.data.overlap import normalised
-from cai_ray.data.sources import iter_rows, read_prompts
+from cai_ray.data.sources import iter_source_rows, read_prompts
 from cai_ray.errors import InputError
 from cai_ray.storage import files, hub
 from cai_ray.storage.records import Prompt, derive_id
@@ -143,7 +143,7 @@ def _kind(path: str, text: str, ask: Ask | None) -> Kind | None:
     Raises:
         InputError: nobody tells.
     """
-    if next(iter_rows(path)).get("kind") is not None:
+    if next(_readable(path), {}).get("kind") is not None:
         return None
     name = text.lower()
     if any(word in name for word in ("harmless", "red_team", "red-team", "redteam")):
@@ -163,7 +163,7 @@ def _kind(path: str, text: str, ask: Ask | None) -> Kind | None:
 def _answers(path: str) -> list[str]:
     """The assistant's last turns in the first rows of a source."""
     answers: list[str] = []
-    for row in islice(iter_rows(path), _LOOKED_AT):
+    for row in islice(_readable(path), _LOOKED_AT):
         value = row.get("chosen") or row.get("messages") or row.get("text")
         with suppress(OddRow):
             last = to_messages(value)[-1]
@@ -172,3 +172,8 @@ def _answers(path: str) -> list[str]:
             elif isinstance(row.get("chosen"), str) and row.get("prompt"):
                 answers.append(row["chosen"])
     return [answer for answer in answers if answer.strip()]
+
+
+def _readable(path: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a source without those that cannot be read, which are counted elsewhere."""
+    return (row.values for row in iter_source_rows(path) if not isinstance(row.values, OddRow))

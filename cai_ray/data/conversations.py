@@ -4,26 +4,29 @@ r"""One reading of the forms that conversations have in people's files.
 | --- | --- |
 | messages | `[{"role": "user", "content": "…"}, …]`, also with `from` and `value` (ShareGPT) or `parts` |
 | one message | `{"role": "user", "content": "…"}` |
-| transcript | `"\n\nHuman: …\n\nAssistant: …"` (HH-RLHF), also without the line breaks at the start |
+| lists | `{"role": ["user", …], "content": ["…", …]}`, as `datasets` stores a sequence of messages |
+| transcript | `"\n\nHuman: …\n\nAssistant: …"` (HH-RLHF), also without the line breaks at the start (transcripts.py) |
 | plain text | the text of a person's turn |
 
-A content is a text, or a list of parts whose texts are joined. Turns of a tool, images and whatever else cannot be said
-in words have no plain reading: OddRow. They do no harm in an answer that is not used, after a prompt's last user turn.
+Messages may also stand as JSON in a text, as CSV has them. A content is a text, or a list of parts whose texts are
+joined. A system prompt may have a column of its own: `system_prompt`, or beside messages `system`. Turns of a tool,
+images and whatever else cannot be said in words have no plain reading: OddRow. They do no harm in an answer that is not
+used, after a prompt's last user turn.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cai_ray.data.formats import clean
 from cai_ray.data.left_out import OddRow, short, short_list
+from cai_ray.data.transcripts import begins_as_transcript, turns_of
 from cai_ray.storage.records import Turn
 
 LISTS = ("messages", "conversations", "conversation")
-"""Columns of messages. A text in them may be JSON, as CSV has it."""
+"""Columns of messages."""
 PROMPT_COLUMNS = (*LISTS, "prompt", "question", "text", "chosen")
 """Columns of prompts: the first that a row has a value for is read."""
 CONTEXT_COLUMNS = (*LISTS, "prompt", "question")
@@ -39,14 +42,10 @@ _ROLES = {
     ),
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
-_SPEAKERS = ("role", "from")
+_SPEAKERS = ("role", "from", "speaker")
 _CONTENTS = ("content", "value", "parts", "text")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _CALLS = ("tool_calls", "function_call")
-
-_SPOKEN = re.compile(r"\s*(?:Human|Assistant):")
-_TURN = re.compile(r"\n[ \t]*\n(Human|Assistant): ?")
-_LINE = re.compile(r"\n[ \t]*(Human|Assistant): ?")
 
 
 class _Part(NamedTuple):
@@ -73,7 +72,7 @@ def prompt_of(row: Mapping[str, Any], column: str | None = None) -> list[Turn]:
             f"no {column}" if column else "no prompt",
             f"none of {short_list(columns)} has a value, only {short_list(row)}; set `column` to the one of prompts",
         )
-    return to_prompt(value)
+    return _instructed(row, to_prompt(value), _column(row, columns))
 
 
 def conversation_of(row: Mapping[str, Any]) -> list[Turn]:
@@ -82,7 +81,8 @@ def conversation_of(row: Mapping[str, Any]) -> list[Turn]:
     Raises:
         OddRow: it has none, or it cannot be read.
     """
-    return to_messages(_value(row, CONTEXT_COLUMNS))
+    messages = to_messages(_value(row, CONTEXT_COLUMNS))
+    return _instructed(row, messages, _column(row, CONTEXT_COLUMNS))
 
 
 def to_prompt(value: Any) -> list[Turn]:
@@ -122,7 +122,7 @@ def compared(row: Mapping[str, Any]) -> tuple[list[Turn], str, str]:
     Raises:
         OddRow: one of them cannot be read or is empty, or they are the same.
     """
-    given = [row.get(name) for name in ("chosen", "rejected")]
+    given = [_from_json(row.get(name)) for name in ("chosen", "rejected")]
     if any(value is None for value in given):
         raise OddRow("no `chosen` or no `rejected`", f"it has {short_list(row)}")
     shared = _value(row, CONTEXT_COLUMNS)
@@ -145,54 +145,72 @@ def compared(row: Mapping[str, Any]) -> tuple[list[Turn], str, str]:
         raise OddRow("an empty answer")
     if answers[0].strip() == answers[1].strip():
         raise OddRow("equal answers")
-    return messages, *answers
+    return _instructed(row, messages, _column(row, CONTEXT_COLUMNS)), *answers
+
+
+def _column(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
+    """The first column that there is a value in, of these."""
+    return next((name for name in columns if row.get(name) is not None and row[name] != []), None)
 
 
 def _value(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
     """The first value that there is, of these columns."""
-    column = next((name for name in columns if row.get(name) is not None and row[name] != []), None)
-    value = row[column] if column else None
+    column = _column(row, columns)
+    value = _from_json(row[column]) if column else None
     if column in LISTS and isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise OddRow(f"`{column}` is not a JSON list", "name a column of texts `prompt`") from e
+        raise OddRow(f"`{column}` is not a JSON list", "name a column of texts `prompt`")
     return value
+
+
+def _from_json(value: Any) -> Any:
+    """Messages that stand as JSON in a text, and any other value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    messages = read if isinstance(read, list) else [read]
+    spoken = [isinstance(m, dict) and any(isinstance(m.get(key), str) for key in _SPEAKERS) for m in messages]
+    said = [isinstance(m, dict) and any(key in m for key in _CONTENTS) for m in messages]
+    return read if messages and all(spoken) and all(said) else value
+
+
+def _instructed(row: Mapping[str, Any], messages: list[Turn], column: str | None) -> list[Turn]:
+    """The conversation behind a system prompt that the row has in a column of its own."""
+    names = ("system_prompt", "system") if column in LISTS else ("system_prompt",)
+    text = next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
+    if text is None or any(m["role"] == "system" for m in messages):
+        return messages
+    return [{"role": "system", "content": clean(text)}, *messages]
 
 
 def _answer(value: Any) -> list[Turn]:
     """An answer as the last of some turns; a plain text is the assistant's."""
-    if isinstance(value, str) and not _SPOKEN.match(value):
+    if isinstance(value, str) and not begins_as_transcript(value):
         return [{"role": "assistant", "content": clean(value)}]
     return to_messages(value)
 
 
 def _parts(value: Any) -> list[_Part]:
     if isinstance(value, str):
-        return _spoken(clean(value))
+        text = clean(value)
+        return [_Part(*turn) for turn in turns_of(text)] or [_Part("user", text)]
     if isinstance(value, Mapping):
-        value = [value]
+        value = _rows_of_lists(value) or [dict(value)]
     if not isinstance(value, list | tuple) or not any(isinstance(m, Mapping) for m in value):
         raise OddRow("no conversation", f"messages or a text are needed, got {short(value)}")
     return [_part(message) for message in value if message is not None]
 
 
-def _spoken(text: str) -> list[_Part]:
-    """The turns of a transcript. Where a speaker comes twice in a row, as in some published ones, it is one turn."""
-    if not _SPOKEN.match(text):
-        return [_Part("user", text)]
-    turns = _TURN.split("\n\n" + text.lstrip())
-    if len(set(turns[1::2])) == 1 and not text[0].isspace():
-        lines = _LINE.split("\n\n" + text)  # perhaps there are no blank lines between turns either
-        turns = lines if len(set(lines[1::2])) == 2 else turns
-    parts: list[_Part] = []
-    for who, said in zip(turns[1::2], turns[2::2], strict=True):
-        role, content = "user" if who == "Human" else "assistant", said.strip()
-        if parts and parts[-1].role == role:
-            parts[-1] = _Part(role, f"{parts[-1].content}\n\n{content}".strip())
-        else:
-            parts.append(_Part(role, content))
-    return parts
+def _rows_of_lists(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages of which the roles stand in one list, the contents in another; empty if they do not."""
+    columns = {key: v for key, v in value.items() if isinstance(v, list | tuple)}
+    lengths = {len(columns[key]) for key in (*_SPEAKERS, *_CONTENTS) if key in columns}
+    if len(lengths) != 1 or not columns.keys() & set(_SPEAKERS):
+        return []
+    (length,) = lengths
+    return [{key: v[i] for key, v in columns.items() if len(v) == length} for i in range(length)]
 
 
 def _part(message: Any) -> _Part:

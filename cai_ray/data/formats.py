@@ -1,9 +1,9 @@
 """Rows from files in the formats people have, one at a time.
 
 JSON lines, CSV (both also .gz), parquet and Arrow streams; a folder of such files, as `datasets.save_to_disk` or a
-download from a hub leaves it; or a pattern for some files of a folder ("data/train-*.parquet"). Cells of a CSV file are
-texts; empty cells are None. A row that cannot be read, such as a line that is not JSON, does not end a file: it is
-told apart (`SourceRow`), and whoever reads counts it.
+download from a hub leaves it; a pattern for some files of a folder ("data/train-*.parquet"); or a .json file, which may
+be one list over many lines. Cells of a CSV file are texts; empty cells are None. A row that cannot be read, such as a
+line that is not JSON, does not end a file: it is told apart (`SourceRow`), and whoever reads counts it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from itertools import chain, count
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from cai_ray.data.arrow_rows import rows_of
 from cai_ray.data.left_out import OddRow, SourceRow
 from cai_ray.errors import InputError
 from cai_ray.storage import files
@@ -34,6 +36,7 @@ _ACCEPTED = f"a file or a folder of {', '.join(FORMATS)}"
 
 _AHEAD_BYTES = 4 << 20
 _CACHE = re.compile(r"cache-.*\.arrow")
+_SPACE = re.compile(r"\s*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What bytes that are not UTF-8 are read as (`surrogateescape`)."""
 
@@ -105,7 +108,8 @@ def clean(text: str) -> str:
 
     Every tokenizer and file accepts it.
     """
-    return _whole(text).replace("\r\n", "\n")
+    text = _whole(text).replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def _whole(text: str) -> str:
@@ -122,7 +126,7 @@ def _read(file: str, path: str) -> Iterator[tuple[int, dict[str, Any] | OddRow]]
     """The rows of a file with their numbers."""
     fs, _ = resolve(path)
     if file.endswith(".parquet"):
-        yield from enumerate((row for table in iter_parquet(fs, file, 1024) for row in table.to_pylist()), 1)
+        yield from enumerate((row for table in iter_parquet(fs, file, 1024) for row in rows_of(table)), 1)
         return
     if file.endswith(".arrow"):
         with open_file(fs, file) as f:
@@ -133,10 +137,15 @@ def _read(file: str, path: str) -> Iterator[tuple[int, dict[str, Any] | OddRow]]
         plain = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
         # Only \n ends a line: the texts in it may contain other separators.
         lines = io.TextIOWrapper(io.BufferedReader(plain), "utf-8-sig", "surrogateescape", newline="\n")
-        yield from _csv(lines) if file.endswith(CSV) else _json_lines(lines)
+        if file.endswith(CSV):
+            yield from _csv(lines)
+        elif file.endswith(".json"):
+            yield from _json(lines)
+        else:
+            yield from _json_lines(lines)
 
 
-def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
+def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any] | OddRow]:
     """Rows of an Arrow stream, which `save_to_disk` writes, or of an Arrow file, which other programs write."""
     if raw.read(6) == b"ARROW1":
         raw.seek(0)
@@ -147,20 +156,65 @@ def _arrow(raw: pa.NativeFile) -> Iterator[dict[str, Any]]:
         batches = iter(pa.ipc.open_stream(raw))
     for batch in batches:
         for start in range(0, batch.num_rows, 1024):
-            yield from batch.slice(start, 1024).to_pylist()
+            yield from rows_of(batch.slice(start, 1024))
 
 
 def _csv(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
-    for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+    reader = csv.DictReader(lines, strict=True)
+    names, broken = reader.fieldnames or (), False
+    for number in count(1):
+        try:
+            row = next(reader, None)
+        except csv.Error as e:
+            if "end of data" in str(e):  # a quote that is never closed: nobody knows what is lost behind it
+                raise
+            broken = True
+            yield number, OddRow("not valid CSV", str(e).partition(" - ")[0])
+            continue
+        if row is None:
+            return
+        broken &= any(row.get(name) is None for name in names)
         if None in row:
             yield number, OddRow("more cells than the header", "quote cells with commas")
+        elif broken:  # perhaps the rest of a row that is not valid
+            yield number, OddRow("not valid CSV", "fewer cells than the header behind such a row")
         elif any(value and _NOT_UTF8.search(value) for value in row.values()):
             yield number, OddRow("not UTF-8")
         elif any(row.values()):
             yield number, {name: value or None for name, value in row.items()}
 
 
-def _json_lines(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
+def _json(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
+    """The rows of one JSON list, or else of JSON lines."""
+    begins = []
+    for line in lines:
+        begins.append(line)
+        if line.strip():
+            break
+    if not begins or not begins[-1].lstrip().startswith("["):
+        yield from _json_lines(chain(begins, lines))
+        return
+    text = "".join(begins) + lines.read()
+    place, decoder = text.index("[") + 1, json.JSONDecoder()
+    for number in count(1):
+        place = _SPACE.match(text, place).end()  # type: ignore[union-attr]
+        if text[place : place + 1] == "]":
+            if text[place + 1 :].strip():
+                raise ValueError("there is more behind the list; give one list, or one JSON object per line")
+            return
+        if number > 1:
+            if text[place : place + 1] != ",":
+                raise ValueError(f"row {number} of the list is not valid JSON")
+            place = _SPACE.match(text, place + 1).end()  # type: ignore[union-attr]
+        try:
+            _, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"row {number} of the list is not valid JSON") from e
+        yield number, _json_row(text[place:end])
+        place = end
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | OddRow]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, _json_row(line)

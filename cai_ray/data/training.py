@@ -72,7 +72,7 @@ def held_out_keys(config: RunConfig) -> set[bytes]:
     prompts = [*evaluate.prompts, *(watch.prompts if config.watched else ())]
     keys = text_keys(read_prompts(prompts, config.seed, LeftOut(config.max_error_rate)))
     for eval_set in evaluate.sets:
-        keys |= text_keys(set_formats.read(eval_set, config.seed))
+        keys |= text_keys(set_formats.read(eval_set, config.seed, LeftOut(config.max_error_rate)))
     return keys
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,16 +10,22 @@ from urllib.parse import urlsplit
 from cai_ray.config.engine import EngineConfig
 from cai_ray.errors import InputError
 
+_NAMES = ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+
 
 def is_on_this_machine(url: str) -> bool:
-    """Whether an address is a loopback address: `localhost`, 127.0.0.0/8 or ::1, or 0.0.0.0, which leads there."""
+    """Whether an address is a loopback address: `localhost`, 127.0.0.0/8 or ::1, or 0.0.0.0, which leads there; or
+    this machine by its own name."""
     host = (urlsplit(url).hostname or "").rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
+    if host in (*_NAMES, socket.gethostname().casefold()) or host.endswith(".localhost"):
         return True
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
-        return False
+        try:  # short forms, such as 127.1
+            address = ip_address(socket.inet_aton(host))
+        except (OSError, UnicodeError):
+            return False
     address = getattr(address, "ipv4_mapped", None) or address
     return address.is_loopback or address.is_unspecified
 

@@ -22,6 +22,7 @@ from cai_ray.engine.api_key import key_variable, read_key
 from cai_ray.engine.chat_completion import (
     ChatCompletion,
     TryAgain,
+    error_status,
     read_completion,
     read_error,
     read_retry_after,
@@ -30,6 +31,7 @@ from cai_ray.engine.chat_completion import (
 from cai_ray.engine.http_client import make_client
 from cai_ray.engine.options import FirstTokens, check_logprobs, check_options, option_logprobs
 from cai_ray.engine.protocol import Completion, Sampling
+from cai_ray.engine.refusals import read_refusals
 from cai_ray.engine.request_fields import Changes, RequestFields, describe
 from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.messages import Messages, plain_messages
@@ -39,9 +41,13 @@ T = TypeVar("T")
 
 # Seconds. The wait doubles with each attempt, from the first of these up to the second.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
+# The failed attempt of an endpoint's first request from which on it is tried without the fields that few servers know.
+_GUESS_AT = 2
 # Status codes that concern the request, and those that concern the endpoint for a while (as all of 5xx do).
 _REQUEST_STATUS = {400, 413, 422}
 _RETRY_STATUS = {408, 409, 425, 429}
+# Those of a server that failed at a request, rather than one that cannot be reached or is starting.
+_FAULT = {500, 501}
 
 
 class _Refused(Exception):
@@ -106,13 +112,15 @@ class OpenaiEngine:
         # The slot is kept while waiting: an endpoint that throttles is then asked less by all rows together.
         async with self._slots:
             started = time.monotonic()
-            attempt, changes = 0, Changes()
+            attempt, changes, guesses = 0, Changes(), Changes()
             while True:
                 attempt += 1
                 left = self.config.give_up_s - (time.monotonic() - started)
                 sent = self._fields.change(body, changes)
                 try:
                     answer = await self._attempt(sent, min(self.config.timeout_s, left))
+                    if guesses and (better := await self._without_guesses(body, changes, guesses)):
+                        answer, sent, changes = better
                     self._learn(sent, changes)
                     return self._read(answer, read)
                 except _Refused as e:
@@ -120,6 +128,14 @@ class OpenaiEngine:
                     attempt -= 1  # each refusal changes something: it is no failure that may pass
                     continue
                 except TryAgain as e:
+                    named = self._fields.react_to_failure(e.response, sent) if e.status >= 500 else {}
+                    changes |= named
+                    if named:
+                        attempt -= 1
+                        continue
+                    if e.status in _FAULT and attempt >= _GUESS_AT and not self._fields.knows_any:
+                        guesses = guesses or self._fields.guesses(sent)
+                        changes |= guesses
                     wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
                     wait = max(wait, e.wait)
                     spent = time.monotonic() - started
@@ -131,6 +147,17 @@ class OpenaiEngine:
                             raise InputError(f"{failure}; {e.remedy}") from None
                         raise RowError(failure) from None
                 await asyncio.sleep(wait)
+
+    async def _without_guesses(
+        self, body: Mapping[str, Any], changes: Changes, guesses: Changes
+    ) -> tuple[ChatCompletion, dict[str, Any], Changes] | None:
+        """The answer with the fields that were left out on a guess: None if the endpoint still fails with them."""
+        kept = {key: instead for key, instead in changes.items() if key not in guesses}
+        sent = self._fields.change(body, kept)
+        try:
+            return await self._attempt(sent, self.config.timeout_s), sent, kept
+        except (_Refused, TryAgain):
+            return None
 
     def _read(self, answer: ChatCompletion, read: Callable[[ChatCompletion], T]) -> T:
         try:
@@ -175,8 +202,12 @@ class OpenaiEngine:
             ) from None
         except self._http.HTTPError as e:
             raise TryAgain(f"the connection failed ({type(e).__name__})") from None
-        if response.status_code != 200:
-            raise self._error_of(response)
+        if response.status_code not in (200, 201):
+            raise self._error_of(response, response.status_code)
+        if (status := error_status(response.content)) is not None:
+            raise self._error_of(
+                response, status or (400 if read_refusals(response.text, dict(sent)) else 500)
+            )
         try:
             answer = ChatCompletion.model_validate_json(response.content)
             usage = read_usage(answer)
@@ -188,9 +219,8 @@ class OpenaiEngine:
             where = ".".join(str(x) for x in first["loc"])
             raise TryAgain(f"the answer is not a chat completion ({where or 'the body'})") from None
 
-    def _error_of(self, response: Any) -> Exception:
+    def _error_of(self, response: Any, status: int) -> Exception:
         """The exception to raise for an error response."""
-        status = response.status_code
         text = " ".join(self._without_key(read_error(response)).split())[:300]
         what = f"{self._name()}: {status}{f' ({text})' if text else ''}"
         variable = key_variable(self.config)
@@ -198,14 +228,17 @@ class OpenaiEngine:
             if variable:
                 return InputError(f"{self._name()}: refuses the key in {variable} (401); export a valid one")
             return InputError(f"{self._name()}: needs a key (401); name its variable with api_key_env")
-        if status == 429 and "insufficient_quota" in response.text:
+        if status == 402 or (status == 429 and "insufficient_quota" in response.text):
             return InputError(
                 f"{what}; the account's quota is used up: raise it, and run the same command again"
             )
+        said = f"{status}{f' ({text})' if text else ''}"
         if status in _RETRY_STATUS or status >= 500:
-            return TryAgain(f"answered {status}", wait=read_retry_after(response.headers.get("retry-after")))
+            wait = read_retry_after(response.headers.get("retry-after"))
+            asks = f", and asks to wait {wait:.0f} s" if wait > _LONGEST_WAIT else ""
+            return TryAgain(f"answered {said}{asks}", wait, status=status, response=response.text)
         if status in _REQUEST_STATUS:
-            return _Refused(response.text, f"{status}{f' ({text})' if text else ''}")
+            return _Refused(response.text, said)
         if status == 403:
             if "logprobs" in text:
                 return InputError(f"{what}; use a model and an endpoint that give log-probabilities")

@@ -77,13 +77,13 @@ class FirstTokens:
             RowError: it has given some before, but not in this answer.
             TryAgain: the list is empty.
         """
-        top = read_first_tokens(answer)
         remedy = "use a model and an endpoint that have them, such as a `vllm serve`"
+        try:
+            top = read_first_tokens(answer)
+        except ValueError as e:
+            raise self._missing(str(e), remedy, least=1) from None
         if top is None:
-            if (reason := answer.choices[0].finish_reason) not in (
-                "stop",
-                "length",
-            ):  # such as content_filter
+            if (reason := answer.choices[0].ends) not in ("stop", "length"):  # such as content_filter
                 raise RowError(f"the endpoint ended the answer with finish_reason {reason!r}")
             raise self._missing("the endpoint gave no log-probabilities", remedy, least=1)
         if not top:

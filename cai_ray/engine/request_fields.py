@@ -93,11 +93,33 @@ class RequestFields:
                 f"{self._name}: {said}; check base_url and the model's name, {sent.get('model')!r}"
             )
         if not changes and refuses_something(response):  # perhaps it is what few servers know
-            guesses = NEUTRAL.keys() & sent.keys() - self._accepted - self._config.extra.keys()
-            changes = dict.fromkeys(sorted(guesses))
+            changes = self.guesses(sent)
         if not changes:
             raise RowError(f"refused by the endpoint: {said}")
         return changes
+
+    def react_to_failure(self, response: str, sent: dict[str, Any]) -> Changes:
+        """The changes that an answer with a status of 500 or more asks for: some servers fail at a field that they do
+        not know. It refuses a field only if it names one that was never taken, as such; any other failure may pass.
+        """
+        changes: Changes = {}
+        for field, refused in read_refusals(response, sent).items():
+            if refused.unsupported and field not in self._accepted | self._config.extra.keys():
+                if field in _RENAMED:
+                    changes[field] = _RENAMED[field]
+                elif field not in (*_NEEDED, *_RENAMED.values()):
+                    changes[key_of(field, sent[field])] = None
+        return changes
+
+    def guesses(self, sent: Mapping[str, Any]) -> Changes:
+        """What few servers know is left out, where one refuses or fails without a word."""
+        fields = NEUTRAL.keys() & sent.keys() - self._accepted - self._config.extra.keys()
+        return dict.fromkeys(sorted(fields))
+
+    @property
+    def knows_any(self) -> bool:
+        """Whether a request was answered before."""
+        return bool(self._accepted)
 
     def _change(self, field: str, refused: Refused, said: str, sent: Mapping[str, Any]) -> Changes:
         original = next((old for old, new in _RENAMED.items() if new == field and old not in sent), field)

@@ -15,6 +15,7 @@ from typing import Any
 from cai_ray.cluster.usage import Usage
 from cai_ray.config.evaluation import EvalSet
 from cai_ray.data import set_formats
+from cai_ray.data.left_out import LeftOut
 from cai_ray.data.set_formats import SetRow
 from cai_ray.engine.metered import Metered
 from cai_ray.engine.protocol import Engine
@@ -102,21 +103,23 @@ def _question(eval_set: EvalSet, row: SetTask, options: Sequence[str]) -> list[T
     return [{"role": "user", "content": text}]
 
 
-def check(run: Run, model_elsewhere: bool = False) -> list[SetRow]:
+def check(run: Run, model_elsewhere: bool = False, left_out: LeftOut | None = None) -> list[SetRow]:
     """Checks all sets, and returns their rows.
 
     Args:
         model_elsewhere: the policy is not on this machine, and its tokens are not checked.
+        left_out: counts the rows that cannot be used.
 
     Raises:
-        InputError: a file or a row is at fault, the policy's tokenizer has no token for a letter, or the template set
-            does not say what a refusal is.
+        InputError: a file or too many of its rows are at fault, the policy's tokenizer has no token for a letter, or
+            the template set does not say what a refusal is.
     """
     every: list[SetRow] = []
     templates = load_templates(run.config.templates)
+    left_out = LeftOut(run.config.max_error_rate) if left_out is None else left_out
     renderer = None
     for eval_set in run.config.evaluate.sets:
-        rows = set_formats.read(eval_set, run.config.seed)
+        rows = set_formats.read(eval_set, run.config.seed, left_out)
         if eval_set.kind == "refusals" and not templates.refusals:
             raise InputError(
                 f"evaluate.sets {eval_set.name!r}: template set {templates.name} has no refusals; add how a response "
@@ -139,10 +142,12 @@ def evaluate(
         answer: samples the policies' answers.
 
     Returns:
-        Rates for metrics.json, by set (`measure`); and for each policy what `map_sets` returns for the manifest.
+        Rates for metrics.json, by set (`measure`), with the rows that were left out by reason; and for each policy
+        what `map_sets` returns for the manifest.
     """
     sets = {eval_set.name: eval_set for eval_set in run.config.evaluate.sets}
-    rows = [row for eval_set in sets.values() for row in set_formats.read(eval_set, run.config.seed)]
+    left_out = {name: LeftOut(run.config.max_error_rate) for name in sets}
+    rows = [row for name, s in sets.items() for row in set_formats.read(s, run.config.seed, left_out[name])]
     questions = [row for row in rows if row["kind"] != "comparisons"]
     summaries: list[dict[str, Any]] = []
     answers: list[SetAnswer] = []
@@ -157,7 +162,10 @@ def evaluate(
         path = run.path("evaluate", f"sets-{REWARD_MODEL}-00000.parquet")
         write_table(path, to_table(ordered, SetAnswer))
         answers += ordered
-    return measure(sets.values(), answers, policies), summaries
+    measured = measure(sets.values(), answers, policies)
+    for name, counts in left_out.items():
+        measured[name]["left_out"] = dict(counts)
+    return measured, summaries
 
 
 def measure(sets: Iterable[EvalSet], rows: Sequence[SetAnswer], policies: Sequence[str]) -> dict[str, Any]:

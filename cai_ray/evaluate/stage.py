@@ -95,7 +95,10 @@ def check(run: Run, preflight: Preflight) -> None:
     prompts = preflight.evaluates_on_prompts("evaluate.prompts", config.prompts, config.max_tokens)
     if config.gold == "town":
         _check_requests(prompts)
-    preflight.evaluates_on(sets.check(run, not preflight.models_here))
+    left_out = LeftOut(run.config.max_error_rate)
+    rows = sets.check(run, not preflight.models_here, left_out)
+    preflight.tell(left_out)
+    preflight.evaluates_on(rows)
 
 
 def check_room(run: Run) -> None:

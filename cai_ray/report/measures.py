@@ -114,7 +114,8 @@ def sets(report: dict[str, Any]) -> Table | None:
             title_of(policy),
             percent(rate["value"]),
             interval(rate),
-            f"{rate['n']:.0f}",
+            f"{rate['n']:.0f}"
+            + (f", {odd} left out" if (odd := sum(measured.get("left_out", {}).values())) else ""),
         ]
         for name, measured in (report.get("sets") or {}).items()
         for policy, rates in measured["models"].items()

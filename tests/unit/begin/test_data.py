@@ -1,8 +1,10 @@
 """How a first run's data are split."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from cai_ray.begin.data import split
+from cai_ray.begin.data import read_data, split
 from cai_ray.storage.records import Prompt, derive_id
 
 
@@ -65,3 +67,15 @@ def test_a_split_of_the_data_is_kept() -> None:
         "development": 2,
         "held_out": 3,
     }
+
+
+def test_odd_rows_at_the_beginning_are_left_out(tmp_path: Path) -> None:
+    """Also where the kind is looked for, and the lengths of answers."""
+    path = tmp_path / "mixed.jsonl"
+    talk = [
+        {"prompt": f"How do I open tin number {n}{n}?", "chosen": "b", "kind": "red_team"} for n in range(20)
+    ]
+    path.write_text('{"prompt": \n[1]\n' + "".join(json.dumps(row) + "\n" for row in talk))
+    read = read_data([(str(path), None)], None)
+    assert {p["kind"] for p in read.prompts} == {"red_team"} and read.answers
+    assert read.left_out["not valid JSON"] == read.left_out["not a JSON object"] == 1

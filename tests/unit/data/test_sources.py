@@ -248,7 +248,7 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
         ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "row 1: not valid JSON .*4300 digits"),
         ("p.jsonl", b'{"text": ' + b"[" * 200_000, "row 1: not valid JSON .*recursion"),
         ("p.json", b'{\n  "text": "a"\n}\n', "row 1: not valid JSON .*; give one JSON object per line"),
-        ("p.json", b'[{"text": "a"}]\n', r"row 1: not a JSON object \(give one JSON object per line\)"),
+        ("p.jsonl", b'[{"text": "a"}]\n', r"row 1: not a JSON object \(give one JSON object per line\)"),
         ("p.csv", b"text\na,b\n", "row 1: more cells than the header"),
         ("p.csv", b'text\n"a\n', "cannot be read"),
         ("p.csv", b"messages\n[hello]\n", "row 1: `messages` is not a JSON list"),

@@ -44,9 +44,9 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holder, "_left_out", {})
 
 
-def error(message: str, param: str | None = None, code: str | None = None) -> Reply:
+def error(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> Reply:
     return Reply(
-        {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}, 400
+        {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}, status
     )
 
 
@@ -148,6 +148,59 @@ def test_a_server_that_refuses_without_a_word_is_asked_with_what_all_know(server
     with pytest.raises(RowError, match=r"refused by the endpoint: 400 \(Bad Request\)"):
         ask_by(server, lambda body: Reply(b"Bad Request", 400))
     assert len(server.bodies) == 4
+
+
+def failing(status: int, message: str, field: str = "min_p") -> Callable[[dict[str, Any]], Reply]:
+    """A server that fails at a field instead of refusing it."""
+    return lambda body: Reply({"error": {"message": message}}, status) if field in body else Reply(FINE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "learned"),
+    [
+        (failing(500, "create() got an unexpected keyword argument 'min_p'"), {"min_p": None}),
+        (failing(502, "Unsupported parameter: min_p"), {"min_p": None}),
+        (failing(501, "max_tokens is not supported", "max_tokens"), {"max_tokens": "max_completion_tokens"}),
+        (failing(200, "Unsupported parameter: min_p"), {"min_p": None}),
+        (failing(500, "Internal Server Error"), dict.fromkeys(NEUTRAL)),
+    ],
+)
+def test_a_server_that_fails_at_a_field_that_it_does_not_know_teaches_it(
+    server: Server, rule: Callable[[dict[str, Any]], Reply], learned: dict[str, Any]
+) -> None:
+    async def call(engine: OpenaiEngine) -> None:
+        await engine.chat(ASK, GREEDY)
+        asked = len(server.bodies)
+        assert engine._fields.learned == learned
+        await engine.chat(ASK, GREEDY)
+        assert len(server.bodies) == asked + 1
+
+    ask_by(server, rule, call)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_failure_that_passes_teaches_nothing(server: Server, status: int) -> None:
+    """Also where it passes just when fields are left out on a guess."""
+
+    async def call(engine: OpenaiEngine) -> None:
+        await engine.chat(ASK, GREEDY)
+        assert not engine._fields.learned
+        await engine.chat(ASK, GREEDY)
+        assert NEUTRAL.keys() <= server.bodies[-1].keys()
+
+    ask(server, *[Reply(b"Internal Server Error", status)] * 2, Reply(FINE), call=call)
+
+
+def test_a_failure_after_an_answer_leaves_all_fields_in(server: Server) -> None:
+    async def call(engine: OpenaiEngine) -> None:
+        await engine.chat(ASK, GREEDY)
+        with pytest.raises(
+            RowError, match=r"answered 500 \(CUDA error; min_p is not supported\) \(4 attempts"
+        ):
+            await engine.chat(ASK, GREEDY)
+
+    ask(server, Reply(FINE), error("CUDA error; min_p is not supported", status=500), call=call)
+    assert all(NEUTRAL.keys() <= body.keys() for body in server.bodies)
 
 
 def test_a_row_that_is_refused_teaches_nothing(server: Server) -> None:

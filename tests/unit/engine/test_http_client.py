@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from cai_ray.engine.http_client import is_on_this_machine
@@ -29,6 +31,11 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://[::1]:8000/v1", True),
         ("http://[::ffff:127.0.0.1]/v1", True),
         ("http://0.0.0.0:8000/v1", True),
+        ("http://127.1:8000/v1", True),
+        ("http://0:8000/v1", True),
+        ("http://localhost.localdomain/v1", True),
+        (f"http://{socket.gethostname()}:8000/v1", True),
+        ("http://10.1/v1", False),
         ("http://localhost.example/v1", False),
         ("http://127.0.0.1.example/v1", False),
         ("http://10.0.0.1/v1", False),

@@ -176,7 +176,7 @@ def test_trouble_is_tried_again_and_then_the_rows_error(server: Server, trouble:
 
 def test_all_attempts_together_have_a_bound(server: Server) -> None:
     started = time.monotonic()
-    with pytest.raises(RowError, match=r"answered 429 \(1 attempt in"):
+    with pytest.raises(RowError, match=r"answered 429, .* \(1 attempt in"):
         ask(server, Reply(b"", 429, Retry_After="3600"), give_up_s=5)
     with pytest.raises(RowError, match="no answer in time"):
         ask(server, Reply(completion(), seconds=2), give_up_s=0.5)
@@ -253,8 +253,9 @@ def test_a_withheld_answer_is_the_rows_error(server: Server) -> None:
             Reply({"error": {"message": "pay", "code": "insufficient_quota"}}, 429),
             r"429 \(pay\); .*quota is used up",
         ),
+        (Reply({"error": {"message": "no balance"}}, 402), r"402 \(no balance\); .*quota is used up"),
     ],
-    ids=["key", "right", "model", "redirect", "quota"],
+    ids=["key", "right", "model", "redirect", "quota", "balance"],
 )
 def test_what_no_row_can_help_ends_the_stage(server: Server, reply: Reply, says: str) -> None:
     with pytest.raises(InputError, match=rf"^endpoint {server.url}: {says}") as e:

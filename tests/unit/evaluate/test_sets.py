@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cai_ray import pipeline
 from cai_ray.config.evaluation import EvalSet, EvaluateConfig
 from cai_ray.config.load import load_config
 from cai_ray.data import set_formats
+from cai_ray.data.left_out import LeftOut
 from cai_ray.engine.scripted import ScriptedEngine
 from cai_ray.errors import InputError, RowError
 from cai_ray.evaluate import harness, sets
@@ -22,6 +24,7 @@ from cai_ray.evaluate.score import Dialogue
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.provenance.inputs import inputs
+from cai_ray.report.measures import sets as report_sets
 from cai_ray.stages import STAGES
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import SetAnswer
@@ -149,49 +152,42 @@ def test_each_format_of_refusals(
     assert found["messages"] == [{"role": "user", "content": next(iter(row.values()))}]
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "says"),
-    [
-        ("refusals", {"prompt": "p"}, r"row 2 has no `label` safe or unsafe; set `expect"),
-        (
-            "refusals",
-            {"text": "p", "label": "safe"},
-            r"row 2 has none of prompt, question.*it has text, label",
-        ),
-        ("refusals", {"prompt": 7, "label": "safe"}, "row 2: `prompt` must be a text, got '7'"),
-        ("choices", {"q": "?"}, "row 2 has none of target_scores.*it has q"),
-        ("choices", {**MMLU, "answer": 4}, "row 2: answer '4' is none of 0, 1, 2, 3; mend the row"),
-        ("choices", {**MMLU, "answer": "E"}, "row 2: answer 'E' is none of A, B, C, D"),
-        ("choices", {**MMLU, "answer": None}, "row 2: answer 'None'"),
-        ("choices", {**MMLU, "answer": True}, "row 2: answer 'True'"),
-        ("choices", {**MMLU, "question": None}, "row 2: `question` must be a text"),
-        ("choices", {**MMLU, "choices": ["one", ""]}, "row 2: at least two options with a text"),
-        (
-            "choices",
-            {"input": "i", "target_scores": {"a": 0, "b": 0}},
-            "row 2: some of its 2 options must be",
-        ),
-        (
-            "choices",
-            {"input": "i", "target_scores": {"a": "x", "b": 0}},
-            "row 2: scores of options must be num",
-        ),
-        ("choices", {**MMLU, "choices": list("abcdefg"), "answer": 0}, "row 2 has 7 options.*`letters`"),
-        (
-            "choices",
-            {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1]}},
-            "row 2: 2 choices and 1",
-        ),
-        ("comparisons", {"chosen": "x"}, "row 2: no `chosen` or no `rejected`"),
-    ],
-)
-def test_a_wrong_row_is_named_with_the_remedy(
+ODD: list[tuple[str, Any, str]] = [
+    ("refusals", {"prompt": "p"}, r"no `label` safe or unsafe \(set `expect"),
+    ("refusals", {"text": "p", "label": "safe"}, r"no prompt \(it has none of prompt, question.*but text, label"),
+    ("refusals", {"prompt": 7, "label": "safe"}, r"a column that is not a text \(`prompt` is 7"),
+    ("refusals", [], "not a JSON object"),
+    ("choices", {"q": "?"}, r"no known format \(none of target_scores.*but q"),
+    ("choices", {**MMLU, "answer": 4}, r"an answer that is none of the options \(4 is none of 0, 1, 2, 3"),
+    ("choices", {**MMLU, "answer": "E"}, r"an answer that is none of the options \('E' is none of A, B, C, D"),
+    ("choices", {**MMLU, "answer": None}, "an answer that is none of the options"),
+    ("choices", {**MMLU, "answer": True}, "an answer that is none of the options"),
+    ("choices", {**MMLU, "question": None}, "a column that is not a text"),
+    ("choices", {**MMLU, "choices": ["one", ""]}, "not two options with a text"),
+    ("choices", {**MMLU, "choices": {"text": "a", "label": ["A"]}}, r"a column that is not a list \(`text` is 'a'"),
+    ("choices", {"input": "i", "target_scores": {"a": 0, "b": 0}}, "no right or no wrong option"),
+    ("choices", {"input": "i", "target_scores": {"a": "x", "b": 0}}, "a score of an option that is not a number"),
+    ("choices", {**MMLU, "choices": list("abcdefg"), "answer": 0}, r"more options than letters \(7 .*`letters`"),
+    ("choices", {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1]}}, "not as many labels"),
+    ("comparisons", {"chosen": "x"}, "no `chosen` or no `rejected`"),
+    ("comparisons", {**PAIR, "rejected": PAIR["chosen"]}, "equal answers"),
+]  # fmt: skip
+FINE = {"refusals": {"prompt": "p", "label": "safe"}, "choices": MMLU, "comparisons": PAIR}
+
+
+@pytest.mark.parametrize(("kind", "row", "says"), ODD)
+def test_an_odd_row_is_left_out_and_named_with_the_remedy(
     tmp_path: Path, kind: str, row: dict[str, Any], says: str
 ) -> None:
-    fine = {"refusals": {"prompt": "p", "label": "safe"}, "choices": MMLU, "comparisons": PAIR}[kind]
-    more = {"letters": list("ABCDEF")} if kind == "choices" else {}
-    with pytest.raises(InputError, match=rf"set\.jsonl: {says}") as raised:
-        read(tmp_path, kind, fine, row, **more)
+    given = {"name": "s", "kind": kind, **({"letters": list("ABCDEF")} if kind == "choices" else {})}
+    path, left_out = write(tmp_path / "set.jsonl", [FINE[kind], row]), LeftOut()
+    assert len(set_formats.read(EvalSet.model_validate({**given, "path": path}), 0, left_out)) == 1
+    (line,) = left_out.lines
+    assert re.match(rf"{path}: 1 of 2 rows left out, {says}", line) and line.endswith(": row 2")
+    with pytest.raises(
+        InputError, match=r"row 1: .*; none of the 2 rows of .*set\.jsonl can be used"
+    ) as raised:
+        read(tmp_path, kind, row, row, **({"letters": list("ABCDEF")} if kind == "choices" else {}))
     assert "\n" not in str(raised.value)
 
 
@@ -362,7 +358,7 @@ def test_inputs_change_with_task_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "more", "says"),
     [
-        ({"prompt": "p"}, "kind: refusals", "x.jsonl: row 1 has no `label`"),
+        ({"prompt": "p"}, "kind: refusals", "x.jsonl: row 1: no `label`"),
         (MMLU, "kind: choices", "option 'A' is .* tokens.*set `letters` of evaluate.sets 'x'"),
         (MMLU, "kind: choices, letters: [sure, sure, the, fine]", "are the same token; set `letters` of"),
         (MMLU, "kind: choices, letters: [sure, sorry, the, fine]", None),
@@ -379,6 +375,27 @@ def test_item_38_a_check_reads_the_sets(
         return
     with pytest.raises(InputError, match=says):
         pipeline.check_inputs(run.config, ["evaluate"])
+
+
+def test_odd_rows_of_a_set_are_bounded_told_by_the_check_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**PAIR, "chosen": f"{PAIR['chosen']} {n}"} for n in range(40)]
+    path = write(
+        tmp_path / "x.jsonl", [*rows[:5], {**PAIR, "rejected": PAIR["chosen"]}, {"q": "?"}, *rows[5:]]
+    )
+    given = f"evaluate.sets=[{{name: x, path: '{path}', kind: comparisons}}]"
+    told: list[str] = []
+    pipeline.check_inputs(town(tmp_path, given).config, ["evaluate"], say=told.append)
+    assert [line.rpartition(": ")[2] for line in told if "x.jsonl" in line] == ["row 6", "row 7"]
+    with pytest.raises(InputError, match=r"2 of the 42 rows of .* more than max_error_rate=0\.02"):
+        pipeline.check_inputs(town(tmp_path, given, "max_error_rate=0.02").config, ["evaluate"])
+    monkeypatch.setattr("cai_ray.evaluate.score.rewards", lambda run, dialogues: [1.0] * len(dialogues))
+    measured, _ = sets.evaluate(town(tmp_path, given), ["base"], None)  # type: ignore[arg-type]
+    assert measured["x"]["left_out"] == {"equal answers": 1, "no `chosen` or no `rejected`": 1}
+    assert measured["x"]["n"] == 40
+    table = report_sets({"sets": measured})
+    assert table and table.rows[0][-1] == "40, 2 left out"
 
 
 def test_item_10_a_request_of_a_set_is_no_training_prompt(tmp_path: Path) -> None:
