@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from cai_ray.cluster.meter import Meter
 from cai_ray.engine.protocol import Engine
 
+_LEAST = 0.1
+"""What a row under way takes yet, at least, in means of finished rows."""
+
 
 class RowCounts:
     """The counts of one actor, whose event loop counts and another of whose threads reports."""
@@ -134,7 +137,8 @@ def seconds_left(rows: int, totals: Totals) -> float | None:
     # Where lengths vary much, short rows are most of those that are finished, and what those under way have had counts.
     per_row = least * (totals.tokens / done / least) ** min(1.0, (deviation / mean) ** 2)
     each_has = (totals.tokens - totals.finished_tokens) / max(1, totals.under_way)
-    each_needs = math.hypot(max(0.0, per_row - each_has), deviation)
+    # A row that has had more than all others takes longer yet, nobody knows how much.
+    each_needs = max(_LEAST * per_row, math.hypot(max(0.0, per_row - each_has), deviation))
     # For rows whose lengths are exponential, the longest needs as many means as the harmonic number of rows, which is
     # near 1 + log. A row is faster beside fewer others, but not as much as they are fewer: between both is the root.
     longest = math.sqrt(each_needs * (each_needs + deviation * math.log(max(1, running))))

@@ -95,7 +95,8 @@ class RowProgress:
         failed = max(current.errors.total(), totals.failed.get(name, 0))
         known = [f"{totals.under_way} under way"] * (totals.under_way > 0)
         failures = [f"{failed} failed"] * (failed > 0)
-        time_left = [] if seconds is None else [f"{duration(seconds)} left"]
+        # Never 0 s while rows are left.
+        time_left = [] if seconds is None else [f"{duration(max(seconds, float(left > 0)))} left"]
         speed = f"{back / elapsed:.1f} rows/s"
         if totals.tokens:
             speed = f"{short(totals.tokens / totals.seconds)} tokens/s"

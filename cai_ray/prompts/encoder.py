@@ -47,7 +47,7 @@ class Token(NamedTuple):
     """Where it ends in the literal, in characters."""
     ends: End
     swallowed_before: bool
-    """Whether it has swallowed the blanks before it from the beginning of the literal, and goes on to."""
+    """Whether it swallows the blanks before it, from the beginning of the literal on."""
 
 
 class TextCache:
@@ -168,11 +168,9 @@ class SpanEncoder:
                 continue
             if place < start:
                 parts.append(text[place:start])
-            found = text[start:stop]
             ends: Literal["token", "text"] = "text" if token.normalized else "token"
-            swallows = token.rstrip and stop == len(text) and found != found.rstrip()
-            before = token.lstrip and start == 0 and found != found.lstrip()
-            parts.append(Token(number, stop, End(ends, swallows), before))
+            swallows = End(ends, token.rstrip and stop == len(text))
+            parts.append(Token(number, stop, swallows, token.lstrip and start == 0))
             place = stop
         if place < len(text):
             parts.append(text[place:])

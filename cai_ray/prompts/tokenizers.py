@@ -12,9 +12,11 @@ from uuid import uuid4
 from cai_ray.errors import InputError
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-# Added tokens that are plain text: blanks and words, and tags of HTML, of which some vocabularies have dozens.
+# Added tokens that are plain text: blanks and words; signs such as "{" and "<="; and tags of HTML, of which some
+# vocabularies have dozens.
 _TEXT = re.compile(
-    r"[^<>\[\]{}|＜＞｜]*|</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|i|img|li|ol|p|pre|s|span|strong|sub|sup"
+    r"[^<>\[\]{}|＜＞｜]*|\W{1,3}"
+    r"|</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|i|img|li|ol|p|pre|s|span|strong|sub|sup"
     r"|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
 )
 
@@ -123,7 +125,8 @@ def without_control_tokens(tokenizer: Any, control: set[int]) -> PlainText:
 
 
 def is_control(content: str, special: bool) -> bool:
-    """Whether an added token is kept out of contents: all that are special or look like marks, but not tags of HTML."""
+    """Whether an added token is kept out of contents: all that are special, or look like marks and are not signs or tags
+    of HTML."""
     return special or not _TEXT.fullmatch(content)
 
 

@@ -69,7 +69,10 @@ def _steps(row: Mapping[str, Any], titles: dict[str, str]) -> list[dict[str, Any
                 "principle_id": step["principle_id"],
                 "title": titles.get(step["principle_id"], step["principle_id"]),
                 "critique": step["critique"],
+                "critique_unused": bool(step.get("critique_truncated")),
                 "revision": step["revision"],
+                "revision_cut": bool(step.get("revision_truncated")),
+                "left_out": step.get("left_out"),
                 "changed": step["revision"] != before,
             }
         )

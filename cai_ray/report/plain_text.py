@@ -56,8 +56,12 @@ def transcript(item: dict[str, Any], number: int) -> str:
 
 def critique_and_revision(step: dict[str, Any]) -> list[str]:
     """One round of a transcript."""
-    critique = f"[{step['title']}] {step['critique'] or '(none)'}"
-    revision = step["revision"] if step["changed"] else "(unchanged)"
+    unused = "  (cut off and not used)" if step.get("critique_unused") else ""
+    critique = f"[{step['title']}] {step['critique'] or '(none)'}{unused}"
+    why = f": {step['left_out']}" if step.get("left_out") else ""
+    revision = step["revision"] if step["changed"] else f"(unchanged{why})"
+    if step.get("revision_cut"):
+        revision += "  (cut off)"
     return [speech(f"critique {step['round']}", critique), speech(f"revision {step['round']}", revision)]
 
 

@@ -138,7 +138,7 @@ def _instructive(name: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "prompt": entry["messages"][-1]["content"],
-            "critique": step["critique"],
+            "critique": None if step.get("critique_unused") else step["critique"],
             "pieces": diff(before, step["revision"]),
         }
         for _, entry, before, step in sorted(changed, key=lambda item: item[0])[:REVISIONS]

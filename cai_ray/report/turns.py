@@ -33,12 +33,15 @@ def revision(item: Mapping[str, Any]) -> list[Passage]:
     for step in item["steps"]:
         number, title = step["round"], step["title"]
         if step["critique"]:
-            turns.append(_turn(f"critique {number}", step["critique"], "critique", note=title))
+            unused = ", cut off and not used" if step.get("critique_unused") else ""
+            turns.append(_turn(f"critique {number}", step["critique"], "critique", note=title + unused))
+        cut = ", cut off" if step.get("revision_cut") else ""
         if step["changed"]:
             pieces = diff(before, step["revision"])
-            turns.append(Passage(f"revision {number}", pieces, "changed", note=title))
+            turns.append(Passage(f"revision {number}", pieces, "changed", note=title + cut))
         else:
-            turns.append(_turn(f"revision {number}", "unchanged", "same", note=title))
+            why = f": {step['left_out']}" if step.get("left_out") else ""
+            turns.append(_turn(f"revision {number}", f"unchanged{why}", "same", note=title + cut))
         before = step["revision"]
     return turns
 

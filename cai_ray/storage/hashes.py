@@ -30,6 +30,8 @@ _SETTLED_REMOTE_NS = 60_000_000_000
 _ENTRIES = 10_000
 _READERS = 4
 _BLOCK = 8 << 20
+_of_this_process: dict[str, Any] = {}
+"""What this process has hashed: all that is kept where there is no place for a cache."""
 
 
 def file_hashes(
@@ -43,7 +45,7 @@ def file_hashes(
     fs, root = resolve(uri)
     infos = fs.get_file_info(pafs.FileSelector(root, recursive=recursive, allow_not_found=True))
     stamps = {i.path: _stamp(fs, i) for i in infos if i.is_file and chosen(i.path)}
-    cached = _read_cache()
+    cached = _read_cache() | _of_this_process
     known = {path: cached.get(_key(fs, path)) for path in stamps}
     missing = [path for path, stamp in stamps.items() if (known[path] or {}).get("stamp") != stamp]
     with ThreadPoolExecutor(_READERS) as pool:  # hashing leaves the interpreter to other threads
@@ -54,6 +56,7 @@ def file_hashes(
         if _is_settled(fs, path, stamps[path])
     }
     if settled:
+        _of_this_process.update(settled)
         _add_to_cache(settled)
     shas = {path: hashed.get(path) or known[path]["sha"] for path in stamps}  # type: ignore[index]
     return {path[len(root) :].strip("/"): shas[path] for path in sorted(shas)}
@@ -108,7 +111,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _add_to_cache(entries: dict[str, Any]) -> None:
-    """Adds to the cache; where there is no place for one, files are read again next time."""
+    """Adds to the cache; where there is no place for one, the next process reads the files again."""
     file = _cache_file()
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

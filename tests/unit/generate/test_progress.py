@@ -99,6 +99,15 @@ def test_rows_are_counted_as_they_finish() -> None:
     assert rows._progress(91.0, Totals({"part": 368, "helpful": 55}, {}, 0, 80, 1, 1, 1, 81.0))[1] == 60
 
 
+def test_no_row_is_left_in_no_time() -> None:
+    rows = RowProgress({"part": SetProgress("revise", 20_000, 0.5)})
+    totals = Totals({"part": 19_999}, {}, 1, 80, 2_000_100, 1_999_900, 200_000_000, 1.0)
+    assert rows._progress(2.0, totals).line.endswith(", 1 s left")
+    assert rows._progress(2.0, totals._replace(finished={"part": 20_000}, under_way=0)).line.endswith(
+        ", 0 s left"
+    )
+
+
 def test_what_rank_0_reports_is_a_line_and_its_warnings(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

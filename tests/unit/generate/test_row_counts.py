@@ -83,6 +83,13 @@ def test_no_time_is_said_before_a_row_is_finished() -> None:
     assert seconds_left(10, Totals({"part": 5}, {}, 0, 1, 0, 0, 0, 10.0)) == 20.0, "rows without tokens"
 
 
+def test_rows_that_have_had_more_than_all_others_take_longer_yet() -> None:
+    """Finished rows were all alike, and those under way have had more: the time left is not nothing."""
+    totals = Totals({"part": 333}, {}, 35, 64, 333 * 300 + 35 * 310, 333 * 300, 333 * 300**2, 300.0)
+    left = seconds_left(35, totals)
+    assert left is not None and left > 1
+
+
 def constant(draw: random.Random) -> int:
     return 300
 

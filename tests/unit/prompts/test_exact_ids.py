@@ -186,6 +186,30 @@ def test_a_tokenizer_whose_tokens_go_over_line_breaks_is_given_whole_texts() -> 
     assert made.encode_content("a.\nH") == [vocab[c] for c in ("a", ".\n", "H")]
 
 
+@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+@pytest.mark.parametrize("gap", ["", "\n", " "])
+def test_marks_that_swallow_blanks_swallow_those_of_contents(strips: dict[str, bool], gap: str) -> None:
+    """Whether the template has a blank of its own beside them or not."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())
+    marks = ("<|a|>", "<|b|>", "<|c|>")
+    backend.add_special_tokens([AddedToken(mark, special=True, **strips) for mark in marks])
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|b|>")
+    words.chat_template = (
+        f"{{% for m in messages %}}<|a|>{gap}{{{{ m.content }}}}{gap}<|b|>{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}<|c|>{gap}{{% endif %}}"
+    )
+    made = Renderer(words)
+    for turns in CONVERSATIONS.values():
+        for talk in (messages(turns[:1]), messages(["  ", *turns[:2]])):
+            asked = words.apply_chat_template(
+                talk, tokenize=True, return_dict=False, add_generation_prompt=True
+            )
+            assert made.prompt_ids(talk) == asked, talk
+
+
 def test_the_system_turn_may_be_moved() -> None:
     """Mistral's templates put it into the last turn of the user, and leave it out of an answered conversation."""
     talk = messages(["one", "two", "three"], "Be kind.")

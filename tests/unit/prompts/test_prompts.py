@@ -97,6 +97,18 @@ def test_item_11_added_tokens_that_are_plain_text_may_stand_in_content() -> None
     assert ids.count(vocab["<turn>"]) == 1 and words.decode(ids).endswith("one\ntwo <turn>")
 
 
+@pytest.mark.parametrize("sign", ["{", "<=", "->", "||", "[", "</", "|", "<b>"])
+def test_item_11_a_sign_among_the_added_tokens_is_text(sign: str) -> None:
+    """As a T5 that was given braces has; it is the same token in a content as in the whole text."""
+    words = tokenizer()
+    words.add_tokens([sign, "<turn>"])
+    words.chat_template = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+    renderer = Renderer(words)
+    talk = [{"role": "user", "content": f"one {sign} two"}]
+    assert renderer.prompt_ids(talk) == words.apply_chat_template(talk, tokenize=True, return_dict=False)
+    assert words.convert_tokens_to_ids(sign) in renderer.prompt_ids(talk)
+
+
 def test_item_11_fields_in_a_replacement_are_not_replaced_again() -> None:
     messages = GENERAL.feedback_messages(talk("{response_b} {transcript}"), "{comparison}", "B!", PRINCIPLE)
     text = "".join(p.text for p in messages[0]["content"])

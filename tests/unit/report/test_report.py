@@ -28,8 +28,9 @@ from cai_ray.judging import certificate
 from cai_ray.judging.statistics import rate
 from cai_ray.provenance.copies import fork, share
 from cai_ray.provenance.inputs import inputs
-from cai_ray.report import html, plain_text, stage
+from cai_ray.report import html, plain_text, stage, turns
 from cai_ray.report.bootstrap import bootstrap
+from cai_ray.report.conversations import _steps
 from cai_ray.report.label_quality import certificate_tables
 from cai_ray.report.roles import in_order
 from cai_ray.report.seeds import mean_of_seeds
@@ -322,6 +323,25 @@ def test_transcripts_hold_answers_in_the_order_of_training(town_run: Run) -> Non
         assert shown.index("base says") < shown.index("sl says") < shown.index("rl says")
         assert [s["changed"] for s in t["steps"]] == [False, True]
     assert told[0]["steps"][0]["title"] == "Speak kindly"
+
+
+def test_what_was_cut_off_and_not_used_is_marked() -> None:
+    """In transcripts on the page and on a terminal."""
+    row = revision(0, "privacy")
+    row["steps"][0] |= {"critique_truncated": True, "left_out": "the critique was cut off"}
+    row["steps"][1] |= {"critique_truncated": True, "revision_truncated": True}
+    item = {"messages": row["messages"], "response": "sure", "steps": _steps(row, {"privacy": "Privacy"})}
+    notes = {passage.speaker: passage.note for passage in turns.revision(item)}
+    assert (
+        notes["critique 2"] == "Privacy, cut off and not used" and notes["revision 2"] == "Privacy, cut off"
+    )
+    (unchanged,) = [p for p in turns.revision(item) if p.speaker == "revision 1"]
+    assert unchanged.pieces[0].text == "unchanged: the critique was cut off"
+    shown = plain_text.transcript({**item, "answers": {}}, 1)
+    assert shown.count("(cut off and not used)") == 2 and "sorry  (cut off)" in shown
+    assert "(unchanged: the critique was cut off)" in shown
+    whole = plain_text.transcript({**item, "steps": _steps(revision(0, "privacy"), {}), "answers": {}}, 1)
+    assert "cut off" not in whole
 
 
 def test_transcripts_fall_back_on_rollouts(town_run: Run) -> None:

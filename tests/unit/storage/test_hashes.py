@@ -26,6 +26,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return sha(fs, path)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hashes, "_sha", noted)
+    monkeypatch.setattr(hashes, "_of_this_process", {})
     return names
 
 
@@ -53,6 +54,7 @@ def settle(monkeypatch: pytest.MonkeyPatch, seconds: float = 3600) -> None:
 def test_a_model_is_read_once(model: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     settle(monkeypatch)
     sha = folder_sha(model)
+    hashes._of_this_process.clear()  # the cache is for other processes, too
     assert sorted(read) == ["config.json", "model-1.safetensors", "model-2.safetensors"]
     read.clear()
     assert folder_sha(model) == sha == folder_sha(f"{model}/") and read == []
@@ -140,16 +142,20 @@ def test_a_damaged_cache_is_no_cache(
     cache = tmp_path / "cache" / "cai_ray" / "hashes.json"
     assert len(json.loads(cache.read_text())) == 3
     cache.write_bytes(damage)
+    hashes._of_this_process.clear()  # as in another process
     read.clear()
     assert folder_sha(model) == sha and len(read) == 3
     assert len(json.loads(cache.read_text())) == 3
 
 
-def test_no_place_for_a_cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_place_for_a_cache(
+    model: Path, read: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process reads a file once all the same."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     settle(monkeypatch)
-    assert folder_sha(model) == folder_sha(model)
+    assert folder_sha(model) == folder_sha(model) and len(read) == 3
 
 
 def test_a_folder_below_counts_where_it_is_asked_for(model: Path, read: list[str]) -> None:
