@@ -127,13 +127,14 @@ def prepare_revisions(out: str, rows: int) -> None:
 def sft(out: str, rows: int, actors: int) -> float:
     """The reading of stage `sft`, from rows to token ids, without the context limit of the embedded world's model."""
     from cai_ray.train import sft
+    from cai_ray.train.sft_records import choose_records, to_records
 
     run = _run(out)
     started = time.monotonic()
     config, templates = SftConfig(), load_templates(run.config.templates)
     read = run.each_row("revise", ["id", "messages", "kind", "response", "truncated", "steps", "error"])
-    choice = sft.choose_records(read, config, 0, templates.critiques)
-    records = sft.to_records(read, config, choice.ids)
+    choice = choose_records(read, config, 0, templates.critiques)
+    records = to_records(read, config, choice.ids)
     data = sft.write_records(run, records, Renderer(BASE), templates, 1 << 20, choice.ids, Counter())
     assert len(data) == len(choice.ids) == rows, (len(data), len(choice.ids))
     return time.monotonic() - started

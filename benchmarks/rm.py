@@ -87,9 +87,9 @@ def ours(model: str, pairs: list[Pair], folder: str) -> tuple[float, dict[str, f
     import numpy as np
 
     from cai_ray.train import rm
-    from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
     from cai_ray.train.models import load_reward_model
+    from cai_ray.train.pairs import Pairs
     from cai_ray.train.runtime.engine import distribute
 
     join(folder)

@@ -231,9 +231,9 @@ def ours(stage: str, model: str, data: Data, change: str) -> Any:
     from cai_ray.config.training import TrainConfig
     from cai_ray.train import batches, rm, sequences, sft
     from cai_ray.train.batches import rank_micro_batches
-    from cai_ray.train.comparisons import Pairs
     from cai_ray.train.dialogues import pack
     from cai_ray.train.models import load_policy, load_reward_model, load_value_model
+    from cai_ray.train.pairs import Pairs
     from cai_ray.train.ppo import update
     from cai_ray.train.ppo.experience import Batch, Minibatch
     from cai_ray.train.runtime.engine import distribute

@@ -40,20 +40,10 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a document
 
 
-def iter_rows(path: str) -> Iterator[dict[str, Any]]:
+def iter_source_rows(path: str) -> Iterator[SourceRow]:
     """Rows of a file, of a folder's files in the order of their names, or of the files that match a pattern.
 
-    Raises:
-        InputError: a file is missing, unreadable, empty, or in another format; or a row cannot be read.
-    """
-    for row in iter_source_rows(path):
-        if isinstance(row.values, OddRow):
-            raise InputError(f"{row.place}: {row.values}")
-        yield row.values
-
-
-def iter_source_rows(path: str) -> Iterator[SourceRow]:
-    """The same rows with their places; those that cannot be read are among them.
+    Each has its place; those that cannot be read are among them.
 
     Raises:
         InputError: a file is missing, unreadable, empty, or in another format.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from cai_ray.config.run import RunConfig
 from cai_ray.data.conversations import conversation_of
 from cai_ray.data.formats import clean
 from cai_ray.data.left_out import LeftOut, OddRow, read_source, short
@@ -23,10 +24,8 @@ class GoldComparison(Pair):
     """The same by principle, where the file has it."""
 
 
-def read_gold_comparisons(
-    path: str, limit: int | None, seed: int, left_out: LeftOut | None = None
-) -> list[GoldComparison]:
-    """The first `limit` comparisons of `label.gold`.
+def read_gold_comparisons(config: RunConfig, left_out: LeftOut | None = None) -> list[GoldComparison]:
+    """The comparisons of `label.gold`; none where it is not set.
 
     Args:
         left_out: counts the rows that cannot be used.
@@ -35,8 +34,11 @@ def read_gold_comparisons(
         InputError: the file is missing or unreadable, too many of its rows cannot be used (`OddRows.check`), or none
             prefers one of its two responses.
     """
-    rows = islice(iter_source_rows(path, seed), limit)
-    left_out = LeftOut() if left_out is None else left_out
+    path = config.label.gold
+    if not path:
+        return []
+    rows = islice(iter_source_rows(path, config.seed), config.label.gold_limit)
+    left_out = LeftOut(config.max_error_rate) if left_out is None else left_out
     comparisons = list(read_source(path, rows, lambda row: _comparison(row, path), left_out))
     if all(c["gold"] == 0.5 for c in comparisons):
         raise InputError(f"label.gold={path}: no row prefers one of its responses (gold is 0.5 in all)")

@@ -12,11 +12,11 @@ from cai_ray.cluster.usage import Usage
 from cai_ray.compat.vllm_process import UNIPROC, engine_from_fork_server, import_for_engine
 from cai_ray.config.engine import EngineConfig
 from cai_ray.engine.protocol import Completion, Sampling
-from cai_ray.errors import InputError, RowError
+from cai_ray.errors import RowError
 from cai_ray.prompts.cut import decode_answer
 from cai_ray.prompts.messages import Messages
 from cai_ray.prompts.models import make_renderer
-from cai_ray.storage.models import ResolvedModel
+from cai_ray.storage.models import ResolvedModel, context_length
 
 
 def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
@@ -54,14 +54,8 @@ def engine_args(model: str, config: EngineConfig, gpu: bool) -> dict[str, Any]:
 
 
 def model_context(model: str) -> int:
-    """The context length of a model, from its config.json."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {model}: its config.json cannot be loaded ({str(e).splitlines()[0]})") from e
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
+    """The context length of a model, or 4096 if its config.json names none."""
+    return context_length(model) or 4096
 
 
 class VllmEngine:

@@ -8,10 +8,10 @@ from typing import Any
 from cai_ray.cluster.cost import Spent
 from cai_ray.cluster.usage import Usage
 from cai_ray.data import set_formats
+from cai_ray.data.gold_comparisons import read_gold_comparisons
 from cai_ray.data.sources import read_comparisons
 from cai_ray.estimate.sample import prompts_of, rows_by_kind
 from cai_ray.estimate.scale import StageEstimate, Totals, ppo_seconds, rate, scaled, whole_usage
-from cai_ray.generate.label import gold_rows
 from cai_ray.stages import POLICIES, STAGES
 from cai_ray.storage.run import Run
 
@@ -52,7 +52,7 @@ def _generation(
         if name == "label" and (
             gold := _usage_by_kind(sample, name, "gold") if sample.config.label.gold else {}
         ):
-            n, few = len(gold_rows(run)), sum(n for n, _ in gold.values())
+            n, few = len(read_gold_comparisons(run.config)), sum(n for n, _ in gold.values())
             work_times = (times * before + _tokens(gold) * n / few) / max(1, before + _tokens(gold))
     engine = run.resolve_model(run.config.label.judge if name == "label" else "base").engine
     at_once = max(1, min(max(engine.min_actors, engine.max_actors), math.ceil(rows / 64)))

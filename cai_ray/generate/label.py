@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NotRequired
 
 from cai_ray.config.judge import JudgeConfig
 from cai_ray.constitution import Constitution, Principle
-from cai_ray.data.gold_comparisons import GoldComparison, read_gold_comparisons
+from cai_ray.data.gold_comparisons import read_gold_comparisons
 from cai_ray.data.left_out import LeftOut
 from cai_ray.data.preflight import Preflight
 from cai_ray.engine.metered import Metered
@@ -228,22 +228,6 @@ class _SlotAnswer(NamedTuple):
     """Those of the reasoning."""
 
 
-def gold_rows(run: Run, left_out: LeftOut | None = None) -> list[GoldComparison]:
-    """The run's gold comparisons; none where `label.gold` is not set.
-
-    Args:
-        left_out: counts the rows that cannot be used.
-
-    Raises:
-        InputError: the file is missing or at fault (`read_gold_comparisons`).
-    """
-    label = run.config.label
-    left_out = LeftOut(run.config.max_error_rate) if left_out is None else left_out
-    return (
-        read_gold_comparisons(label.gold, label.gold_limit, run.config.seed, left_out) if label.gold else []
-    )
-
-
 def make_judge(run: Run, judge: JudgeConfig) -> LabelChain:
     """The chain that asks a judge for its votes."""
     templates = load_templates(judge.templates or run.config.templates)
@@ -284,7 +268,7 @@ def run(run: Run) -> dict[str, Any]:
     cut = Counter({"truncated": 0})
     tasks: dict[str, Iterable[LabelTask]] = {"part": _comparisons(run, cut)}
     left_out = LeftOut(run.config.max_error_rate)
-    gold = gold_rows(run, left_out)
+    gold = read_gold_comparisons(run.config, left_out)
     if gold:  # two people may have judged one comparison: it is labelled once
         once = {c["id"]: select(c, LabelTask) for c in gold}
         tasks = {"gold": once.values(), **tasks}
@@ -306,7 +290,7 @@ def check(run: Run, preflight: Preflight) -> None:
     """Raises InputError if the feedback model, its options, the templates or the gold comparisons cannot be used."""
     preflight.check_judge("label.judge", run.config.label.judge, "label")
     left_out = LeftOut(run.config.max_error_rate)
-    gold_rows(run, left_out)
+    read_gold_comparisons(run.config, left_out)
     preflight.tell(left_out)
 
 

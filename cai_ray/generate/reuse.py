@@ -13,10 +13,12 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, NotRequired, TypedDict, TypeVar, cast
+from operator import itemgetter
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 
 from cai_ray.storage import files
 from cai_ray.storage.arrow import schema_of
@@ -24,7 +26,7 @@ from cai_ray.storage.filesystems import make_parent, resolve
 from cai_ray.storage.models import ResolvedModel
 from cai_ray.storage.records import Step, Vote, derive_id
 from cai_ray.storage.run import Run
-from cai_ray.storage.tables import has_rows, iter_tables
+from cai_ray.storage.tables import has_rows, iter_file, list_rows
 
 
 class EarlierRevision(TypedDict):
@@ -49,7 +51,7 @@ STAGES: dict[str, type] = {"revise": EarlierRevision, "label": EarlierLabel}
 """The stages whose rows carry keys, and what is read of their earlier rows."""
 FOLDER = "before"
 CHUNK = 8192
-"""New rows whose earlier rows are looked up in one pass over what was set aside; both are in memory together."""
+"""New rows whose earlier rows are looked up together; both are in memory."""
 
 Task = TypeVar("Task", bound=Mapping[str, Any])
 Keyed = TypeVar("Keyed", EarlierRevision, Step, Vote)
@@ -96,26 +98,52 @@ def borrow(run: Run, other: Run, stage: str) -> None:
 
 
 def with_earlier(run: Run, stage: str, tasks: Iterable[Task], name: str = "part") -> Iterator[Task]:
-    """Tasks with the earlier rows of their id in the column `earlier`, where there are any."""
+    """Tasks with the earlier rows of their id in the column `earlier`, where there are any.
+
+    A list of tasks is put in the order of ids. In that order, as rows of a completed stage are, each file of earlier
+    rows is read for the few tasks that its ids lie among, and not for all.
+    """
     folder = run.path(stage, FOLDER)
     if not has_rows(folder, name):
         yield from tasks
         return
-    tasks = iter(tasks)
-    while block := list(islice(tasks, CHUNK)):
-        earlier = _earlier(folder, stage, name, [task["id"] for task in block])
-        for task in block:
+    earlier_files = [_EarlierFile.of(path, resolve(folder)[0]) for path in list_rows(folder, name)]
+    ordered = iter(sorted(tasks, key=itemgetter("id")) if isinstance(tasks, list) else tasks)
+    while some := list(islice(ordered, CHUNK)):
+        earlier = _earlier(earlier_files, stage, [task["id"] for task in some])
+        for task in some:
             yield cast(Task, {**task, "earlier": earlier[task["id"]]}) if task["id"] in earlier else task
 
 
-def _earlier(folder: str, stage: str, name: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _earlier(
+    earlier_files: Iterable[_EarlierFile], stage: str, ids: list[str]
+) -> dict[str, list[dict[str, Any]]]:
     """Rows that were set aside, by id."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    chosen = pa.array(ids, pa.string())
-    for table in iter_tables(folder, schema_of(STAGES[stage]).names, name):
-        for row in table.filter(pc.is_in(table["id"], chosen)).to_pylist():
-            rows[row["id"]].append(row)
+    chosen, first, last = pa.array(ids, pa.string()), min(ids), max(ids)
+    for file in earlier_files:
+        if file.last < first or last < file.first:
+            continue
+        for table in iter_file(file.fs, file.path, schema_of(STAGES[stage]).names):
+            for row in table.filter(pc.is_in(table["id"], chosen)).to_pylist():
+                rows[row["id"]].append(row)
     return rows
+
+
+class _EarlierFile(NamedTuple):
+    """A file of earlier rows, and the ids that they lie between."""
+
+    fs: pafs.FileSystem
+    path: str
+    first: str
+    last: str
+
+    @classmethod
+    def of(cls, path: str, fs: pafs.FileSystem) -> _EarlierFile:
+        ends = [pc.min_max(table["id"]).as_py() for table in iter_file(fs, path, ["id"]) if table.num_rows]
+        return cls(
+            fs, path, min((e["min"] for e in ends), default=""), max((e["max"] for e in ends), default="")
+        )
 
 
 def content(run: Run, stage: str) -> str:

@@ -10,15 +10,17 @@ from cai_ray.prompts.tokenizers import Place, PlainText
 
 
 class _Cut(NamedTuple):
-    place: re.Pattern[str]
+    before: re.Pattern[str]
+    """Finds what stands before such a place. It begins with a character of its own: a search for a place alone would
+    try every one of a text."""
     crosses: re.Pattern[str]
     """Finds a token of a vocabulary that goes over such a place. Byte-level ones write a line break as Ċ."""
 
 
 # Before the first letter of a line; or before line breaks, for tokenizers that split blanks by what follows them.
 _CUTS = (
-    _Cut(re.compile(r"(?<=\n)(?=[A-Za-z0-9_#])"), re.compile("[\nĊ][A-Za-z0-9_#]")),
-    _Cut(re.compile(r"(?<=[!-~])(?=\n)"), re.compile("[!-~][\nĊ]")),
+    _Cut(re.compile(r"\n(?=[A-Za-z0-9_#])"), re.compile("[\nĊ][A-Za-z0-9_#]")),
+    _Cut(re.compile(r"[!-~](?=\n)"), re.compile("[!-~][\nĊ]")),
 )
 _ENDS = ("word", "word.", "x = 7", "你好", "é", "(y)", "end:", "a/", "'", "`", "_", "two  ", "| -")
 _BREAKS = ("\n", "\n\n", "\n\n\n", " \n", "\r\n", "\n \n", "\t\n", "\n  ", "\n\t")
@@ -33,10 +35,15 @@ class Chunks:
     """
 
     def __init__(self, plain: PlainText):
-        self.cut = next((cut.place for cut in _CUTS if _changes_nothing(cut, plain)), None)
+        self.cut = next((cut.before for cut in _CUTS if _changes_nothing(cut, plain)), None)
 
     def __call__(self, text: str) -> list[str]:
-        return self.cut.split(text) if self.cut and "\n" in text else [text]
+        return _parts(text, self.cut) if self.cut else [text]
+
+
+def _parts(text: str, before_cut: re.Pattern[str]) -> list[str]:
+    places = [found.end() for found in before_cut.finditer(text)]
+    return [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
 
 
 def _changes_nothing(cut: _Cut, plain: PlainText) -> bool:
@@ -45,7 +52,7 @@ def _changes_nothing(cut: _Cut, plain: PlainText) -> bool:
         return False
     for sample in map("".join, product(_ENDS, _BREAKS, _STARTS)):
         ids: list[int] = []
-        for number, part in enumerate(cut.place.split(sample)):
+        for number, part in enumerate(_parts(sample, cut.before)):
             ids += backends["text" if number else "start"].encode(part, add_special_tokens=False).ids
         if ids != backends["start"].encode(sample, add_special_tokens=False).ids:
             return False

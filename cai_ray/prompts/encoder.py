@@ -7,16 +7,15 @@ content as they do in the whole text, and no content can become a control token.
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from cai_ray.errors import RowError
 from cai_ray.prompts.chunks import Chunks
 from cai_ray.prompts.messages import Piece
-from cai_ray.prompts.spans import Spans, joined
+from cai_ray.prompts.spans import Spans, joined, text_of
 from cai_ray.prompts.tokenizers import Place, without_control_tokens
 
 # The texts whose ids are kept, in characters: all of them together, and the longest one.
@@ -39,15 +38,21 @@ class End(NamedTuple):
 START = End("start")
 
 
-class Token(NamedTuple):
-    """A control token that a literal text holds."""
+class Literal(NamedTuple):
+    """A literal text, with the ids of all of it that do not depend on what stands around it."""
 
-    id: int
-    stop: int
-    """Where it ends in the literal, in characters."""
+    head: str
+    """What stands before the first control token; the whole text if there is none."""
+    ids: list[int]
+    """From the first control token to the last, with the text between them."""
+    tail: str
+    """What stands after the last one."""
     ends: End
+    """Where `ids` end."""
+    first_stop: int
+    """Where the first control token ends, in characters."""
     swallowed_before: bool
-    """Whether it has swallowed the blanks before it from the beginning of the literal, and goes on to."""
+    """Whether the first one has swallowed the blanks before it from the beginning of the literal, and goes on to."""
 
 
 class TextCache:
@@ -55,18 +60,18 @@ class TextCache:
 
     def __init__(self, characters: int = CACHED_CHARACTERS):
         self.limit, self.characters = characters, 0
-        self._ids: OrderedDict[tuple[Place, str], array[int]] = OrderedDict()
+        self._ids: OrderedDict[tuple[Place, str], list[int]] = OrderedDict()
 
-    def get(self, key: tuple[Place, str]) -> array[int] | None:
+    def get(self, key: tuple[Place, str]) -> list[int] | None:
         ids = self._ids.get(key)
         if ids is not None:
             self._ids.move_to_end(key)
         return ids
 
-    def put(self, key: tuple[Place, str], ids: Sequence[int]) -> None:
+    def put(self, key: tuple[Place, str], ids: list[int]) -> None:
         if len(key[1]) > _LONGEST_CACHED or key in self._ids:  # long texts seldom come twice
             return
-        self._ids[key] = array("i", ids)
+        self._ids[key] = ids
         self.characters += len(key[1]) + _ENTRY
         while self.characters > self.limit:
             (_, text), _ = self._ids.popitem(last=False)
@@ -101,45 +106,44 @@ class SpanEncoder:
         segment: Spans = []
         end = begins
         for span in joined(spans):
-            for part in self._literal(span.text) if span.literal else (span.text,):
-                if isinstance(part, str):
-                    text = part.lstrip(_BLANKS) if end.swallows and not segment else part
-                    if text:
-                        segment.append(Piece(text, span.literal))
-                    continue
-                if part.swallowed_before:
-                    segment = _without_last_blanks(segment)
-                if segment:
-                    ids += self._segment_ids(segment, end.place)
-                ids.append(part.id)
-                segment, end = [], part.ends
+            literal = self._literal(span.text) if span.literal else None
+            _append(segment, literal.head if literal else span.text, span.literal, end)
+            if literal is None or not literal.ids:
+                continue
+            if literal.swallowed_before:
+                segment = _without_last_blanks(segment)
+            ids += self._segment_ids(segment, end.place)
+            ids += literal.ids
+            segment, end = [], literal.ends
+            _append(segment, literal.tail, True, end)
         if segment:
             ids += self._segment_ids(segment, end.place)
             end = End("text")
         return ids, end
 
-    def first_token(self, literal: str) -> Token | None:
-        """The first control token in a literal text."""
-        return next((part for part in self._literal(literal) if isinstance(part, Token)), None)
+    def first_token(self, literal: str) -> tuple[int, int] | None:
+        """The first control token in a literal text and where it ends, in characters; None if there is none."""
+        split = self._literal(literal)
+        return (split.ids[0], split.first_stop) if split.ids else None
 
     def encode_content(self, text: str) -> list[int]:
         """Ids of a content that stands alone."""
-        return self._segment_ids([Piece(text, False)], "start") if text else []
+        return self._segment_ids([Piece(text, False)], "start")
 
     def _segment_ids(self, segment: Spans, place: Place) -> list[int]:
         """Ids of the text between two control tokens."""
         ids: list[int] = []
-        for number, text in enumerate(self._chunks("".join(span.text for span in segment))):
-            key: tuple[Place, str] = ("text" if number else place, text)
-            known = self.cache.get(key)
-            if known is not None:
-                ids += known
-                continue
-            new = self._encode(text, key[0])
-            if not self.control.isdisjoint(new):
-                self._check(segment, place, new)
-            self.cache.put(key, new)
-            ids += new
+        if not segment:
+            return ids
+        for text in self._chunks(text_of(segment)):
+            known = self.cache.get((place, text))
+            if known is None:
+                known = self._encode(text, place)
+                if not self.control.isdisjoint(known):
+                    self._check(segment, place, known)
+                self.cache.put((place, text), known)
+            ids += known
+            place = "text"
         return ids
 
     def _encode(self, text: str, place: Place) -> list[int]:
@@ -157,26 +161,33 @@ class SpanEncoder:
             if not span.literal and self.tokenizer.unk_token_id in self._encode(span.text, place):
                 raise RowError("text holds a character that this tokenizer does not know")
 
-    def _split_literal(self, text: str) -> tuple[str | Token, ...]:
-        """A literal text as the control tokens in it and the text between them."""
+    def _split_literal(self, text: str) -> Literal:
+        """A literal text around the control tokens in it."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        parts: list[str | Token] = []
-        place = 0
+        ids: list[int] = []
+        head, ends, place, first_stop, before = text, START, 0, 0, False
         for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             token = self._added.get(number)
             if token is None:
                 continue
-            if place < start:
-                parts.append(text[place:start])
-            found = text[start:stop]
-            ends: Literal["token", "text"] = "text" if token.normalized else "token"
+            between, found = text[place:start], text[start:stop]
+            if not ids:
+                head, first_stop = between, stop
+                before = token.lstrip and start == 0 and found != found.lstrip()
+            elif between:
+                ids += self._segment_ids([Piece(between, True)], ends.place)
+            ids.append(number)
             swallows = token.rstrip and stop == len(text) and found != found.rstrip()
-            before = token.lstrip and start == 0 and found != found.lstrip()
-            parts.append(Token(number, stop, End(ends, swallows), before))
-            place = stop
-        if place < len(text):
-            parts.append(text[place:])
-        return tuple(parts)
+            ends, place = End("text" if token.normalized else "token", swallows), stop
+        return Literal(head, ids, text[place:] if ids else "", ends, first_stop, before)
+
+
+def _append(segment: Spans, text: str, literal: bool, end: End) -> None:
+    """Adds a text to the segment that follows `end`."""
+    if end.swallows and not segment:
+        text = text.lstrip(_BLANKS)
+    if text:
+        segment.append(Piece(text, literal))
 
 
 def _without_last_blanks(segment: Spans) -> Spans:

@@ -127,9 +127,9 @@ class Renderer:
         Raises:
             InputError: an option is not exactly one token, or two options are the same token.
         """
-        ids = []
+        context, ids = self._context(after), list[int]()
         for option in options:
-            encoded = self._option_ids(option, after)
+            encoded = self._option_ids(option, context, after)
             if len(encoded) != 1:
                 raise InputError(
                     f"option {option!r} is {len(encoded)} tokens for {self.tokenizer.name_or_path}; "
@@ -226,23 +226,25 @@ class Renderer:
         except RowError:
             return None
 
-    def _option_ids(self, option: str, messages: Messages) -> list[int]:
+    def _context(self, messages: Messages) -> str:
+        """The end of the text that an option follows: what comes before it does not change the option's ids."""
+        *_, last = messages
+        begun = message_spans(last["content"]) if last["role"] == "assistant" else []
+        return text_of(begun or self._chat.render(messages, True).spans)[-_CONTEXT:]
+
+    def _option_ids(self, option: str, context: str, messages: Messages) -> list[int]:
         *before, last = messages
-        if continues := last["role"] == "assistant":
-            begun = message_spans(last["content"])
-        else:
-            before, begun = list(messages), []
-        context = text_of(begun or self._chat.render(messages, True).spans)[-_CONTEXT:]
+        continues = last["role"] == "assistant"
         key = (option, context, continues)
         if key not in self._options:
             if len(self._options) >= _KEPT_OPTIONS:
                 self._options.clear()
-            said = [*before, Message(role="assistant", content=[*begun, Piece(option, True)])]
-            self._options[key] = (
-                self._continuation(messages, said)
-                if continues
-                else self._answer_to_question(messages, option)
-            )
+            if continues:
+                longer = [*message_spans(last["content"]), Piece(option, True)]
+                said = Message(role="assistant", content=longer)
+                self._options[key] = self._continuation(messages, [*before, said])
+            else:
+                self._options[key] = self._answer_to_question(messages, option)
         return self._options[key]
 
     def _answer_to_question(self, messages: Messages, option: str) -> list[int]:
@@ -275,7 +277,8 @@ class Renderer:
         """What the template writes behind an answer up to the token that ends the turn, and that token."""
         end = self._encoder.first_token(tail)
         if end is not None:
-            return tail[: end.stop], end.id
+            token, stop = end
+            return tail[:stop], token
         if self.tokenizer.eos_token_id is None:
             raise InputError(f"model {self.tokenizer.name_or_path}: no token ends a turn; set eos_token")
         return "", int(self.tokenizer.eos_token_id)

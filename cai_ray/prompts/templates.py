@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -152,7 +153,7 @@ class TemplateSet(BaseModel):
 
     def _pieces(self, text: str, conversation: Messages, fields: dict[str, str]) -> list[Piece]:
         pieces: list[Piece] = []
-        for i, part in enumerate(FIELD.split(text)):
+        for i, part in enumerate(_split(text)):
             if i % 2 == 0:
                 pieces.append(Piece(part, True))
             elif part == "transcript":
@@ -168,3 +169,9 @@ FIELD = re.compile(
     r"\{(transcript|response|response_a|response_b|critique|critique_request|revision_request|comparison"
     r"|reasoning|principle)\}"
 )
+
+
+@lru_cache(maxsize=1024)
+def _split(text: str) -> list[str]:
+    """A content of a step as plain texts and, between them, the names of fields."""
+    return FIELD.split(text)

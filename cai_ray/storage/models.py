@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,6 +114,31 @@ def model_config(location: str) -> dict[str, Any] | None:
     except hub.Unreachable:
         return None
     return read_object(os.path.join(folder, "config.json"), again) if folder else None
+
+
+def context_length(model: str) -> int | None:
+    """The number of positions of a model folder or id (`max_position_embeddings`); None if it names none.
+
+    Of a model that also reads images it is that of its language model, which its config.json may leave to the class.
+
+    Raises:
+        InputError: its config.json cannot be loaded.
+    """
+    place = Path(model) / "config.json"
+    if place.exists() and (length := _positions(json.loads(place.read_text(encoding="utf-8")))):
+        return length
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {model}: its config.json cannot be loaded ({str(e).splitlines()[0]})") from e
+    return _positions(config.get_text_config().to_dict())
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    text = {**config, **(config.get("text_config") or {})}
+    return text.get("max_position_embeddings") or text.get("n_positions") or None
 
 
 def _check_model(uri: str, folder: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import sys
 from array import array
 from collections import Counter
@@ -22,6 +21,7 @@ from cai_ray.prompts.messages import Message, Messages
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.files import local_folder
+from cai_ray.storage.models import context_length
 from cai_ray.storage.records import derive_seed
 from cai_ray.train.batches import Example
 
@@ -167,26 +167,7 @@ def render(
 
 def longest_row(model: str, cfg: TrainConfig) -> int:
     """The most tokens that a row may have: the model's context, or `max_length` if that is less."""
-    return min(context_length(model), cfg.max_length or sys.maxsize)
-
-
-def context_length(model: str, otherwise: int = 1 << 30) -> int:
-    """The number of positions of a model folder or id (`max_position_embeddings`); `otherwise` if it names none.
-
-    Of a model that also reads images it is that of its language model, which its config.json may leave to the class.
-    """
-    place = Path(model) / "config.json"
-    if place.exists() and (found := _positions(json.loads(place.read_text(encoding="utf-8")))):
-        return found
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    return _positions(config.to_dict()) or otherwise
-
-
-def _positions(config: dict[str, Any]) -> int:
-    text = {**config, **(config.get("text_config") or {})}
-    return int(text.get("max_position_embeddings") or text.get("n_positions") or 0)
+    return min(context_length(model) or sys.maxsize, cfg.max_length or sys.maxsize)
 
 
 @lru_cache(maxsize=2)

@@ -17,18 +17,11 @@ from torch import Tensor
 from cai_ray.config.training import DpoConfig, TrainConfig
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.run import Run
-from cai_ray.train.comparisons import (
-    MicroBatch,
-    Pairs,
-    add_sums,
-    last_evaluation,
-    load_comparisons,
-    load_pairs,
-    means,
-)
+from cai_ray.train.comparisons import add_sums, last_evaluation, load_comparisons, means
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import direct_preference, masked, preference_metrics
 from cai_ray.train.models import load_policy
+from cai_ray.train.pairs import MicroBatch, Pairs, load_pairs
 from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
 from cai_ray.train.runtime.engine import Trained, distribute
 from cai_ray.train.runtime.group import fit

@@ -20,18 +20,11 @@ from cai_ray.storage import files
 from cai_ray.storage.models import folder_sha, model_sha
 from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
-from cai_ray.train.comparisons import (
-    MicroBatch,
-    Pairs,
-    add_sums,
-    last_evaluation,
-    load_comparisons,
-    load_pairs,
-    means,
-)
+from cai_ray.train.comparisons import add_sums, last_evaluation, load_comparisons, means
 from cai_ray.train.dialogues import shuffled
 from cai_ray.train.losses import preference_metrics, soft_bradley_terry
 from cai_ray.train.models import load_reward_model
+from cai_ray.train.pairs import MicroBatch, Pairs, load_pairs
 from cai_ray.train.runtime.checkpoints import checkpoint_due, restore, save_checkpoint
 from cai_ray.train.runtime.engine import Trained, distribute
 from cai_ray.train.runtime.group import fit, location

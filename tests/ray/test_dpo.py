@@ -21,6 +21,7 @@ from cai_ray.train import comparisons, dpo
 from cai_ray.train.batches import pad
 from cai_ray.train.losses import direct_preference
 from cai_ray.train.models import load_policy
+from cai_ray.train.pairs import load_pairs
 from cai_ray.train.runtime.engine import Trained, distribute
 from cai_ray.train.runtime.group import fit
 from cai_ray.train.runtime.ranks import rank
@@ -134,7 +135,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def two_steps(config: dict[str, Any]) -> None:
     """Two steps of each kind, and the reference, also with adapters."""
-    run, data, out = config["run"], comparisons.load_pairs(config), {}
+    run, data, out = config["run"], load_pairs(config), {}
     for kind, settings in KINDS.items():
         cfg = DpoConfig(**PLAIN, beta=0.3, **settings)
         policy = distribute(load_policy(run.config.model, cfg), cfg, 2)

@@ -20,10 +20,10 @@ from cai_ray.errors import InputError, Stopped
 from cai_ray.storage.run import Run
 from cai_ray.train import rm, sft
 from cai_ray.train.batches import Example, pad
-from cai_ray.train.comparisons import Pairs
 from cai_ray.train.dialogues import Dialogues
 from cai_ray.train.losses import sft_loss, soft_bradley_terry
 from cai_ray.train.models import load_policy, load_reward_model
+from cai_ray.train.pairs import Pairs
 from cai_ray.train.runtime import checkpoints, group
 from cai_ray.train.runtime.checkpoints import restore, save_checkpoint
 from cai_ray.train.runtime.engine import distribute

@@ -17,6 +17,7 @@ from cai_ray.storage import files
 from cai_ray.storage.run import Run
 from cai_ray.train import comparisons, rm
 from cai_ray.train.models import reward_scale
+from cai_ray.train.pairs import Pairs
 from tests.ray import training
 
 RM = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "eval_fraction": 0.2, "init": "base"}
@@ -166,7 +167,7 @@ def test_item_18_sources_reach_the_metrics_in_their_own_columns() -> None:
     examples = training.pack(_example(9 if i % 2 else 4) for i in range(12))
     p_a = np.asarray([0.9, 0.9, 0.9, 0.1, 0.1, 0.1])
     human = np.asarray([False] * 3 + [True] * 3)
-    pairs = comparisons.Pairs(examples, p_a, human, pad_id=0)
+    pairs = Pairs(examples, p_a, human, pad_id=0)
 
     def model(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return -input_ids.float()  # the score is the last token: a ends with 4, b with 9

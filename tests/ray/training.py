@@ -83,10 +83,10 @@ def sft_records(
     rows: list[dict[str, Any]], cfg: SftConfig, seed: int = 0, critiques: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """The records that `sft` trains on, in the order of their ids."""
-    from cai_ray.train import sft
+    from cai_ray.train.sft_records import choose_records, to_records
 
-    chosen = sft.choose_records(rows, cfg, seed, critiques).ids
-    return sorted(sft.to_records(rows, cfg, chosen), key=lambda record: record["id"])
+    chosen = choose_records(rows, cfg, seed, critiques).ids
+    return sorted(to_records(rows, cfg, chosen), key=lambda record: record["id"])
 
 
 def write(run: Run, stage: Literal["revise", "label"], rows: list[dict[str, Any]]) -> None:

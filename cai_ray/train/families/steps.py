@@ -25,7 +25,6 @@ from cai_ray.prompts.messages import Message
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.train import dpo, rm, sft
 from cai_ray.train.batches import Example, pad
-from cai_ray.train.comparisons import Pairs
 from cai_ray.train.dialogues import pack
 from cai_ray.train.families.examine import Case
 from cai_ray.train.families.process import Remote, StepError
@@ -36,6 +35,7 @@ from cai_ray.train.models import (
     load_reward_model,
     load_value_model,
 )
+from cai_ray.train.pairs import Pairs
 from cai_ray.train.ppo.experience import make_batch, make_targets, plan_epochs
 from cai_ray.train.ppo.rewards import Reward
 from cai_ray.train.ppo.rollout_engine import Request, Rollout

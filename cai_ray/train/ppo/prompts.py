@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from cai_ray.config.ppo import PpoConfig
 from cai_ray.data.left_out import LeftOut
@@ -14,6 +18,7 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
+from cai_ray.storage.records import derive_id
 from cai_ray.storage.run import Run
 from cai_ray.train.dialogues import tell_long_rows
 from cai_ray.train.ppo.experience import draw
@@ -23,9 +28,40 @@ Prompt = dict[str, Any]
 """`id`, `messages`, `kind`, `family`, and `ids`, the tokens up to where the policy begins to write."""
 
 
+class Prompts:
+    """Prompts whose ids are one array: as lists of numbers they would take several times the memory of their texts."""
+
+    def __init__(self, prompts: Iterable[Prompt]):
+        self._rows: list[Prompt] = []
+        ids, ends = array("i"), array("q", [0])
+        for prompt in prompts:
+            self._rows.append({key: value for key, value in prompt.items() if key != "ids"})
+            ids.extend(prompt["ids"])
+            ends.append(len(ids))
+        self._ids, self._ends = np.array(ids), np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> Prompt:
+        ids = self._ids[self._ends[place] : self._ends[place + 1]].tolist()
+        return {"ids": ids, **self._rows[place]}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return np.diff(self._ends).tolist()
+
+    @property
+    def sha(self) -> str:
+        """A hash of the prompts' own ids and their token ids."""
+        arrays = [hashlib.sha256(a.tobytes()).hexdigest() for a in (self._ids, self._ends)]
+        return derive_id([row["id"] for row in self._rows], arrays)
+
+
 def read_training_prompts(
     run: Run, renderer: Renderer, readers: Sequence[Reader] = (), left_out: LeftOut | None = None
-) -> tuple[list[Prompt], int]:
+) -> tuple[Prompts, int]:
     """The training prompts with their token ids, and how many do not fit the context or cannot be encoded.
 
     Args:
@@ -38,13 +74,13 @@ def read_training_prompts(
     config, cfg = run.config, run.config.ppo
     left_out = LeftOut(config.max_error_rate) if left_out is None else left_out
     rows = training_prompts(config, cfg.prompts, left_out)
-    ready = encode_prompts(run, renderer, rows, readers, left_out)
+    ready = Prompts(encode_prompts(run, renderer, rows, readers, left_out))
     if not ready:
         raise InputError(
             f"ppo: none of {len(rows)} training prompts can be encoded and fits the context of {policy_context(run)} "
             f"tokens and ppo.max_length (left out: {dict(left_out)})"
         )
-    tell_long_rows("ppo", [len(r["ids"]) + cfg.max_tokens for r in ready], cfg.micro_batch_tokens)
+    tell_long_rows("ppo", [length + cfg.max_tokens for length in ready.lengths], cfg.micro_batch_tokens)
     return ready, len(rows) - len(ready)
 
 
@@ -54,7 +90,7 @@ def encode_prompts(
     rows: Sequence[Mapping[str, Any]],
     readers: Sequence[Reader],
     left_out: Counter[str] | None = None,
-) -> list[Prompt]:
+) -> Iterator[Prompt]:
     """Rows that the policy and every reward model can read.
 
     Args:
@@ -64,7 +100,6 @@ def encode_prompts(
     cfg, templates, context = run.config.ppo, load_templates(run.config.templates), policy_context(run)
     room = min(context - 1, (cfg.max_length or sys.maxsize) - cfg.max_tokens)
     left_out = Counter() if left_out is None else left_out
-    ready = []
     for row in rows:
         try:
             ids = renderer.prompt_ids(templates.answer_messages(row["messages"]))
@@ -76,8 +111,7 @@ def encode_prompts(
         if len(ids) > room:
             left_out["too_long"] += 1
             continue
-        ready.append({"ids": ids} | {key: row[key] for key in ("id", "messages", "kind", "family")})
-    return ready
+        yield {"ids": ids} | {key: row[key] for key in ("id", "messages", "kind", "family")}
 
 
 def policy_renderer(run: Run) -> Renderer:
@@ -92,7 +126,7 @@ def policy_context(run: Run) -> int:
     return run.config.engine.max_model_len or model_context(run.model("sl"))
 
 
-def step_prompts(prompts: list[Prompt], cfg: PpoConfig, step: int, seed: int) -> list[Prompt]:
+def step_prompts(prompts: Prompts, cfg: PpoConfig, step: int, seed: int) -> list[Prompt]:
     """The prompts of a step, each `ppo.group` times in a row."""
     start = step * cfg.rollout_batch
     drawn = draw(len(prompts), start // cfg.group, cfg.rollout_batch // cfg.group, seed)

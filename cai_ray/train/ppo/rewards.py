@@ -7,6 +7,7 @@ beginning of the conversation is dropped, never the end of the response.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -24,9 +25,9 @@ from cai_ray.prompts.messages import Message
 from cai_ray.prompts.models import run_renderer
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
+from cai_ray.storage.models import context_length
 from cai_ray.storage.run import Run
 from cai_ray.train.batches import Example, pad, rank_micro_batches
-from cai_ray.train.dialogues import context_length
 from cai_ray.train.models import RewardScale, load_reward_model, reward_scale
 from cai_ray.train.ppo.experience import Batch
 from cai_ray.train.runtime.ranks import device, global_sum, rank, to_device, world_size
@@ -105,7 +106,9 @@ def make_reader(run: Run, cfg: PpoConfig, policy: Renderer, model: str) -> Reade
     renderer = run_renderer(run, model, path)
     if same_tokens(policy, renderer):
         return None
-    return Reader(policy, renderer, templates, min(context_length(path), cfg.micro_batch_tokens))
+    return Reader(
+        policy, renderer, templates, min(context_length(path) or sys.maxsize, cfg.micro_batch_tokens)
+    )
 
 
 def make_readers(run: Run, cfg: PpoConfig, policy: Renderer) -> list[Reader]:

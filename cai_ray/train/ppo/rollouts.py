@@ -12,7 +12,7 @@ from cai_ray.errors import Stopped
 from cai_ray.storage.run import Run
 from cai_ray.train.ppo.experience import Batch, Targets
 from cai_ray.train.ppo.pool import Pool
-from cai_ray.train.ppo.prompts import Prompt
+from cai_ray.train.ppo.prompts import Prompt, Prompts
 from cai_ray.train.ppo.rollout_engine import Request, Rollout
 from cai_ray.train.ppo.sampling import Sampler
 from cai_ray.train.ppo.scoring import probe_logprobs
@@ -42,7 +42,7 @@ class Rollouts:
     Rank 0 alone speaks with the engines. Every rank makes every call alike, except where a method says otherwise.
 
     Args:
-        args: what the loop was given: `engine_owner` and `prompts` (an object reference to a list of `Prompt`).
+        args: what the loop was given: `engine_owner` and `prompts` (an object reference to `Prompts`).
         policy: whose weights are sent.
         state: where the run goes on from.
         total: steps of the run.
@@ -58,12 +58,13 @@ class Rollouts:
         self._policy, self._pad_id = policy, pad_id
         self._pool: Pool | None = None
         self._sampler: Sampler | None = None
-        prompts: list[Prompt] = []
+        probes: list[list[int]] = []
         if rank() == 0:
             self._pool = Pool(args["engine_owner"], cfg.deadline_s)
-            prompts = ray.get(args["prompts"])
+            prompts: Prompts = ray.get(args["prompts"])
+            probes = [prompts[place]["ids"] for place in range(min(FIXED_PROBES, len(prompts)))]
             self._sampler = Sampler(self._pool, prompts, cfg, run.config.seed, total, state.step, state.ahead)
-        self._fixed: list[list[int]] = from_first([p["ids"] for p in prompts[:FIXED_PROBES]])
+        self._fixed: list[list[int]] = from_first(probes)
         self._weights = partial(gathered_state, policy)
         self._send = make_sender(
             cfg.weight_sync, self._pool, self._weights, cfg.precision, run.config.rollout_engine.span

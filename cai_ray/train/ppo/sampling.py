@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cai_ray.config.ppo import PpoConfig
 from cai_ray.storage.records import derive_seed
 from cai_ray.train.ppo.pool import Pool
-from cai_ray.train.ppo.prompts import Prompt, step_prompts
+from cai_ray.train.ppo.prompts import Prompt, Prompts, step_prompts
 from cai_ray.train.ppo.rollout_engine import Request, Rollout
 
 
@@ -29,7 +29,7 @@ class Sampler:
     def __init__(
         self,
         pool: Pool,
-        prompts: list[Prompt],
+        prompts: Prompts,
         cfg: PpoConfig,
         seed: int,
         total: int,
@@ -81,9 +81,7 @@ class Sampler:
         return rollouts
 
 
-def sample(
-    pool: Pool, prompts: list[Prompt], cfg: PpoConfig, step: int, seed: int, version: int
-) -> list[Rollout]:
+def sample(pool: Pool, prompts: Prompts, cfg: PpoConfig, step: int, seed: int, version: int) -> list[Rollout]:
     """One response for each prompt of a step, sampled with weights number `version`."""
     start, rows = step * cfg.rollout_batch, step_prompts(prompts, cfg, step, seed)
     requests = [

@@ -38,10 +38,7 @@ def run(run: Run) -> dict[str, Any]:
     readers = make_readers(run, cfg, renderer)
     left_out = LeftOut(config.max_error_rate)
     prompts, errors = read_training_prompts(run, renderer, readers, left_out)
-    inputs = derive_id(
-        [(p["id"], p["ids"]) for p in prompts],
-        [model_sha(run.locate(source.model)) for source in cfg.rewards],
-    )
+    inputs = derive_id(prompts.sha, [model_sha(run.locate(source.model)) for source in cfg.rewards])
     extra: dict[str, Any] = {"prompts": ray.put(prompts), "inputs": inputs}
     gpu = uses_gpu(config)
     judge_bundle = judge.actor_resources(run)

@@ -48,7 +48,7 @@ def read_watch_prompts(run: Run, renderer: Renderer, readers: Sequence[Reader]) 
         readers = [*readers, second]
     rows = read_prompts(cfg.prompts, run.config.seed)
     rows = sorted(rows, key=lambda row: derive_id(run.config.seed, "watch", row["id"]))[: cfg.limit]
-    ready = encode_prompts(run, renderer, rows, readers)
+    ready = list(encode_prompts(run, renderer, rows, readers))
     if not ready:
         raise InputError("ppo.watch.prompts: no prompt can be encoded and fits the context; give others")
     return ready

@@ -20,7 +20,7 @@ from cai_ray.generate.journal import Journal, begin
 from cai_ray.generate.label import LabelChain
 from cai_ray.generate.revise import ReviseChain
 from cai_ray.prompts.load import load_templates
-from cai_ray.storage import files
+from cai_ray.storage import files, tables
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Label, Revision, derive_id
 from cai_ray.storage.run import Run
@@ -193,6 +193,30 @@ def test_predecessors_are_found_pass_by_pass(tmp_path: Path, monkeypatch: pytest
     found = list(reuse.with_earlier(run, "label", ({**PAIR, "id": name} for name in ids)))
     assert [row["id"] for row in found] == ids
     assert [len(earlier_votes(row)) for row in found] == [0, 5, 5, 5, 5]
+
+
+def test_a_file_of_earlier_rows_is_read_for_the_tasks_among_its_ids_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise every file would be read for every few tasks, and the time would be quadratic in the rows."""
+    reads: list[str] = []
+
+    def iter_file(fs: Any, path: str, columns: list[str]) -> Any:
+        if columns != ["id"]:
+            reads.append(path.rsplit("/", 1)[1])
+        return tables.iter_file(fs, path, columns)
+
+    monkeypatch.setattr(reuse, "CHUNK", 2)
+    monkeypatch.setattr(reuse, "iter_file", iter_file)
+    run = run_in(tmp_path)
+    ids = [f"c{i}" for i in range(8)]
+    for number in range(4):
+        rows = [{**votes(TOWN), "id": name} for name in ids[2 * number : 2 * number + 2]]
+        write_table(run.path("label", reuse.FOLDER, f"part-{number}.parquet"), to_table(rows, Label))
+    found = list(reuse.with_earlier(run, "label", [{**PAIR, "id": name} for name in reversed(ids)]))
+    assert [row["id"] for row in found] == ids
+    assert [len(earlier_votes(row)) for row in found] == [5] * 8
+    assert sorted(reads) == [f"part-{number}.parquet" for number in range(4)]
 
 
 def test_another_runs_rows_are_borrowed_once(tmp_path: Path) -> None:

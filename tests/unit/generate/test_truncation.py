@@ -34,7 +34,7 @@ from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.arrow import to_table
 from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run
-from cai_ray.train.sft import choose_records, to_records
+from cai_ray.train.sft_records import choose_records, to_records
 from tests.ray.engines import town_config
 
 TOWN, GENERAL = constitution.load("errand-town"), load_templates("general")

@@ -13,8 +13,8 @@ import pytest
 from cai_ray import cli, pipeline
 from cai_ray.config.generation import LabelGates
 from cai_ray.config.load import load_config
+from cai_ray.data.gold_comparisons import read_gold_comparisons
 from cai_ray.errors import EXIT_STOPPED, InputError, Stopped
-from cai_ray.generate import label
 from cai_ray.judging import certificate
 from cai_ray.judging.calibration import measure_calibration, reliability
 from cai_ray.judging.certificate import Agreement, LabelFacts, LengthBias, VoteFacts, VoteTally
@@ -255,9 +255,9 @@ def test_item_38_faults_of_gold_comparisons(tmp_path: Path, change: dict[str, An
     path.write_text(json.dumps({**good, **change}))
     run = Run(load_config("errand-town", [f"label.gold={path}"]))
     with pytest.raises(InputError, match=says):
-        label.gold_rows(run)
+        read_gold_comparisons(run.config)
     path.write_text(json.dumps({**good, "gold_by_principle": {"privacy": None, "safety": 0}, "source": "me"}))
-    row = label.gold_rows(run)[0]
+    row = read_gold_comparisons(run.config)[0]
     assert (row["gold_by_principle"], row["source"]) == ({"safety": 0.0}, "me")
 
 

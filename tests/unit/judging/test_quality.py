@@ -16,7 +16,7 @@ from cai_ray.errors import InputError, RowError
 from cai_ray.judging.quality import is_loop, is_same, kind, without_prefix, without_thinking
 from cai_ray.prompts.load import load_templates
 from cai_ray.prompts.templates import Thinking
-from cai_ray.train.sft import choose_records, to_records
+from cai_ray.train.sft_records import choose_records, to_records
 
 GENERAL = load_templates("general")
 THINK = Thinking(open="<think>", close="</think>")

@@ -18,7 +18,7 @@ import pytest
 
 from cai_ray import pipeline
 from cai_ray.cli import main
-from cai_ray.data import formats
+from cai_ray.data.sources import iter_rows
 from cai_ray.errors import InputError
 from cai_ray.generate import journal
 from cai_ray.generate.journal import Journal
@@ -119,7 +119,7 @@ def test_no_thread_of_arrow_reads_by_python(place: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(filesystems, "_WHOLE_BYTES", whole)
         assert read_tables(folder).num_rows == 9
         assert sum(table.num_rows for table in iter_tables(folder)) == 9
-        assert len(list(formats.iter_rows(folder))) == 9
+        assert len(list(iter_rows(folder))) == 9
         assert len(journal.Slice("part", files.join(folder, "part-0.parquet"), 0, 3).read()) == 3
     assert threads <= {threading.get_ident()}
 
@@ -295,7 +295,7 @@ def test_what_files_cost(s3: S3, place: str) -> None:
     lines = b"".join(b'{"prompt": "%d"}\n' % i for i in range(200_000))
     files.write_bytes(files.join(place, "prompts.jsonl"), lines)
     with s3.proxy.counting() as read:
-        assert sum(1 for _ in formats.iter_rows(files.join(place, "prompts.jsonl"))) == 200_000
+        assert sum(1 for _ in iter_rows(files.join(place, "prompts.jsonl"))) == 200_000
     assert read["GET"] <= 3
     assert [k for k in keys(place) if k.endswith("/")] == []
 
@@ -430,9 +430,9 @@ def test_prompts_in_every_format(place: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress((tmp_path / "p.jsonl").read_bytes()))
     files.upload_folder(tmp_path, place)
     for name in ("p.parquet", "p.arrow", "p.jsonl", "p.csv", "p.jsonl.gz", "p.js*l"):
-        assert list(formats.iter_rows(files.join(place, name))) == rows, name
+        assert list(iter_rows(files.join(place, name))) == rows, name
     with pytest.raises(InputError, match=r"s3://.*/none\.jsonl: no such file"):
-        list(formats.iter_rows(files.join(place, "none.jsonl")))
+        list(iter_rows(files.join(place, "none.jsonl")))
 
 
 def test_prompts_are_read_once_however_many_stages_ask_whether_they_changed(s3: S3, place: str) -> None:

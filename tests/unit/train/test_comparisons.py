@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from cai_ray.config.training import TrainConfig
 from cai_ray.errors import InputError
-from cai_ray.train import comparisons
+from cai_ray.train import comparisons, pairs
 from cai_ray.train.batches import Example
-from cai_ray.train.comparisons import MicroBatch, Pairs
 from cai_ray.train.dialogues import pack
+from cai_ray.train.pairs import MicroBatch, Pairs
 from tests.ray import training
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30)
@@ -30,9 +30,9 @@ def pairs_of(lengths: list[tuple[int, int]]) -> Pairs:
 
 def on_ranks(data: Pairs, batch: list[int], tokens: int, world: int, monkeypatch) -> list[list[MicroBatch]]:
     found = []
-    monkeypatch.setattr(comparisons, "world_size", lambda: world)
+    monkeypatch.setattr(pairs, "world_size", lambda: world)
     for rank in range(world):
-        monkeypatch.setattr(comparisons, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(pairs, "rank", lambda rank=rank: rank)
         found.append(data.micro_batches(batch, TrainConfig(micro_batch_tokens=tokens)))
     return found
 
@@ -48,9 +48,9 @@ def test_every_response_is_in_one_pass_of_its_pairs_micro_batch(lengths, world):
     with pytest.MonkeyPatch.context() as patch:
         ranks = on_ranks(data, list(range(len(lengths))), 60, world, patch)
     for micro_batches in ranks:
-        for pairs, passes in micro_batches:
+        for own, passes in micro_batches:
             assert sorted(i for rows in passes for i in rows) == sorted(
-                2 * i + s for i in pairs for s in (0, 1)
+                2 * i + s for i in own for s in (0, 1)
             )
             assert sum(padded(data, rows) for rows in passes) <= 60
     assert sorted(i for m in ranks for pairs, _ in m for i in pairs) == list(range(len(lengths)))
@@ -65,8 +65,8 @@ def test_a_pair_longer_than_a_micro_batch_has_one_of_its_own(lengths, world):
         ranks = on_ranks(data, list(range(len(lengths))), 20, world, patch)
     assert sorted(i for m in ranks for pairs, _ in m for i in pairs) == list(range(len(lengths)))
     assert len({tuple(len(passes) for _, passes in m) for m in ranks}) == 1
-    for pairs, passes in (micro_batch for m in ranks for micro_batch in m):
-        assert len(pairs) <= 1 or sum(padded(data, rows) for rows in passes) <= 20
+    for own, passes in (micro_batch for m in ranks for micro_batch in m):
+        assert len(own) <= 1 or sum(padded(data, rows) for rows in passes) <= 20
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -15,16 +15,9 @@ from cai_ray.config.training import TrainConfig
 from cai_ray.prompts.renderer import Renderer
 from cai_ray.prompts.templates import TemplateSet
 from cai_ray.storage.files import open_new
+from cai_ray.storage.models import context_length
 from cai_ray.train.batches import Example
-from cai_ray.train.dialogues import (
-    Packer,
-    context_length,
-    longest_row,
-    pack,
-    render,
-    shuffled,
-    tell_long_rows,
-)
+from cai_ray.train.dialogues import Packer, longest_row, pack, render, shuffled, tell_long_rows
 from tests import tiny
 
 PLAIN = TemplateSet(

@@ -17,6 +17,7 @@ from cai_ray.storage.files import list_files
 from cai_ray.storage.records import Revision
 from cai_ray.storage.run import Run
 from cai_ray.train import sft
+from cai_ray.train.sft_records import choose_records, to_records
 from tests import tiny
 from tests.ray import training
 from tests.ray.engines import town_config
@@ -39,10 +40,10 @@ def test_tokens_and_rows_are_in_the_order_of_the_records(
     for part, some in enumerate((rows[30:][::-1], rows[:30])):
         run.write_rows("revise", to_table(some, Revision), part)
     read = run.each_row("revise")
-    choice = sft.choose_records(read, cfg, 0)
+    choice = choose_records(read, cfg, 0)
     renderer, templates = Renderer(tiny.tokenizer()), load_templates("general")
     data = sft.write_records(
-        run, sft.to_records(read, cfg, choice.ids), renderer, templates, 4096, choice.ids, Counter()
+        run, to_records(read, cfg, choice.ids), renderer, templates, 4096, choice.ids, Counter()
     )
 
     wanted = [r for r in training.sft_records(rows, cfg) if len(r["messages"][-1]["content"]) < 5000]
@@ -62,7 +63,7 @@ def test_helpful_samples_are_drawn_by_their_ids(share: float) -> None:
 
 def test_nothing_to_train_on_is_no_record() -> None:
     rows: list[dict[str, Any]] = [{**row, "error": "refused"} for row in training.revisions(3)]
-    choice = sft.choose_records(rows, SftConfig(), 0)
+    choice = choose_records(rows, SftConfig(), 0)
     assert not choice.ids and (choice.rows, choice.errors) == (3, 3)
     helpful = [row for row in training.revisions(6) if row["kind"] == "helpful"]
-    assert len(sft.choose_records(helpful, SftConfig(helpful_per_revision=0.0), 0).ids) == 2
+    assert len(choose_records(helpful, SftConfig(helpful_per_revision=0.0), 0).ids) == 2
